@@ -1,0 +1,58 @@
+/**
+ * Compiles the three scripts into binaries that need no Bun and read nothing from the folder they are run in.
+ *
+ *     bun run build                               # dist/server, dist/client, dist/client-robust
+ *     bun run build --target bun-linux-arm64      # dist/bun-linux-arm64/server, …
+ *     bun run build --target all                  # the same for every target
+ *     bun run build --outdir DIR                  # DIR instead of dist
+ */
+import { rm } from "node:fs/promises";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+
+export const PROGRAMS = ["server", "client", "client-robust"] as const;
+
+const TARGETS = [
+  "bun-linux-x64",
+  "bun-linux-arm64",
+  "bun-linux-x64-musl",
+  "bun-linux-arm64-musl",
+  "bun-darwin-x64",
+  "bun-darwin-arm64",
+  "bun-windows-x64",
+  "bun-windows-arm64",
+] as const;
+
+/** Builds for this machine, or for a target. @throws AggregateError what Bun has to say */
+export async function build(outdir: string, target?: string): Promise<void> {
+  const root = join(import.meta.dir, "..");
+  for (const program of PROGRAMS) {
+    await Bun.build({
+      entrypoints: [join(root, `${program}.ts`)],
+      // Bytecode spares the parser at start-up; it wants modules, for the top-level await.
+      format: "esm",
+      bytecode: true,
+      minify: true,
+      sourcemap: "linked",
+      compile: {
+        outfile: join(outdir, program),
+        // A .env, bunfig.toml (its "preload" is code), tsconfig.json or package.json in the folder where
+        // somebody starts the program is none of ours.
+        autoloadDotenv: false,
+        autoloadBunfig: false,
+        autoloadTsconfig: false,
+        autoloadPackageJson: false,
+        ...(target !== undefined && { target: target as Bun.Build.CompileTarget }), // Bun.build checks it
+      },
+    });
+    // The binary has its own, compressed copy.
+    await rm(join(outdir, `${program}.map`), { force: true });
+  }
+}
+
+if (import.meta.main) {
+  const string = { type: "string" } as const;
+  const { target, outdir = "dist" } = parseArgs({ options: { target: string, outdir: string } }).values;
+  if (target === undefined) await build(outdir);
+  else for (const one of target === "all" ? TARGETS : [target]) await build(join(outdir, one), one);
+}

@@ -1,0 +1,117 @@
+#!/usr/bin/env bun
+/**
+ * client.ts: stage 2, the simplest HTTP client that is still honest.
+ *
+ *     bun server.ts                              # in another terminal
+ *     bun client.ts                              # GET /data from localhost:8888
+ *     bun client.ts example.test 80 /index.html  # from another host, port and target
+ *
+ * It connects, sends one request, receives ONCE, prints what came, and closes. That is the lesson
+ * and the fault: TCP carries bytes, not messages, so one receive is not one response. What breaks:
+ *
+ *  - a longer response (`bun server.ts --text "$(seq 999)"`): what is past 1024 bytes is lost,
+ *    and a character whose bytes fall on both sides of the cut is destroyed
+ *  - a slower response (the head now, the content later): the content is missing
+ *
+ * client-robust.ts is this program made right. The sections are numbered as in the larger scripts.
+ */
+import { writeSync } from "node:fs";
+import { isIPv6 } from "node:net";
+import { parseArgs } from "node:util";
+
+// ═══ 1 Limits and defaults ═══════════════════════════════════════════════════════════════════════
+
+const VERSION = "0.1.0";
+const RECEIVED_BYTES_MAX = 1024; // the tutorial's recv(1024)
+const TIMEOUT_MS = 10_000; // a server that says nothing must not hold us for ever
+
+const HELP = `Usage: client [-h | -V] [HOST [PORT [TARGET]]]
+Sends GET TARGET to HOST:PORT, by default /data to localhost:8888, receives once (at most
+${RECEIVED_BYTES_MAX} bytes), prints what came, and closes.
+
+Exit 1: no answer, or none within ${TIMEOUT_MS / 1000} s. Exit 2: wrong usage.
+`;
+
+// ═══ 5 Formatting ════════════════════════════════════════════════════════════════════════════════
+
+/** RFC 9112 §3.2: an HTTP/1.1 request names its host; the port too, where it is not the default, 80. */
+export function formatRequest(host: string, port: number, target: string): string {
+  const uriHost = isIPv6(host) ? `[${host}]` : host;
+  return `GET ${target} HTTP/1.1\r\nHost: ${uriHost}${port === 80 ? "" : `:${port}`}\r\n\r\n`;
+}
+
+// ── shared: printable ──
+/** What a peer sent, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
+export function printable(text: string): string {
+  return text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, (character) => {
+    const code = character.codePointAt(0) ?? 0;
+    return code < 0x100 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u{${code.toString(16)}}`;
+  });
+}
+
+/** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
+export function tell(line: string): void {
+  try {
+    writeSync(2, `${printable(line).replaceAll("\n", " ")}\n`);
+  } catch {}
+}
+// ── end shared ──
+
+// ═══ 8 Sockets ═══════════════════════════════════════════════════════════════════════════════════
+
+/** Connects, sends, receives once, closes. @throws Error where nothing came */
+function exchange(hostname: string, port: number, request: string): Promise<Uint8Array> {
+  const { promise, resolve, reject } = Promise.withResolvers<Uint8Array>();
+  const fail = (what: string, error?: Error & { code?: string }) =>
+    reject(new Error(error === undefined ? what : `${what}: ${error.code ?? error.message}`));
+  setTimeout(() => fail(`no answer within ${TIMEOUT_MS / 1000} s`), TIMEOUT_MS);
+  const socket: Bun.SocketHandler = {
+    // The kernel may take only a part. Going on with the rest is a lesson of client-robust.ts.
+    open: (socket) => void (socket.write(request) < request.length && fail("the request could not be sent whole")),
+    data(socket, bytes) {
+      resolve(bytes.subarray(0, RECEIVED_BYTES_MAX)); // what comes after this is lost
+      socket.end();
+    },
+    close: (_, error) => fail("the connection was closed without an answer", error),
+    connectError: (_, error) => fail(`cannot connect to ${hostname}:${port}`, error),
+  };
+  Bun.connect({ hostname, port, socket }).catch(reject);
+  return promise;
+}
+
+// ═══ 9 Command line ══════════════════════════════════════════════════════════════════════════════
+
+/** @throws Error that says in one line what is wrong */
+function parseCommandLine(args: string[]) {
+  const options = { help: { type: "boolean", short: "h" }, version: { type: "boolean", short: "V" } } as const;
+  const { values, positionals } = parseArgs({ args, options, allowPositionals: true });
+  const [host = "localhost", port = "8888", target = "/data", extra] = positionals;
+  if (extra !== undefined) throw new Error(`one argument too many: ${JSON.stringify(extra)}`);
+  if (!/^[\w.:-]+$/.test(host)) throw new Error(`not a host: ${JSON.stringify(host)}`);
+  if (!/^\d{1,5}$/.test(port) || Number(port) > 65_535) throw new Error(`not a port: ${JSON.stringify(port)}`);
+  // Anything but visible ASCII could end the request-line early and start a request of its own.
+  if (!/^[\x21-\x7e]+$/.test(target)) throw new Error(`not a request-target: ${JSON.stringify(target)}`);
+  return { ...values, host, port: Number(port), target };
+}
+
+/** @returns the exit code */
+async function main(): Promise<number> {
+  let exitCode = 2;
+  try {
+    const { help, version, host, port, target } = parseCommandLine(process.argv.slice(2));
+    exitCode = 1;
+    if (help || version) writeSync(1, help ? HELP : `client ${VERSION}\n`);
+    else {
+      const response = await exchange(host, port, formatRequest(host, port, target));
+      writeSync(1, `${printable(new TextDecoder().decode(response))}\n`);
+    }
+    return 0;
+  } catch (error) {
+    tell(`Error: ${(error as Error).message.split(". ", 1)[0]}`); // all throws are Errors
+    return exitCode;
+  }
+}
+
+// ═══ 10 Main ═════════════════════════════════════════════════════════════════════════════════════
+
+if (import.meta.main) process.exit(await main());

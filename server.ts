@@ -1,0 +1,1590 @@
+#!/usr/bin/env bun
+/**
+ * server.ts: stage 1, an HTTP/1.1 server written by hand on a TCP socket.
+ *
+ *     bun server.ts                        # listens on http://localhost:8888
+ *     bun server.ts --port 0 --text Hi     # on a free port, with another answer
+ *     curl -v http://localhost:8888/data   # in a second terminal
+ *
+ * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for
+ * one request; here the bytes may come one at a time or a hundred requests at once, and every
+ * message is held to RFC 9112 before it is answered: what is not HTTP gets 400 and a close.
+ *
+ * Left out: compression, ranges of ports, virtual hosts, HTTP/2. It is no reverse proxy.
+ *
+ *  1 Limits and defaults    what is bounded, by how much, and why
+ *  2 Types                  the words that the rest is written in
+ *  3 Errors                 every reason to refuse a message, and the status it gets
+ *  4 Parsing                bytes → request head, bytes → content (pure)
+ *  5 Formatting             response → bytes, request → log line (pure)
+ *  6 Application            request → response (pure): the part to change in a copy
+ *  7 Connection             what is read, what is still to write, what has a deadline
+ *  8 Sockets                listen, and six handlers that call section 7
+ *  9 Command line           flags, signals, the ready line
+ * 10 Main
+ */
+import { write, writeSync } from "node:fs";
+import { isIPv6 } from "node:net";
+import { parseArgs } from "node:util";
+
+// ═══ 1 Limits and defaults ═══════════════════════════════════════════════════════════════════════
+
+export const VERSION = "0.1.0";
+
+export const LIMITS = Object.freeze({
+  /** Longest registered method: UPDATEREDIRECTREF, 17. A longer one is none that we know. */
+  methodBytesMax: 32,
+  /** RFC 9112 §3 asks for at least 8,000; what browsers and proxies send stays below. */
+  requestTargetBytesMax: 8000,
+  /** The whole head, request-line to empty line: what nginx takes (4 buffers of 8 KiB). */
+  headBytesMax: 32_768,
+  /** Browsers send some 20 field-lines, chains of proxies 50; Apache draws its line at 100 too. */
+  fieldLinesMax: 100,
+  /** RFC 9112 §2.2: "at least one" empty line before a request is skipped; old clients send one. */
+  emptyLinesMax: 4,
+  /** Text mode ignores content, so this bounds only wasted reading. nginx's default is the same. */
+  contentBytesMax: 1_048_576,
+  /** All chunk extensions of one message (RFC 9112 §7.1.1 asks for a limit). Nobody uses them. */
+  chunkExtensionBytesMax: 4096,
+  /** What may be formatted before the peer has taken it; then we stop reading from that peer. */
+  unsentBytesMax: 65_536,
+  /** For a whole head, not for each byte, so that sending it slowly gains nothing ("slowloris"). */
+  headTimeoutMs: 10_000,
+  /** Between two requests. Longer than the 15 s at which browsers tend to reuse a connection. */
+  idleTimeoutMs: 60_000,
+  /** Each such span must bring `contentBytesPerSpanMin` of the content or its end. */
+  contentTimeoutMs: 10_000,
+  /** 500 bytes a second: slower than any modem that is left. */
+  contentBytesPerSpanMin: 5000,
+  /** A peer that takes nothing of its answer for so long has gone. */
+  writeTimeoutMs: 30_000,
+  /** After our last byte we read and drop what the peer still sends, so that no reset destroys it. */
+  lingerTimeoutMs: 5000,
+  lingerBytesMax: 16_777_216,
+  /** Requests under way when the server is told to stop get this long. */
+  graceMs: 10_000,
+  /** On stop, requests that idle peers have already sent arrive within this time and are served. */
+  stopIdleMs: 250,
+  /** How often deadlines are looked at: one sweep costs less than a timer for each connection. */
+  sweepMs: 250,
+  /** Of the content, the request log shows the start: what the tutorial's one receive would show. */
+  loggedContentBytesMax: 1024,
+  /** Log text that waits for a slow reader of stdout; more is dropped and counted, never blocks. */
+  logBacklogCharsMax: 1_048_576,
+});
+
+// ═══ 2 Types ═════════════════════════════════════════════════════════════════════════════════════
+
+/** The methods of RFC 9110 §9.3 and RFC 5789. Any other token is a method that we do not know: "". */
+const METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"] as const;
+export type Method = (typeof METHODS)[number] | "";
+
+export type LogFormat = "request" | "access" | "off";
+
+/** A response that is ready to be sent but for its Date: all that does not change, as bytes. */
+export interface Response {
+  readonly status: number;
+  /** status-line and field-lines, ending in `Date: `. */
+  readonly head: Uint8Array;
+  readonly content: Uint8Array;
+}
+
+/** What section 7 needs of a socket; Bun's sockets have it. */
+export interface Transport {
+  /** Returns how many of the bytes the kernel took; negative where the connection has gone. */
+  write(bytes: Uint8Array, from: number, length: number): number;
+  shutdown(): void;
+  end(): void;
+  terminate(): void;
+  pause(): void;
+  resume(): void;
+  readonly remoteAddress: string;
+}
+
+/**
+ * reading-head → reading-content → reading-head …, and from either:
+ * finishing (the last answer is not all written) → lingering (it is; FIN is sent) → closed.
+ */
+type ConnectionState = "reading-head" | "reading-content" | "finishing" | "lingering" | "closed";
+
+/** What a connection waits for: each has its own timeout. */
+type Awaited = "head" | "idle" | "content" | "write" | "linger";
+
+// ═══ 3 Errors ════════════════════════════════════════════════════════════════════════════════════
+
+/** Every reason to refuse a request: the status that it gets and the line that says why. */
+export const REJECTIONS = Object.freeze({
+  "bare-lf": [400, "a line ends in LF without CR"],
+  "bare-cr": [400, "CR without LF"],
+  "empty-lines": [400, "too many empty lines before the request"],
+  "request-line": [400, "not a request-line: method SP request-target SP HTTP-version CRLF"],
+  "request-target": [400, "the request-target has no form that this method may use"],
+  "request-target-too-long": [414, "the request-target is too long"],
+  "method-too-long": [501, "no such method here"],
+  "http-version": [505, "only HTTP/1.x is spoken here"],
+  "field-line": [400, "not a field-line: field-name, colon, field-value"],
+  "field-value": [400, "a control character in a field-value"],
+  "obs-fold": [400, "a field-line starts with white space"],
+  "head-too-large": [431, "the request head is too large"],
+  "too-many-fields": [431, "too many field-lines"],
+  "host-missing": [400, "an HTTP/1.1 request needs a Host field"],
+  "host-repeated": [400, "more than one Host field"],
+  "host-invalid": [400, "the Host field is not host[:port]"],
+  "length-and-chunked": [400, "both Content-Length and Transfer-Encoding"],
+  "transfer-encoding": [400, "Transfer-Encoding is not exactly one final chunked"],
+  "transfer-coding-unknown": [501, "no transfer coding but chunked is known here"],
+  "transfer-encoding-1.0": [400, "Transfer-Encoding in an HTTP/1.0 request"],
+  "content-length": [400, "Content-Length is not one decimal number"],
+  "content-too-large": [413, "the content is too large"],
+  "chunk-size": [400, "not a chunk-size"],
+  "chunk-extension": [400, "not a chunk extension, or too long"],
+  "chunk-data": [400, "chunk data does not end where its size says"],
+  trailer: [400, "not a trailer section"],
+  "trailer-too-large": [431, "the trailer section is too large"],
+  "trailer-forbidden": [400, "a field that is not allowed in a trailer section"],
+  expectation: [417, "only the expectation 100-continue is known here"],
+  incomplete: [400, "the connection ended inside the request"],
+  timeout: [408, "the request did not arrive in time"],
+  internal: [500, "the server failed"],
+} as const satisfies Record<string, readonly [status: number, explanation: string]>);
+export type Rejection = keyof typeof REJECTIONS;
+
+const REASON_PHRASES: Readonly<Record<number, string>> = Object.freeze({
+  200: "OK",
+  204: "No Content",
+  400: "Bad Request",
+  405: "Method Not Allowed",
+  408: "Request Timeout",
+  413: "Content Too Large",
+  414: "URI Too Long",
+  417: "Expectation Failed",
+  431: "Request Header Fields Too Large",
+  500: "Internal Server Error",
+  501: "Not Implemented",
+  505: "HTTP Version Not Supported",
+});
+
+/** What went wrong before there was a connection: shown as one line, with the exit code it causes. */
+class StartError extends Error {
+  constructor(
+    message: string,
+    readonly exitCode: 1 | 2,
+  ) {
+    super(message);
+  }
+}
+
+// ═══ 4 Parsing ═══════════════════════════════════════════════════════════════════════════════════
+//
+// A parser reads bytes and keeps where it is, so that it goes on where it stopped when more bytes
+// come: the outcome is the same however a message was split, and no byte is looked at twice.
+
+/** What a parser says instead of a position: it has read all there is; or never mind what comes. */
+const NEED_MORE = -1;
+const REJECT = -2;
+
+// ── shared: byte classes ──
+const [HTAB, LF, CR, SP] = [0x09, 0x0a, 0x0d, 0x20];
+
+/** The class of the bytes that a pattern matches, taken as ISO 8859-1: a table of 256, 1 for a member. */
+function bytesLike(pattern: RegExp): Uint8Array {
+  return Uint8Array.from({ length: 256 }, (_, byte) => (pattern.test(String.fromCharCode(byte)) ? 1 : 0));
+}
+
+/** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
+const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
+const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
+
+/** The byte at an index that the caller knows to be in range; the type cannot know it. */
+const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
+
+/** The bytes from..to as ISO 8859-1 text, one character a byte. */
+const latin1 = (bytes: Uint8Array, from: number, to: number) =>
+  Buffer.from(bytes.buffer, bytes.byteOffset + from, to - from).toString("latin1");
+// ── end shared ──
+
+// ── shared: chunked ──
+/** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ) */
+const CHUNK_EXT =
+  /^(?:[ \t]*;[ \t]*[!#$%&'*+\-.^_`|~\w]+(?:[ \t]*=[ \t]*(?:[!#$%&'*+\-.^_`|~\w]+|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"))?)*$/;
+/** field-line = field-name ":" OWS field-value OWS */
+const FIELD_LINE = /^([!#$%&'*+\-.^_`|~\w]+):[\t\x20-\x7e\x80-\xff]*$/;
+
+export type ChunkedFault =
+  "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
+
+/**
+ * Takes the chunked transfer coding apart (RFC 9112 §7.1), however its bytes are split:
+ *
+ *     chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF
+ *
+ * Call {@link next} until the bytes are used up or `state` is "done" or "failed".
+ */
+export class ChunkedDecoder {
+  state: "size" | "extension" | "size-lf" | "data" | "data-cr" | "data-lf" | "trailer" | "done" | "failed" = "size";
+  /** Why, once `state` is "failed". */
+  fault: ChunkedFault | "" = "";
+  /** What the last call found to be content: these indexes into the bytes that it was given. */
+  contentFrom = 0;
+  contentTo = 0;
+  /** Octets of content announced so far, those of the chunk under way included. */
+  announced = 0;
+  /** The lower-case names of the trailer fields, for who has to refuse some of them. */
+  readonly trailerNames: string[] = [];
+  private left = 0;
+  private sizeDigits = 0;
+  private extensionBytes = 0;
+  private trailerBytes = 0;
+  private line = "";
+
+  constructor(
+    private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
+  ) {}
+
+  /** Reads from `from` on; returns the index after what it has used, `to` at the most. */
+  next(bytes: Uint8Array, from: number, to: number): number {
+    this.contentFrom = this.contentTo = from;
+    let at = from;
+    while (at < to && this.state !== "done" && this.state !== "failed") {
+      if (this.state === "data") return this.takeData(at, to);
+      this.takeByte(byteAt(bytes, at));
+      at++;
+    }
+    return at;
+  }
+
+  private takeData(from: number, to: number): number {
+    const end = Math.min(to, from + this.left);
+    this.contentFrom = from;
+    this.contentTo = end;
+    this.left -= end - from;
+    if (this.left === 0) this.state = "data-cr";
+    return end;
+  }
+
+  private takeByte(byte: number): void {
+    switch (this.state) {
+      case "size":
+        return this.takeSizeByte(byte);
+      case "extension":
+        return this.takeExtensionByte(byte);
+      case "size-lf":
+        return byte === LF ? this.endSizeLine() : this.fail("bare-cr");
+      case "data-cr":
+        return byte === CR ? this.go("data-lf") : this.fail("chunk-data");
+      case "data-lf":
+        return byte === LF ? this.go("size") : this.fail("chunk-data");
+      case "trailer":
+        return this.takeTrailerByte(byte);
+      case "data":
+      case "done":
+      case "failed":
+        return;
+      default:
+        this.state satisfies never;
+    }
+  }
+
+  private takeSizeByte(byte: number): void {
+    if (HEXDIG[byte] === 1) {
+      this.left = this.left * 16 + Number.parseInt(String.fromCharCode(byte), 16);
+      this.sizeDigits++;
+      // Past 2^53 sums stop being exact: refuse, never wrap around. The digits are bounded too, or
+      // leading zeros would go on for ever.
+      if (this.left + this.announced > Number.MAX_SAFE_INTEGER || this.sizeDigits > 64) this.fail("chunk-size");
+    } else if (this.sizeDigits === 0) this.fail("chunk-size");
+    else if (byte === CR) this.go("size-lf");
+    else if (byte === LF) this.fail("bare-lf");
+    else if (byte === SP || byte === HTAB || byte === 0x3b) {
+      this.go("extension");
+      this.takeExtensionByte(byte);
+    } else this.fail("chunk-size");
+  }
+
+  private takeExtensionByte(byte: number): void {
+    if (byte === LF) return this.fail("bare-lf");
+    if (byte === CR) return CHUNK_EXT.test(this.line) ? this.go("size-lf") : this.fail("chunk-extension");
+    // The sum over all chunks is bounded, or tiny chunks with long extensions would keep us busy.
+    this.extensionBytes++;
+    if (FIELD_CONTENT[byte] !== 1 || this.extensionBytes > this.limits.chunkExtensionBytesMax)
+      return this.fail("chunk-extension");
+    this.line += String.fromCharCode(byte);
+  }
+
+  private endSizeLine(): void {
+    this.announced += this.left;
+    this.go(this.left > 0 ? "data" : "trailer");
+  }
+
+  /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
+  private takeTrailerByte(byte: number): void {
+    this.trailerBytes++;
+    if (this.trailerBytes > this.limits.headBytesMax) return this.fail("trailer-too-large");
+    if (byte === LF) return this.endTrailerLine();
+    // CR is only ever the last byte of a line; what else may stand in a line is checked at once.
+    if (this.line.endsWith("\r")) return this.fail("bare-cr");
+    if (byte !== CR && FIELD_CONTENT[byte] !== 1) return this.fail("trailer");
+    this.line += String.fromCharCode(byte);
+  }
+
+  private endTrailerLine(): void {
+    if (!this.line.endsWith("\r")) return this.fail("bare-lf");
+    const line = this.line.slice(0, -1);
+    if (line === "") return this.go("done");
+    const name = FIELD_LINE.exec(line)?.[1];
+    if (name === undefined) return this.fail("trailer");
+    if (this.trailerNames.push(name.toLowerCase()) > this.limits.fieldLinesMax) return this.fail("trailer-too-large");
+    this.line = "";
+  }
+
+  private go(state: ChunkedDecoder["state"]): void {
+    this.state = state;
+    this.line = "";
+    if (state !== "size") return;
+    this.left = this.sizeDigits = 0;
+  }
+
+  private fail(fault: ChunkedFault): void {
+    this.state = "failed";
+    this.fault = fault;
+  }
+}
+// ── end shared ──
+
+/** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
+const TOKEN = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
+/** request-target: visible ASCII (RFC 9112 §3.2), but "#", which starts a fragment, and "%". */
+const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/);
+/** reg-name (RFC 3986 §3.2.2) but "%", and but ",": in Host it can only be a list of hosts. */
+const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/);
+const DIGIT = bytesLike(/[0-9]/);
+const [COLON, PERCENT, SLASH, ASTERISK] = [0x3a, 0x25, 0x2f, 0x2a];
+const [QUESTION_MARK, BRACKET_OPEN, BRACKET_CLOSE] = [0x3f, 0x5b, 0x5d];
+
+/** The index of the first byte of from..to that is not of the class; `to` where all are. */
+function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {
+  let at = from;
+  while (at < to && members[byteAt(bytes, at)] === 1) at++;
+  return at;
+}
+
+const isHex = (bytes: Uint8Array, at: number) => HEXDIG[byteAt(bytes, at)] === 1;
+
+/** Are the bytes from..to this lower-case text, in any case? Only for bytes above 0x1f. */
+function isText(bytes: Uint8Array, from: number, to: number, lowerCase: string): boolean {
+  if (to - from !== lowerCase.length) return false;
+  for (let i = 0; i < lowerCase.length; i++)
+    if ((byteAt(bytes, from + i) | 0x20) !== lowerCase.charCodeAt(i)) return false;
+  return true;
+}
+
+/** What the parser of a head is about to read. */
+enum HeadState {
+  EmptyLine,
+  Method,
+  RequestTarget,
+  HttpVersion,
+  FieldName,
+  FieldValue,
+  Done,
+}
+
+/** The fields that decide about a message; the parser notes where they are as it passes them. */
+enum Field {
+  Other,
+  Host,
+  ContentLength,
+  TransferEncoding,
+  Connection,
+  Expect,
+}
+
+/** Content whose end is marked by the chunked transfer coding; other lengths are octets. */
+export const CHUNKED = -1;
+
+/**
+ * A request head: first the state of its parser, then what it found. Positions count from `base`,
+ * the index of the head's first byte, and texts are made only for who asks: a head that nobody
+ * looks at closely costs no allocation.
+ */
+export class RequestHead {
+  bytes: Uint8Array = new Uint8Array(0);
+  base = 0;
+  /** Octets parsed so far; the length of the head when it is complete. */
+  length = 0;
+  rejection: Rejection | "" = "";
+
+  state = HeadState.EmptyLine;
+  emptyLines = 0;
+  fieldLines = 0;
+  /** Where the element under way starts, and which field it belongs to. */
+  elementFrom = 0;
+  field = Field.Other;
+
+  method: Method = "";
+  targetFrom = 0;
+  targetTo = 0;
+  minorVersion = 0;
+  hosts = 0;
+  hostFrom = 0;
+  hostTo = 0;
+  contentLengths = 0;
+  contentLengthFrom = 0;
+  contentLengthTo = 0;
+  transferEncodings = 0;
+  transferEncodingFrom = 0;
+  transferEncodingTo = 0;
+  hasClose = false;
+  hasKeepAlive = false;
+  expectsContinue = false;
+  hasOtherExpectation = false;
+  /** Octets of content that follow, or {@link CHUNKED}. */
+  contentLength = 0;
+
+  /** Makes ready for a head that starts at bytes[base]. */
+  start(bytes: Uint8Array, base: number): void {
+    this.bytes = bytes;
+    this.base = base;
+    this.length = this.emptyLines = this.fieldLines = this.elementFrom = 0;
+    this.hosts = this.contentLengths = this.transferEncodings = this.contentLength = 0;
+    this.targetFrom = this.targetTo = 0;
+    this.state = HeadState.EmptyLine;
+    this.rejection = this.method = "";
+    this.hasClose = this.hasKeepAlive = this.expectsContinue = this.hasOtherExpectation = false;
+  }
+
+  /** RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to. */
+  get keepsAlive(): boolean {
+    return !this.hasClose && (this.minorVersion >= 1 || this.hasKeepAlive);
+  }
+
+  /** The request-target as it stands in the request-line. */
+  get requestTarget(): string {
+    return latin1(this.bytes, this.base + this.targetFrom, this.base + this.targetTo);
+  }
+
+  /** The request-line without CRLF; what there is of it where the head was refused. */
+  get requestLine(): string {
+    return this.text.trimStart().split("\r", 1)[0] ?? "";
+  }
+
+  /** The head as text, one character a byte. */
+  get text(): string {
+    return latin1(this.bytes, this.base, this.base + this.length);
+  }
+
+  /** The value of the first field of this name (in lower case), or undefined. For few and rare looks. */
+  fieldValue(name: string): string | undefined {
+    for (const line of this.text.trimStart().split("\r\n").slice(1)) {
+      const colon = line.indexOf(":");
+      if (line.slice(0, colon).toLowerCase() === name) return line.slice(colon + 1).replace(/^[ \t]+|[ \t]+$/g, "");
+    }
+    return undefined;
+  }
+}
+
+/**
+ * Parses a request head (RFC 9112 §2 to §5) from where it stands on in head.bytes, up to index `to`.
+ *
+ * Returns the index after the head; NEED_MORE, to be called again with more bytes; or REJECT, and
+ * head.rejection says why. After NEED_MORE the bytes may have moved: set head.bytes and head.base.
+ */
+export function parseRequestHead(head: RequestHead, to: number): number {
+  const { bytes, base } = head;
+  const end = Math.min(to, base + LIMITS.headBytesMax);
+  let at = base + head.length;
+  while (head.state !== HeadState.Done) {
+    const next = parseElement(head, bytes, at, end);
+    if (next === NEED_MORE && end - base < LIMITS.headBytesMax) return NEED_MORE;
+    if (next < 0) {
+      if (next === NEED_MORE) reject(head, "head-too-large");
+      // What came, the fault included, is kept for the log.
+      head.length = Math.min(to - base, LIMITS.loggedContentBytesMax);
+      return REJECT;
+    }
+    at = next;
+  }
+  head.length = at - base;
+  return decide(head);
+}
+
+function parseElement(head: RequestHead, bytes: Uint8Array, at: number, end: number): number {
+  switch (head.state) {
+    case HeadState.EmptyLine:
+      return skipEmptyLine(head, bytes, at, end);
+    case HeadState.Method:
+      return parseMethod(head, bytes, at, end);
+    case HeadState.RequestTarget:
+      return parseRequestTarget(head, bytes, at, end);
+    case HeadState.HttpVersion:
+      return parseHttpVersion(head, bytes, at, end);
+    case HeadState.FieldName:
+      return parseFieldName(head, bytes, at, end);
+    case HeadState.FieldValue:
+      return parseFieldValue(head, bytes, at, end);
+    case HeadState.Done:
+      return at;
+    default:
+      return head.state satisfies never;
+  }
+}
+
+/** Everything before `at` is parsed; the rest has to wait for more bytes. */
+function needMore(head: RequestHead, at: number): number {
+  head.length = at - head.base;
+  return NEED_MORE;
+}
+
+function reject(head: RequestHead, rejection: Rejection): number {
+  head.rejection = rejection;
+  return REJECT;
+}
+
+/** The next element starts at `at`. */
+function go(head: RequestHead, state: HeadState, at: number): number {
+  head.state = state;
+  head.elementFrom = at - head.base;
+  return at;
+}
+
+/** RFC 9112 §2.2: a server should skip an empty line that precedes the request-line. */
+function skipEmptyLine(head: RequestHead, bytes: Uint8Array, at: number, end: number): number {
+  if (at === end) return needMore(head, at);
+  if (bytes[at] === LF) return reject(head, "bare-lf");
+  if (bytes[at] !== CR) return go(head, HeadState.Method, at);
+  if (at + 1 === end) return needMore(head, at);
+  if (bytes[at + 1] !== LF) return reject(head, "bare-cr");
+  head.emptyLines++;
+  return head.emptyLines > LIMITS.emptyLinesMax ? reject(head, "empty-lines") : at + 2;
+}
+
+/** RFC 9112 §3: request-line = method SP request-target SP HTTP-version; exactly one SP, no other white space. */
+function parseMethod(head: RequestHead, bytes: Uint8Array, at: number, end: number): number {
+  const from = head.base + head.elementFrom;
+  const to = skipWhile(TOKEN, bytes, at, end);
+  // RFC 9112 §3: a method longer than any that is implemented gets 501.
+  if (to - from > LIMITS.methodBytesMax) return reject(head, "method-too-long");
+  if (to === end) return needMore(head, to);
+  if (bytes[to] !== SP || to === from) return reject(head, "request-line");
+  head.method = recogniseMethod(bytes, from, to);
+  return go(head, HeadState.RequestTarget, to + 1);
+}
+
+/** Methods are case-sensitive (RFC 9110 §9.1). */
+function recogniseMethod(bytes: Uint8Array, from: number, to: number): Method {
+  for (const method of METHODS) {
+    let i = 0;
+    while (i < method.length && bytes[from + i] === method.charCodeAt(i)) i++;
+    if (i === method.length && to - from === i) return method;
+  }
+  return "";
+}
+
+function parseRequestTarget(head: RequestHead, bytes: Uint8Array, from: number, end: number): number {
+  const start = head.base + head.elementFrom;
+  let at = from;
+  for (;;) {
+    at = skipWhile(TARGET, bytes, at, end);
+    // RFC 9112 §3: a request-target longer than any that is served gets 414.
+    if (at - start > LIMITS.requestTargetBytesMax) return reject(head, "request-target-too-long");
+    if (at === end) return needMore(head, at);
+    if (bytes[at] !== PERCENT) break;
+    // RFC 3986 §2.1: pct-encoded = "%" HEXDIG HEXDIG. Decoders differ on anything else: refuse it.
+    if (at + 1 < end && !isHex(bytes, at + 1)) return reject(head, "request-target");
+    if (at + 2 >= end) return needMore(head, at);
+    if (!isHex(bytes, at + 2)) return reject(head, "request-target");
+    at += 3;
+  }
+  if (bytes[at] !== SP) return reject(head, bytes[at] === LF ? "bare-lf" : "request-line");
+  if (at === start) return reject(head, "request-line");
+  head.targetFrom = head.elementFrom;
+  head.targetTo = at - head.base;
+  return go(head, HeadState.HttpVersion, at + 1);
+}
+
+/** RFC 9112 §2.3: HTTP-version = "HTTP" "/" DIGIT "." DIGIT, in upper case; then CRLF. D is any digit. */
+const VERSION_LINE_END = "HTTP/D.D\r\n";
+
+function parseHttpVersion(head: RequestHead, bytes: Uint8Array, from: number, end: number): number {
+  for (let i = 0; i < VERSION_LINE_END.length; i++) {
+    if (from + i === end) return needMore(head, from);
+    const byte = byteAt(bytes, from + i);
+    const expected = VERSION_LINE_END.charCodeAt(i);
+    if (expected === 0x44 ? DIGIT[byte] === 1 : byte === expected) continue;
+    if (expected === LF) return reject(head, "bare-cr");
+    return reject(head, byte === LF ? "bare-lf" : "request-line");
+  }
+  // RFC 9110 §2.5: a higher minor version is read as ours; another major one is another protocol.
+  if (bytes[from + 5] !== 0x31) return reject(head, "http-version");
+  head.minorVersion = byteAt(bytes, from + 7) - 0x30;
+  return go(head, HeadState.FieldName, from + VERSION_LINE_END.length);
+}
+
+/** RFC 9112 §5: field-line = field-name ":" OWS field-value OWS */
+function parseFieldName(head: RequestHead, bytes: Uint8Array, at: number, end: number): number {
+  const from = head.base + head.elementFrom;
+  const to = skipWhile(TOKEN, bytes, at, end);
+  if (to === end) return needMore(head, to);
+  // RFC 9112 §5.1: no white space between name and colon: recipients that skip it can be fooled.
+  if (to === from || bytes[to] !== COLON) return endFieldSection(head, bytes, from, to, end);
+  if (++head.fieldLines > LIMITS.fieldLinesMax) return reject(head, "too-many-fields");
+  head.field = knownField(bytes, from, to);
+  return go(head, HeadState.FieldValue, to + 1);
+}
+
+/** No field-name here: the empty line that ends the head, or a fault. */
+function endFieldSection(head: RequestHead, bytes: Uint8Array, from: number, at: number, end: number): number {
+  const byte = byteAt(bytes, at);
+  if (byte === LF) return reject(head, "bare-lf");
+  // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
+  if (at === from && (byte === SP || byte === HTAB)) return reject(head, "obs-fold");
+  if (at !== from || byte !== CR) return reject(head, "field-line");
+  if (at + 1 === end) return needMore(head, at);
+  if (bytes[at + 1] !== LF) return reject(head, "bare-cr");
+  return go(head, HeadState.Done, at + 2);
+}
+
+function parseFieldValue(head: RequestHead, bytes: Uint8Array, at: number, end: number): number {
+  const to = skipWhile(FIELD_CONTENT, bytes, at, end);
+  if (to === end) return needMore(head, to);
+  if (bytes[to] !== CR) return reject(head, bytes[to] === LF ? "bare-lf" : "field-value");
+  if (to + 1 === end) return needMore(head, to);
+  if (bytes[to + 1] !== LF) return reject(head, "bare-cr");
+  if (head.field !== Field.Other) noteField(head, bytes, head.base + head.elementFrom, to);
+  return go(head, HeadState.FieldName, to + 2);
+}
+
+function knownField(bytes: Uint8Array, from: number, to: number): Field {
+  switch (to - from) {
+    case 4:
+      return isText(bytes, from, to, "host") ? Field.Host : Field.Other;
+    case 6:
+      return isText(bytes, from, to, "expect") ? Field.Expect : Field.Other;
+    case 10:
+      return isText(bytes, from, to, "connection") ? Field.Connection : Field.Other;
+    case 14:
+      return isText(bytes, from, to, "content-length") ? Field.ContentLength : Field.Other;
+    case 17:
+      return isText(bytes, from, to, "transfer-encoding") ? Field.TransferEncoding : Field.Other;
+    default:
+      return Field.Other;
+  }
+}
+
+/** Notes a field that decides about the message. OWS around its value is SP and HTAB, nothing else. */
+function noteField(head: RequestHead, bytes: Uint8Array, lineFrom: number, lineTo: number): void {
+  let from = lineFrom;
+  let to = lineTo;
+  while (from < to && (bytes[from] === SP || bytes[from] === HTAB)) from++;
+  while (to > from && (bytes[to - 1] === SP || bytes[to - 1] === HTAB)) to--;
+  switch (head.field) {
+    case Field.Host:
+      head.hosts++;
+      head.hostFrom = from - head.base;
+      head.hostTo = to - head.base;
+      return;
+    case Field.ContentLength:
+      head.contentLengths++;
+      head.contentLengthFrom = from - head.base;
+      head.contentLengthTo = to - head.base;
+      return;
+    case Field.TransferEncoding:
+      head.transferEncodings++;
+      head.transferEncodingFrom = from - head.base;
+      head.transferEncodingTo = to - head.base;
+      return;
+    case Field.Connection:
+      return noteConnectionOptions(head, bytes, from, to);
+    case Field.Expect:
+      // RFC 9110 §10.1.1: case-insensitive, and nothing but 100-continue is defined.
+      if (isText(bytes, from, to, "100-continue")) head.expectsContinue = true;
+      else head.hasOtherExpectation = true;
+      return;
+    case Field.Other:
+      return;
+    default:
+      head.field satisfies never;
+  }
+}
+
+/** RFC 9110 §7.6.1: Connection = #connection-option, tokens in any case. */
+function noteConnectionOptions(head: RequestHead, bytes: Uint8Array, from: number, to: number): void {
+  let at = from;
+  while (at < to) {
+    const tokenTo = skipWhile(TOKEN, bytes, at, to);
+    if (isText(bytes, at, tokenTo, "close")) head.hasClose = true;
+    else if (isText(bytes, at, tokenTo, "keep-alive")) head.hasKeepAlive = true;
+    at = Math.max(tokenTo, at + 1);
+  }
+}
+
+/** The head is complete and each line well-formed: is it one request, and where does it end? */
+function decide(head: RequestHead): number {
+  const rejection = checkRequestTarget(head) ?? checkHost(head) ?? decideFraming(head) ?? checkExpectation(head);
+  return rejection === undefined ? head.base + head.length : reject(head, rejection);
+}
+
+/** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
+function checkRequestTarget(head: RequestHead): Rejection | undefined {
+  const { bytes } = head;
+  const from = head.base + head.targetFrom;
+  const to = head.base + head.targetTo;
+  // §3.2.3: authority-form = uri-host ":" port, for CONNECT and only for it.
+  if (head.method === "CONNECT") return isAuthority(bytes, from, to, true) ? undefined : "request-target";
+  // §3.2.1: origin-form = absolute-path [ "?" query ]
+  if (bytes[from] === SLASH) return undefined;
+  // §3.2.4: asterisk-form = "*", for OPTIONS and only for it.
+  if (bytes[from] === ASTERISK && to - from === 1) return head.method === "OPTIONS" ? undefined : "request-target";
+  // §3.2.2: absolute-form = absolute-URI, of the schemes that we could answer for.
+  let authorityFrom = from;
+  if (isText(bytes, from, Math.min(to, from + 7), "http://")) authorityFrom = from + 7;
+  else if (isText(bytes, from, Math.min(to, from + 8), "https://")) authorityFrom = from + 8;
+  else return "request-target";
+  let authorityTo = authorityFrom;
+  while (authorityTo < to && bytes[authorityTo] !== SLASH && bytes[authorityTo] !== QUESTION_MARK) authorityTo++;
+  return isAuthority(bytes, authorityFrom, authorityTo, false) ? undefined : "request-target";
+}
+
+/**
+ * RFC 9112 §3.2: 400 for an HTTP/1.1 request without Host, and for any request with more than one or
+ * with an invalid one. In absolute-form the target's authority wins, but Host must still be in order.
+ */
+function checkHost(head: RequestHead): Rejection | undefined {
+  if (head.hosts === 0) return head.minorVersion === 0 ? undefined : "host-missing";
+  if (head.hosts > 1) return "host-repeated";
+  return isAuthority(head.bytes, head.base + head.hostFrom, head.base + head.hostTo, false)
+    ? undefined
+    : "host-invalid";
+}
+
+/** Is it uri-host [ ":" port ]? Without userinfo, and never empty: an http URI has a host (RFC 9110 §4.2.1). */
+function isAuthority(bytes: Uint8Array, from: number, to: number, needsPort: boolean): boolean {
+  const hostTo = skipHost(bytes, from, to);
+  if (hostTo === from) return false;
+  if (hostTo === to) return !needsPort;
+  if (bytes[hostTo] !== COLON) return false;
+  // RFC 3986 §3.2.3: port = *DIGIT; empty is the default port, but not where one is needed.
+  const portFrom = hostTo + 1;
+  if (skipWhile(DIGIT, bytes, portFrom, to) !== to) return false;
+  if (portFrom === to) return !needsPort;
+  return Number(latin1(bytes, portFrom, to)) <= 65_535;
+}
+
+/** The index after an IP-literal or a reg-name (RFC 3986 §3.2.2); `from` where there is neither. */
+function skipHost(bytes: Uint8Array, from: number, to: number): number {
+  if (from < to && bytes[from] === BRACKET_OPEN) {
+    const close = bytes.subarray(from, to).indexOf(BRACKET_CLOSE);
+    if (close < 0) return from;
+    const literal = latin1(bytes, from + 1, from + close);
+    // A zone id ("fe80::1%eth0") means nothing to another machine and has no place in a URI.
+    return isIPv6(literal) && !literal.includes("%") ? from + close + 1 : from;
+  }
+  let at = from;
+  for (;;) {
+    at = skipWhile(REG_NAME, bytes, at, to);
+    if (at === to || bytes[at] !== PERCENT) return at;
+    if (at + 2 >= to || !isHex(bytes, at + 1) || !isHex(bytes, at + 2)) return from;
+    at += 3;
+  }
+}
+
+/** A list of codings that ends in chunked and has it only there (RFC 9112 §6.1, #transfer-coding). */
+const CODINGS_THEN_CHUNKED = /^(?:(?!chunked\b)[!#$%&'*+\-.^_`|~\w]+[ \t]*,[ \t]*)+chunked$/i;
+
+/**
+ * RFC 9112 §6.3: where the content ends. Who reads it otherwise than the server in front of us or
+ * behind us lets a second request be smuggled in the first one's content, so nothing is guessed.
+ */
+function decideFraming(head: RequestHead): Rejection | undefined {
+  const { bytes, base } = head;
+  if (head.transferEncodings > 0) {
+    // §6.1: an HTTP/1.0 peer cannot know it: its framing is faulty.
+    if (head.minorVersion === 0) return "transfer-encoding-1.0";
+    // §6.3 item 3: both present is an attempt at smuggling or at splitting.
+    if (head.contentLengths > 0) return "length-and-chunked";
+    // §6.3 item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
+    const from = base + head.transferEncodingFrom;
+    const to = base + head.transferEncodingTo;
+    head.contentLength = CHUNKED;
+    if (head.transferEncodings > 1) return "transfer-encoding";
+    if (isText(bytes, from, to, "chunked")) return undefined;
+    return CODINGS_THEN_CHUNKED.test(latin1(bytes, from, to)) ? "transfer-coding-unknown" : "transfer-encoding";
+  }
+  if (head.contentLengths > 0) {
+    // §6.3 item 5: repeated or listed values are refused even where they are equal.
+    if (head.contentLengths > 1) return "content-length";
+    const from = base + head.contentLengthFrom;
+    const to = base + head.contentLengthTo;
+    if (from === to || skipWhile(DIGIT, bytes, from, to) !== to) return "content-length";
+    // RFC 9110 §8.6: guard against values that overflow: past 2^53 numbers are no longer exact.
+    head.contentLength = Number(latin1(bytes, from, to));
+    return Number.isSafeInteger(head.contentLength) ? undefined : "content-length";
+  }
+  // §6.3 item 7: a request with neither has no content.
+  return undefined;
+}
+
+function checkExpectation(head: RequestHead): Rejection | undefined {
+  // RFC 9110 §10.1.1: in an HTTP/1.0 request 100-continue is ignored.
+  if (head.minorVersion === 0) head.expectsContinue = false;
+  return head.hasOtherExpectation ? "expectation" : undefined;
+}
+
+/** RFC 9110 §6.5.1: fields for framing, routing and authentication must not come after the content. */
+const FORBIDDEN_TRAILERS: ReadonlySet<string> = new Set(
+  "authorization connection content-encoding content-length content-range content-type cookie expect host keep-alive max-forwards proxy-authorization set-cookie te trailer transfer-encoding upgrade".split(
+    " ",
+  ),
+);
+
+// ═══ 5 Formatting ════════════════════════════════════════════════════════════════════════════════
+
+const encoder = new TextEncoder();
+const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+const CONTINUE = encoder.encode("HTTP/1.1 100 Continue\r\n\r\n");
+
+/** The part of a response that does not change. Content-Length is added where content may follow. */
+export function prepareResponse(status: number, fields: Record<string, string>, content = ""): Response {
+  const bytes = encoder.encode(content);
+  // RFC 9110 §8.6: no Content-Length in a 1xx or 204 response.
+  const all = status === 204 ? fields : { ...fields, "Content-Length": String(bytes.length) };
+  const lines = Object.entries(all).map(([name, value]) => `${name}: ${value}\r\n`);
+  const head = `HTTP/1.1 ${status} ${REASON_PHRASES[status] ?? ""}\r\n${lines.join("")}Date: `;
+  return { status, head: encoder.encode(head), content: bytes };
+}
+
+const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
+
+/** The answer to a request that is refused. It repeats nothing of what the peer sent. */
+export const rejectionResponse = (rejection: Rejection): Response =>
+  prepareResponse(REJECTIONS[rejection][0], TEXT_FIELDS, `${REJECTIONS[rejection][1]}\n`);
+
+const REJECTION_RESPONSES = new Map<Rejection, Response>();
+
+/** Made at the first use and kept: an attacker shall not cost more than an ordinary peer. */
+function responseTo(rejection: Rejection): Response {
+  const known = REJECTION_RESPONSES.get(rejection);
+  if (known !== undefined) return known;
+  const made = rejectionResponse(rejection);
+  REJECTION_RESPONSES.set(rejection, made);
+  return made;
+}
+
+/** What may follow the Date: the end of the head, with or without a Connection field. */
+const HEAD_ENDS = {
+  "": "\r\n\r\n",
+  close: "\r\nConnection: close\r\n\r\n",
+  "keep-alive": "\r\nConnection: keep-alive\r\n\r\n",
+};
+export type ConnectionOption = keyof typeof HEAD_ENDS;
+
+/** Formatted responses that wait to be written, in one buffer that all connections take turns with. */
+export class Output {
+  bytes = new Uint8Array(2 * LIMITS.unsentBytesMax);
+  length = 0;
+  private dateAndEnd: Record<ConnectionOption, Uint8Array> = this.format(new Date());
+
+  /** RFC 9110 §6.6.1: Date is the time at which the message originates; a second is its resolution. */
+  setDate(date: Date): void {
+    this.dateAndEnd = this.format(date);
+  }
+
+  private format(date: Date): Record<ConnectionOption, Uint8Array> {
+    const line = (end: ConnectionOption) => encoder.encode(date.toUTCString() + HEAD_ENDS[end]);
+    return { "": line(""), close: line("close"), "keep-alive": line("keep-alive") };
+  }
+
+  append(bytes: Uint8Array): void {
+    const length = this.length + bytes.length;
+    if (length > this.bytes.length) {
+      const larger = new Uint8Array(2 * length);
+      larger.set(this.bytes.subarray(0, this.length));
+      this.bytes = larger;
+    }
+    this.bytes.set(bytes, this.length);
+    this.length = length;
+  }
+
+  appendResponse(response: Response, option: ConnectionOption, withContent: boolean): void {
+    this.append(response.head);
+    this.append(this.dateAndEnd[option]);
+    if (withContent) this.append(response.content);
+  }
+}
+
+// ── shared: printable ──
+/** What a peer sent, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
+export function printable(text: string): string {
+  return text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, (character) => {
+    const code = character.codePointAt(0) ?? 0;
+    return code < 0x100 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u{${code.toString(16)}}`;
+  });
+}
+
+/** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
+export function tell(line: string): void {
+  try {
+    writeSync(2, `${printable(line).replaceAll("\n", " ")}\n`);
+  } catch {}
+}
+// ── end shared ──
+
+/** A request as it was received, with an empty line after it: what the tutorial's server prints. */
+export function formatRequestLog(head: RequestHead, content: Uint8Array, contentLength: number): string {
+  const headBytes = head.bytes.subarray(head.base, head.base + head.length);
+  const text = printable(decoder.decode(headBytes)) + printable(decoder.decode(content));
+  const more = contentLength - content.length;
+  return `${text}${text.endsWith("\n") ? "" : "\n"}${more > 0 ? `(${more} more bytes)\n` : ""}`;
+}
+
+/** A line of the Combined Log Format, which logs of web servers have been read in since NCSA. */
+export function formatAccessLog(head: RequestHead, address: string, date: Date, status: number, bytes: number): string {
+  const quote = (text: string | undefined) =>
+    text
+      ? text.replace(/[^\x20\x21\x23-\x5b\x5d-\x7e]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`)
+      : "-";
+  const [, day, month, year, time] = date.toUTCString().split(" ");
+  const referer = quote(head.fieldValue("referer"));
+  const userAgent = quote(head.fieldValue("user-agent"));
+  return `${address} - - [${day}/${month}/${year}:${time} +0000] "${quote(head.requestLine)}" ${status} ${bytes} "${referer}" "${userAgent}"\n`;
+}
+
+// ═══ 6 Application ═══════════════════════════════════════════════════════════════════════════════
+
+/** The answers of text mode, formatted once: all of them but the text are known beforehand. */
+export class TextSite {
+  readonly text: Response;
+  readonly options = prepareResponse(204, { Allow: "GET, HEAD, POST, OPTIONS" });
+  readonly notAllowed = prepareResponse(
+    405,
+    { ...TEXT_FIELDS, Allow: "GET, HEAD, POST, OPTIONS" },
+    "method not allowed\n",
+  );
+  readonly notImplemented = prepareResponse(501, TEXT_FIELDS, "no such method here\n");
+
+  constructor(text: string) {
+    this.text = prepareResponse(200, TEXT_FIELDS, text);
+  }
+}
+
+/**
+ * Maps a request to its response. **In a copy of this file, this is the function to change**: look
+ * at `request.method`, `request.requestTarget` and `request.fieldValue("…")`, and return what
+ * {@link prepareResponse} makes. It is called once the content has been read; it must not wait.
+ */
+export function respond(request: RequestHead, site: TextSite): Response {
+  switch (request.method) {
+    case "GET":
+    case "HEAD":
+    case "POST":
+      return site.text;
+    case "OPTIONS":
+      return site.options;
+    case "PUT":
+    case "DELETE":
+    case "CONNECT":
+    case "TRACE":
+    case "PATCH":
+      return site.notAllowed;
+    case "":
+      return site.notImplemented;
+    default:
+      return request.method satisfies never;
+  }
+}
+
+// ═══ 7 Connection ════════════════════════════════════════════════════════════════════════════════
+
+const NO_BYTES = new Uint8Array(0);
+
+const TIMEOUTS_MS: Readonly<Record<Awaited, number>> = Object.freeze({
+  head: LIMITS.headTimeoutMs,
+  idle: LIMITS.idleTimeoutMs,
+  content: LIMITS.contentTimeoutMs,
+  write: LIMITS.writeTimeoutMs,
+  linger: LIMITS.lingerTimeoutMs,
+});
+
+/** What the connections of a server have in common. */
+export class Server {
+  readonly connections = new Set<Connection>();
+  readonly output = new Output();
+  /** The head that is parsed; a connection takes it along when the request is not complete. */
+  spareHead = new RequestHead();
+  isStopping = false;
+  /** Called once the server was told to stop and the last connection has gone. */
+  onEmpty = () => {};
+  /** Milliseconds, not of the day: the time of the last sweep, exact enough for deadlines. */
+  now = performance.now();
+
+  constructor(
+    readonly site: TextSite,
+    readonly logFormat: LogFormat,
+    readonly log: (text: string) => void,
+  ) {}
+
+  /** Looks at the clock for all connections at once. */
+  sweep(): void {
+    this.now = performance.now();
+    this.output.setDate(new Date());
+    for (const connection of this.connections) if (connection.deadline < this.now) connection.onDeadline();
+  }
+
+  /** Requests under way are answered, idle connections closed. */
+  stop(): void {
+    this.isStopping = true;
+    for (const connection of this.connections) connection.onStop();
+    if (this.connections.size === 0) this.onEmpty();
+  }
+
+  remove(connection: Connection): void {
+    this.connections.delete(connection);
+    if (this.isStopping && this.connections.size === 0) this.onEmpty();
+  }
+}
+
+/** One peer: what it has sent and we have not used, what we have formatted and it has not taken. */
+export class Connection {
+  deadline: number;
+  private state: ConnectionState = "reading-head";
+  private awaits: Awaited | "" = "head";
+  /** Bytes of the peer's that could not be used yet: the first `retainedLength` of `retained`. */
+  private retained: Uint8Array = NO_BYTES;
+  private retainedLength = 0;
+  /** Bytes for the peer that the kernel did not take. While there are any, nothing is read. */
+  private unsent: Uint8Array = NO_BYTES;
+  /** The request under way, when its head or its content is incomplete. */
+  private head: RequestHead | null = null;
+  private content: ContentReader | null = null;
+  private peerHasFinished = false;
+  private lingeredBytes = 0;
+
+  constructor(
+    private readonly transport: Transport,
+    private readonly server: Server,
+  ) {
+    this.deadline = server.now + LIMITS.headTimeoutMs;
+    server.connections.add(this);
+  }
+
+  // ── what the socket tells ──
+
+  onData(bytes: Uint8Array): void {
+    if (!this.isReading()) return this.drop(bytes.length);
+    const isFirst = this.retainedLength === 0;
+    if (!isFirst || this.hasUnsent()) this.retain(bytes, 0, bytes.length);
+    if (!this.hasUnsent()) this.serve(isFirst ? bytes : this.retained, isFirst ? bytes.length : this.retainedLength);
+  }
+
+  /** The kernel has room again. */
+  onDrain(): void {
+    if (!this.hasUnsent() || !this.send(this.unsent, this.unsent.length) || this.hasUnsent()) return;
+    this.transport.resume();
+    if (this.state === "finishing") return this.linger();
+    this.serve(this.retained, this.retainedLength);
+    if (this.peerHasFinished) this.onEnd();
+  }
+
+  /** The peer has sent its FIN: no more requests, but it may well wait for answers. */
+  onEnd(): void {
+    this.peerHasFinished = true;
+    if (this.hasUnsent()) return;
+    if (this.state === "lingering") return this.transport.end();
+    if (!this.isReading()) return;
+    if (this.state === "reading-content" || this.retainedLength > 0) this.refuse("incomplete");
+    else this.linger();
+  }
+
+  onClose(): void {
+    this.state = "closed";
+    this.server.remove(this);
+  }
+
+  /** The server stops: answers from now on close; who is idle has a moment for a request in flight. */
+  onStop(): void {
+    if (this.state === "reading-head" && this.retainedLength === 0 && !this.hasUnsent())
+      this.deadline = this.server.now + LIMITS.stopIdleMs;
+  }
+
+  /** What we waited for did not happen in time. */
+  onDeadline(): void {
+    switch (this.awaits) {
+      case "head":
+        // RFC 9110 §15.5.9: 408 for a request that was begun; who never said a word is not asked.
+        return this.retainedLength > 0 ? this.refuse("timeout") : this.linger();
+      case "idle":
+        return this.linger();
+      case "content":
+        return this.content?.startSpan() ? this.awaitNext("content") : this.refuse("timeout");
+      case "write":
+      case "linger":
+        return this.transport.terminate();
+      case "":
+        return;
+      default:
+        this.awaits satisfies never;
+    }
+  }
+
+  // ── reading ──
+
+  /** Serves every request that is in the bytes, with one write; keeps what is left of them. */
+  private serve(bytes: Uint8Array, to: number): void {
+    const { output } = this.server;
+    let at = 0;
+    for (;;) {
+      output.length = 0;
+      const from = at;
+      at = this.readRequests(bytes, at, to);
+      if (!this.flush()) return;
+      // More of the bytes can be used only if the output was full and the kernel took all of it.
+      if (at === from || at === to || this.hasUnsent() || !this.isReading()) break;
+    }
+    if (!this.isReading()) return;
+    this.keep(bytes, at, to);
+    this.awaitNext(
+      this.hasUnsent() ? "write" : this.content !== null ? "content" : this.retainedLength > 0 ? "head" : "idle",
+    );
+  }
+
+  /** Reads requests and formats answers until the bytes, the state or the output say stop. */
+  private readRequests(bytes: Uint8Array, from: number, to: number): number {
+    let at = from;
+    while (at < to && this.isReading() && this.server.output.length < LIMITS.unsentBytesMax) {
+      const next = this.content === null ? this.readHead(bytes, at, to) : this.readContent(this.content, bytes, at, to);
+      if (next === NEED_MORE) break;
+      at = next;
+    }
+    return at;
+  }
+
+  /** Parses a head and, where no content follows, answers. Returns the next index or NEED_MORE. */
+  private readHead(bytes: Uint8Array, at: number, to: number): number {
+    const head = this.head ?? this.server.spareHead;
+    if (this.head === null) head.start(bytes, at);
+    else [head.bytes, head.base] = [bytes, at];
+    const next = parseRequestHead(head, to);
+    if (next >= 0 && head.contentLength === 0) {
+      this.answer(head, 0, NO_BYTES);
+      return next;
+    }
+    if (this.head === null) {
+      this.head = head;
+      this.server.spareHead = new RequestHead();
+    }
+    if (next === NEED_MORE) return NEED_MORE;
+    if (head.rejection !== "") {
+      this.answerRejection(head.rejection);
+      return to;
+    }
+    this.startContent(head, next < to);
+    return next;
+  }
+
+  private startContent(head: RequestHead, hasContent: boolean): void {
+    this.state = "reading-content";
+    // The head outlives the read that brought it.
+    [head.bytes, head.base] = [head.bytes.slice(head.base, head.base + head.length), 0];
+    this.content = new ContentReader(head.contentLength, this.server.logFormat === "request");
+    if (head.contentLength > LIMITS.contentBytesMax) return this.answerRejection("content-too-large");
+    if (!head.expectsContinue) return;
+    // RFC 9110 §10.1.1: who asks before it sends is told at once where the answer will be no.
+    if (respond(head, this.server.site).status >= 400) return this.answer(head, 0, NO_BYTES);
+    if (!hasContent) this.server.output.append(CONTINUE);
+  }
+
+  /** Reads content; answers when it is complete. Returns the next index. */
+  private readContent(content: ContentReader, bytes: Uint8Array, at: number, to: number): number {
+    const next = content.read(bytes, at, to);
+    if (content.rejection !== "") {
+      this.answerRejection(content.rejection);
+      return to;
+    }
+    if (content.isComplete && this.head !== null) this.answer(this.head, content.wireBytes, content.logged);
+    return next;
+  }
+
+  // ── answering ──
+
+  private answer(head: RequestHead, contentBytes: number, content: Uint8Array): void {
+    let response: Response;
+    try {
+      response = respond(head, this.server.site);
+    } catch (error) {
+      tell(`Error: ${error}`);
+      response = responseTo("internal");
+    }
+    const closes = response.status >= 400 || !head.keepsAlive || this.server.isStopping;
+    this.sendResponse(
+      head,
+      response,
+      closes ? "close" : head.minorVersion === 0 ? "keep-alive" : "",
+      contentBytes,
+      content,
+    );
+    this.state = closes ? "finishing" : "reading-head";
+  }
+
+  /** Refuses what is under way. After a fault nobody knows where a next request would start. */
+  private answerRejection(rejection: Rejection): void {
+    const { wireBytes, logged } = this.content ?? { wireBytes: 0, logged: NO_BYTES };
+    this.sendResponse(this.head ?? this.server.spareHead, responseTo(rejection), "close", wireBytes, logged);
+    this.state = "finishing";
+  }
+
+  /** As answerRejection, where no read is being served. */
+  private refuse(rejection: Rejection): void {
+    this.server.output.length = 0;
+    this.answerRejection(rejection);
+    this.flush();
+  }
+
+  private sendResponse(
+    head: RequestHead,
+    response: Response,
+    option: ConnectionOption,
+    contentBytes: number,
+    content: Uint8Array,
+  ): void {
+    const { output, logFormat, log } = this.server;
+    // RFC 9110 §9.3.2 and §15.3.5: no content for HEAD and in a 204, whatever the fields say.
+    const withContent = head.method !== "HEAD" && response.status !== 204;
+    output.appendResponse(response, option, withContent);
+    if (logFormat === "request") log(formatRequestLog(head, content, contentBytes));
+    else if (logFormat === "access") {
+      const sent = withContent ? response.content.length : 0;
+      log(formatAccessLog(head, this.transport.remoteAddress, new Date(), response.status, sent));
+    }
+    this.head = this.content = null;
+    this.awaits = "";
+  }
+
+  // ── writing and closing ──
+
+  /** Writes what the output holds. False where the connection has gone. */
+  private flush(): boolean {
+    const { output } = this.server;
+    if (output.length > 0 && !this.send(output.bytes, output.length)) return false;
+    if (this.hasUnsent()) {
+      this.transport.pause();
+      this.awaitNext("write");
+    } else if (this.state === "finishing") this.linger();
+    return true;
+  }
+
+  /** Gives bytes to the kernel, keeps a copy of what it does not take. False where the peer has gone. */
+  private send(bytes: Uint8Array, length: number): boolean {
+    const written = this.transport.write(bytes, 0, length);
+    if (written < 0) {
+      this.transport.terminate();
+      return false;
+    }
+    if (written === length) this.unsent = NO_BYTES;
+    else if (written > 0 || bytes !== this.unsent) {
+      this.unsent = bytes.slice(written, length);
+      this.awaits = "";
+      this.awaitNext("write");
+    }
+    return true;
+  }
+
+  /**
+   * Everything is written: send FIN, then read and drop until the peer's FIN (RFC 9112 §9.6). A close
+   * while bytes of the peer's are unread is a reset, and a reset takes back what we wrote.
+   */
+  private linger(): void {
+    this.state = "lingering";
+    this.retained = NO_BYTES;
+    this.retainedLength = 0;
+    this.awaitNext("linger");
+    this.transport.shutdown();
+    if (this.peerHasFinished) this.transport.end();
+  }
+
+  private drop(length: number): void {
+    this.lingeredBytes += length;
+    if (this.lingeredBytes > LIMITS.lingerBytesMax) this.transport.terminate();
+  }
+
+  private isReading(): boolean {
+    return this.state === "reading-head" || this.state === "reading-content";
+  }
+
+  private hasUnsent(): boolean {
+    return this.unsent.length > 0;
+  }
+
+  /** Sets the deadline where we begin to wait for something; more of the same does not extend it. */
+  private awaitNext(awaited: Awaited): void {
+    if (this.awaits === awaited && awaited !== "content") return;
+    this.awaits = awaited;
+    this.deadline = this.server.now + TIMEOUTS_MS[awaited];
+  }
+
+  // ── bytes that wait ──
+
+  /** Of the bytes that were served, at..to could not be used yet. */
+  private keep(bytes: Uint8Array, at: number, to: number): void {
+    if (at === to) {
+      this.retained = NO_BYTES;
+      this.retainedLength = 0;
+    } else if (bytes !== this.retained) this.retain(bytes, at, to);
+    else {
+      this.retained.copyWithin(0, at, to);
+      this.retainedLength = to - at;
+    }
+  }
+
+  /** Adds bytes to those that wait. The buffer doubles, so that a byte at a time costs no more. */
+  private retain(bytes: Uint8Array, from: number, to: number): void {
+    const length = this.retainedLength + to - from;
+    if (length > this.retained.length) {
+      const larger = new Uint8Array(Math.max(256, 2 * length));
+      larger.set(this.retained.subarray(0, this.retainedLength));
+      this.retained = larger;
+    }
+    this.retained.set(bytes.subarray(from, to), this.retainedLength);
+    this.retainedLength = length;
+  }
+}
+
+/** The content of one request: read to its end, held to its bounds, and dropped. */
+class ContentReader {
+  rejection: Rejection | "" = "";
+  isComplete = false;
+  /** Octets as they came, the chunked framing included, and the first of them for the log. */
+  wireBytes = 0;
+  logged: Uint8Array = NO_BYTES;
+  private readonly decoder: ChunkedDecoder | null;
+  private left: number;
+  private spanBytes = 0;
+
+  constructor(
+    contentLength: number,
+    private readonly isLogged: boolean,
+  ) {
+    this.decoder = contentLength === CHUNKED ? new ChunkedDecoder(LIMITS) : null;
+    this.left = contentLength;
+  }
+
+  /** Returns the index after what it has used. */
+  read(bytes: Uint8Array, from: number, to: number): number {
+    const next = this.decoder === null ? Math.min(to, from + this.left) : this.decoder.next(bytes, from, to);
+    this.wireBytes += next - from;
+    this.spanBytes += next - from;
+    if (this.isLogged && this.logged.length < LIMITS.loggedContentBytesMax)
+      this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LIMITS.loggedContentBytesMax);
+    if (this.decoder === null) {
+      this.left -= next - from;
+      this.isComplete = this.left === 0;
+    } else {
+      this.rejection = checkChunked(this.decoder) ?? "";
+      this.isComplete = this.decoder.state === "done";
+    }
+    return next;
+  }
+
+  /** False where the span that ends now brought less than the least rate. */
+  startSpan(): boolean {
+    const isFastEnough = this.spanBytes >= LIMITS.contentBytesPerSpanMin;
+    this.spanBytes = 0;
+    return isFastEnough;
+  }
+}
+
+/** What is wrong with chunked content so far, if anything is. */
+function checkChunked(decoder: ChunkedDecoder): Rejection | undefined {
+  if (decoder.fault !== "") return decoder.fault;
+  if (decoder.announced > LIMITS.contentBytesMax) return "content-too-large";
+  if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILERS.has(name))) return "trailer-forbidden";
+  return undefined;
+}
+
+// ═══ 8 Sockets ═══════════════════════════════════════════════════════════════════════════════════
+
+/** "localhost" is both loopback addresses; Bun binds only the first, and clients may try either. */
+const addressesOf = (host: string) => (host === "localhost" ? ["127.0.0.1", "::1"] : [host]);
+
+/**
+ * Listens and serves. Port 0 picks a free one.
+ * @returns the listeners, all on one port
+ * @throws StartError where the port is taken or not allowed, or the host is none of this machine's
+ */
+export function listen(server: Server, host: string, port: number): Bun.TCPSocketListener<Connection>[] {
+  const socket: Bun.SocketHandler<Connection> = {
+    open: (socket) => void (socket.data = new Connection(socket, server)),
+    data: (socket, bytes) => socket.data.onData(bytes),
+    drain: (socket) => socket.data.onDrain(),
+    end: (socket) => socket.data.onEnd(),
+    close: (socket) => socket.data.onClose(),
+    error(socket, error) {
+      // A throw of ours. It ends this connection and touches no other.
+      tell(`Error: ${error}`);
+      socket.terminate();
+    },
+  };
+  const listeners: Bun.TCPSocketListener<Connection>[] = [];
+  for (const hostname of addressesOf(host)) {
+    try {
+      const bound = listeners[0]?.port ?? port;
+      listeners.push(Bun.listen<Connection>({ hostname, port: bound, allowHalfOpen: true, socket }));
+    } catch (error) {
+      const { code } = error as { code?: string }; // Bun throws a SystemError
+      // A machine without IPv6 has no ::1.
+      if (listeners.length > 0 && code !== "EADDRINUSE") continue;
+      for (const listener of listeners) listener.stop();
+      // The free port that 127.0.0.1 got may be taken on ::1: look for another.
+      if (listeners.length > 0 && port === 0) return listen(server, host, port);
+      throw new StartError(explainListenError(code, host, port), 1);
+    }
+  }
+  return listeners;
+}
+
+function explainListenError(code: string | undefined, host: string, port: number): string {
+  switch (code) {
+    case "EADDRINUSE":
+      return `port ${port} is taken: stop the program that has it, or choose another with --port`;
+    case "EACCES":
+      return `not allowed to listen on port ${port}: choose one from 1024 on with --port`;
+    default:
+      return `cannot listen on ${printable(host)}: it is not an address of this machine (${code ?? "unknown host"})`;
+  }
+}
+
+/** Writes to stdout without ever waiting for it: what a slow reader leaves behind is bounded. */
+class Log {
+  onIdle = () => {};
+  private waiting = "";
+  private isWriting = false;
+  private dropped = 0;
+
+  /** Several lines of one turn of the event loop go out together. */
+  print(text: string): void {
+    if (this.waiting.length > LIMITS.logBacklogCharsMax) this.dropped++;
+    else this.waiting += text;
+    if (this.isWriting) return;
+    this.isWriting = true;
+    setImmediate(() => this.writeNext());
+  }
+
+  get isIdle(): boolean {
+    return !this.isWriting;
+  }
+
+  private writeNext(): void {
+    if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: stdout is slow)\n`;
+    this.dropped = 0;
+    const bytes = encoder.encode(this.waiting);
+    this.waiting = "";
+    this.writeBytes(bytes);
+  }
+
+  private writeBytes(bytes: Uint8Array): void {
+    write(1, bytes, (error, written) => {
+      if (error?.code === "EAGAIN") return void setTimeout(() => this.writeBytes(bytes), LIMITS.sweepMs);
+      // stdout is closed or its disk is full: the log goes nowhere, the server goes on.
+      const rest = error === null ? bytes.subarray(written) : NO_BYTES;
+      if (rest.length > 0) return this.writeBytes(rest);
+      if (this.waiting !== "") return this.writeNext();
+      this.isWriting = false;
+      this.onIdle();
+    });
+  }
+}
+
+// ═══ 9 Command line ══════════════════════════════════════════════════════════════════════════════
+
+export const DEFAULTS = Object.freeze({ host: "localhost", port: 8888, text: "Hello, World!", log: "request" });
+
+export const HELP = `Usage: server [options]
+An HTTP/1.1 server that prints each request and answers it with a text.
+
+  --host HOST      address to listen on (${DEFAULTS.host}: 127.0.0.1 and, where there is one, ::1)
+  --port PORT      port to listen on (${DEFAULTS.port}); 0 picks a free one, the ready line tells which
+  --text TEXT      the answer to every request-target ("${DEFAULTS.text}")
+  --log FORMAT     on stdout: request, each request as received (default);
+                   access, a line of the Combined Log Format; or off
+  -h, --help       print this text
+  -V, --version    print the version
+
+Environment: HOST and PORT stand in for --host and --port where these are absent.
+Ready when stderr says "Listening on http://...". SIGINT or SIGTERM: what is under way is
+answered, then exit 0; a second one exits at once. Exit 1: cannot listen. Exit 2: wrong usage.
+`;
+
+export interface CommandLine {
+  readonly host: string;
+  readonly port: number;
+  readonly text: string;
+  readonly log: LogFormat;
+  readonly show: "" | "help" | "version";
+}
+
+/** @throws StartError that says in one line what is wrong */
+export function parseCommandLine(args: string[], env: Record<string, string | undefined>): CommandLine {
+  const values = parseFlags(args);
+  const show = values.help ? "help" : values.version ? "version" : "";
+  const log = values.log ?? DEFAULTS.log;
+  if (log !== "request" && log !== "access" && log !== "off") throw usageError("--log takes request, access or off");
+  const portText = values.port ?? (env["PORT"] || String(DEFAULTS.port));
+  const port = Number(portText);
+  if (!/^\d{1,5}$/.test(portText) || port > 65_535) throw usageError(`not a port: ${portText}`);
+  const host = (values.host ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
+  if (host === "") throw usageError("--host takes a name or an address");
+  return { host, port, text: values.text ?? DEFAULTS.text, log, show };
+}
+
+function parseFlags(args: string[]) {
+  const string = { type: "string" } as const;
+  const flag = (short: string) => ({ type: "boolean", short }) as const;
+  try {
+    const options = { host: string, port: string, text: string, log: string, help: flag("h"), version: flag("V") };
+    return parseArgs({ args, options, strict: true }).values;
+  } catch (error) {
+    throw usageError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
+  }
+}
+
+const usageError = (message: string) => new StartError(`${printable(message)} (see server --help)`, 2);
+
+/** Serves until a signal: the first asks, the second insists. */
+function run({ host, port, text, log: logFormat }: CommandLine): void {
+  const log = new Log();
+  const server = new Server(new TextSite(text), logFormat, (entry) => log.print(entry));
+  const listeners = listen(server, host, port);
+  setInterval(() => server.sweep(), LIMITS.sweepMs);
+
+  const exit = () => process.exit(0);
+  const stop = () => {
+    if (server.isStopping) exit();
+    for (const listener of listeners) listener.stop();
+    server.onEmpty = () => {
+      if (log.isIdle) exit();
+      log.onIdle = exit;
+    };
+    setTimeout(exit, LIMITS.graceMs);
+    server.stop();
+  };
+  process.on("SIGINT", stop).on("SIGTERM", stop);
+
+  const shownHost = isIPv6(host) ? `[${host}]` : host;
+  tell(`Listening on http://${shownHost}:${listeners[0]?.port}`);
+}
+
+function main(): void {
+  try {
+    const commandLine = parseCommandLine(process.argv.slice(2), process.env);
+    if (commandLine.show === "help") process.stdout.write(HELP);
+    else if (commandLine.show === "version") process.stdout.write(`server ${VERSION}\n`);
+    else run(commandLine);
+  } catch (error) {
+    if (!(error instanceof StartError)) throw error;
+    tell(`Error: ${error.message}`);
+    process.exitCode = error.exitCode;
+  }
+}
+
+// ═══ 10 Main ═════════════════════════════════════════════════════════════════════════════════════
+
+if (import.meta.main) main();

@@ -1,0 +1,196 @@
+/**
+ * Starts the real programs and real peers, waits for what they say, and ends what it has started.
+ */
+import { afterAll } from "bun:test";
+import { mkdtempSync, rmSync } from "node:fs";
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { build } from "../.ci/build.ts";
+
+export const ROOT = join(import.meta.dir, "..");
+
+export type Program = "server" | "client" | "client-robust";
+/** Each program is tested as the script and as the compiled binary. */
+export const VARIANTS = ["script", "binary"] as const;
+export type Variant = (typeof VARIANTS)[number];
+
+const binaries = mkdtempSync(join(tmpdir(), "http-over-tcp-"));
+process.on("exit", () => rmSync(binaries, { recursive: true, force: true }));
+let built: Promise<void> | undefined;
+
+/** The command line that starts a program; builds the binaries at the first need. */
+export async function command(program: Program, variant: Variant): Promise<string[]> {
+  if (variant === "script") return [process.execPath, join(ROOT, `${program}.ts`)];
+  built ??= build(binaries);
+  await built;
+  return [join(binaries, program)];
+}
+
+/** A new folder that is gone when the block that made it ends. */
+export async function temporaryFolder() {
+  const path = await mkdtemp(join(tmpdir(), "http-over-tcp-"));
+  return { path, [Symbol.asyncDispose]: () => rm(path, { recursive: true, force: true }) };
+}
+
+/**
+ * Tests that need a program of the system's are left out where it is missing, and say so; in CI that is a failure.
+ */
+export function hasTool(name: string): boolean {
+  if (Bun.which(name) !== null) return true;
+  if (process.env["CI"]) throw new Error(`${name} is missing: CI has to install it`);
+  console.warn(`left out: tests that need ${name}`);
+  return false;
+}
+
+type Options = { cwd?: string; env?: Record<string, string>; stdin?: Uint8Array };
+
+/** The environment of what is tested: ours, but for what would change the programs. */
+const environment = ({ env }: Options) => {
+  const { HOST: _host, PORT: _port, ...rest } = process.env;
+  return { ...rest, ...env };
+};
+
+/** Runs a command to its end. */
+export async function run(argv: string[], options: Options = {}) {
+  const { cwd = ROOT, stdin } = options;
+  await using child = Bun.spawn(argv, { cwd, env: environment(options), stdin: stdin ?? "ignore", stderr: "pipe" });
+  const [stdout, stderr, exitCode] = await Promise.all([child.stdout.bytes(), child.stderr.text(), child.exited]);
+  return { stdout: Buffer.from(stdout).toString(), bytes: stdout, stderr, exitCode, usage: child.resourceUsage() };
+}
+
+/** Runs one of the programs to its end. */
+export const runProgram = async (program: Program, variant: Variant, args: string[], options?: Options) =>
+  run([...(await command(program, variant)), ...args], options);
+
+/** Collects what a stream brings and lets tests wait for a text in it. */
+class Transcript {
+  text = "";
+  private hasEnded = false;
+  private wake = () => {};
+
+  constructor(stream: ReadableStream<Uint8Array>) {
+    void this.collect(stream);
+  }
+
+  private async collect(stream: ReadableStream<Uint8Array>): Promise<void> {
+    const decoder = new TextDecoder();
+    for await (const bytes of stream) {
+      this.text += decoder.decode(bytes, { stream: true });
+      this.wake();
+    }
+    this.hasEnded = true;
+    this.wake();
+  }
+
+  /** The match, as soon as there is one. @throws where the stream ends without one */
+  async waitFor(pattern: RegExp): Promise<RegExpMatchArray> {
+    for (;;) {
+      const match = this.text.match(pattern);
+      if (match !== null) return match;
+      if (this.hasEnded) throw new Error(`ended without ${pattern}: ${JSON.stringify(this.text)}`);
+      await new Promise<void>((resolve) => (this.wake = resolve));
+    }
+  }
+}
+
+/** Starts a command that goes on until the test ends; `ready` is what it says on stderr or stdout first. */
+export async function start(argv: string[], ready: RegExp, options: Options = {}) {
+  const { cwd = ROOT } = options;
+  const child = Bun.spawn(argv, { cwd, env: environment(options), stdin: "ignore", stdout: "pipe", stderr: "pipe" });
+  const stdout = new Transcript(child.stdout);
+  const stderr = new Transcript(child.stderr);
+  const dispose = async () => {
+    child.kill("SIGKILL");
+    await child.exited;
+  };
+  try {
+    const match = await Promise.any([stderr.waitFor(ready), stdout.waitFor(ready)]);
+    return { child, stdout, stderr, match, [Symbol.asyncDispose]: dispose };
+  } catch (error) {
+    await dispose();
+    throw error;
+  }
+}
+
+/** Starts the server on a free port and waits until it is ready. */
+export async function startServer(variant: Variant, args: string[] = [], options: Options = {}) {
+  const argv = [...(await command("server", variant)), "--port", "0", ...args];
+  const server = await start(argv, /Listening on http:\/\/(.*):(\d+)\n/, options);
+  const port = Number(server.match[2]);
+  return { ...server, port, url: `http://localhost:${port}`, [Symbol.asyncDispose]: server[Symbol.asyncDispose] };
+}
+
+/** Runs python3 code that prints the port that it listens on as its first line. */
+export async function startPython(code: string, args: string[] = []) {
+  const server = await start(["python3", "-u", "-c", code, ...args], /^(\d+)\n/);
+  return { ...server, port: Number(server.match[1]), [Symbol.asyncDispose]: server[Symbol.asyncDispose] };
+}
+
+/** Starts nginx on a free port: `location` is put into its one server, whose root is `root`. */
+export async function startNginx(root: string, location = "") {
+  const folder = await temporaryFolder();
+  const port = await freePort();
+  const file = join(folder.path, "nginx.conf");
+  const paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map((name) => `${name}_temp_path ${folder.path};`);
+  await Bun.write(
+    file,
+    `daemon off; master_process off; pid ${folder.path}/pid; error_log stderr notice;
+    events { worker_connections 512; }
+    http { access_log off; ${paths.join(" ")} default_type application/octet-stream;
+      server { listen 127.0.0.1:${port}; root ${root}; ${location} } }`,
+  );
+  const nginx = await start(["nginx", "-c", file], /start worker|using the "epoll"/);
+  const dispose = async () => {
+    await nginx[Symbol.asyncDispose]();
+    await folder[Symbol.asyncDispose]();
+  };
+  return { port, url: `http://127.0.0.1:${port}`, [Symbol.asyncDispose]: dispose };
+}
+
+/** A port that nobody listens on just now. */
+export async function freePort(): Promise<number> {
+  const listener = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
+  const { port } = listener;
+  listener.stop(true);
+  return port;
+}
+
+/**
+ * Opens a TCP connection, sends the pieces one after the other, and returns all that comes until the peer closes.
+ * `finish` sends a FIN after the last piece.
+ */
+export async function exchange(
+  port: number,
+  pieces: (string | Uint8Array)[],
+  { finish = false, hostname = "127.0.0.1" } = {},
+) {
+  const received: Uint8Array[] = [];
+  const { promise: closed, resolve, reject } = Promise.withResolvers<void>();
+  const socket = await Bun.connect({
+    hostname,
+    port,
+    allowHalfOpen: true,
+    socket: {
+      data: (_, bytes) => void received.push(bytes),
+      end: (socket) => void socket.end(),
+      close: (_, error) => (error ? reject(error) : resolve()),
+    },
+  });
+  socket.setNoDelay(true);
+  for (const piece of pieces) {
+    const bytes = Buffer.from(piece);
+    for (let sent = 0; sent < bytes.length;) {
+      const written = socket.write(bytes, sent, bytes.length - sent);
+      if (written < 0) break;
+      sent += written;
+      // Lets the peer read this piece before the next one: more would not make the splits any truer.
+      await new Promise((resolve) => setImmediate(resolve));
+    }
+  }
+  if (finish) socket.shutdown();
+  await closed;
+  return Buffer.concat(received).toString("latin1");
+}
+
+afterAll(() => rmSync(binaries, { recursive: true, force: true }));
