@@ -55,7 +55,11 @@ const environment = ({ env }: Options) => {
 export async function run(argv: string[], options: Options = {}) {
   const { cwd = ROOT, stdin } = options;
   await using child = Bun.spawn(argv, { cwd, env: environment(options), stdin: stdin ?? "ignore", stderr: "pipe" });
-  const [stdout, stderr, exitCode] = await Promise.all([child.stdout.bytes(), child.stderr.text(), child.exited]);
+  const [stdout, stderr, exitCode] = await Promise.all([
+    new Response(child.stdout).bytes(),
+    new Response(child.stderr).text(),
+    child.exited,
+  ]);
   return { stdout: Buffer.from(stdout).toString(), bytes: stdout, stderr, exitCode, usage: child.resourceUsage() };
 }
 
