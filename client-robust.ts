@@ -303,6 +303,8 @@ export class ChunkedDecoder {
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
 const STATUS_LINE = /^HTTP\/1\.(\d) (\d{3})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
 
+const NO_STATUS_LINE = "its first line is not a status-line of HTTP/1";
+
 /**
  * Parses a response head line by line (RFC 9112 §4 and §5).
  *
@@ -337,7 +339,7 @@ export class ResponseHeadParser {
 
   /** What does not start like a response will not become one: do not wait for the end of the line. */
   private checkStart(): void {
-    if (!"HTTP/1.".startsWith(this.text.slice(0, 7))) this.fail("it does not start with HTTP/1");
+    if (!"HTTP/1.".startsWith(this.text.slice(0, 7))) this.fail(NO_STATUS_LINE);
   }
 
   private endLine(lineAndEnd: string): void {
@@ -353,7 +355,7 @@ export class ResponseHeadParser {
   private takeStatusLine(line: string): void {
     const [, minor, status, reasonPhrase = ""] = STATUS_LINE.exec(line) ?? [];
     // RFC 9110 §15: the first digit is the class, and there is none below 1.
-    if (status === undefined || Number(status) < 100) return this.fail("its first line is not a status-line of HTTP/1");
+    if (status === undefined || Number(status) < 100) return this.fail(NO_STATUS_LINE);
     this.status = Number(status);
     this.minorVersion = Number(minor);
     this.reasonPhrase = reasonPhrase;

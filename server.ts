@@ -69,6 +69,8 @@ export const LIMITS = Object.freeze({
   sweepMs: 250,
   /** Of the content, the request log shows the start: what the tutorial's one receive would show. */
   loggedContentBytesMax: 1024,
+  /** At the end, the log may still want to be read for so long. */
+  logFlushMs: 1000,
   /** Log text that waits for a slow reader of stdout; more is dropped and counted, never blocks. */
   logBacklogCharsMax: 1_048_576,
 });
@@ -1562,6 +1564,7 @@ function run({ host, port, text, log: logFormat }: CommandLine): void {
     server.onEmpty = () => {
       if (log.isIdle) exit();
       log.onIdle = exit;
+      setTimeout(exit, LIMITS.logFlushMs);
     };
     setTimeout(exit, LIMITS.graceMs);
     server.stop();

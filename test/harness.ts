@@ -43,7 +43,7 @@ export function hasTool(name: string): boolean {
   return false;
 }
 
-type Options = { cwd?: string; env?: Record<string, string>; stdin?: Uint8Array };
+type Options = { cwd?: string; env?: Record<string, string>; stdin?: Uint8Array; stdout?: string };
 
 /** The environment of what is tested: ours, but for what would change the programs. */
 const environment = ({ env }: Options) => {
@@ -51,16 +51,15 @@ const environment = ({ env }: Options) => {
   return { ...rest, ...env };
 };
 
-/** Runs a command to its end. */
+/** Runs a command to its end; `stdout` is a file to write to instead of telling what came. */
 export async function run(argv: string[], options: Options = {}) {
-  const { cwd = ROOT, stdin } = options;
-  await using child = Bun.spawn(argv, { cwd, env: environment(options), stdin: stdin ?? "ignore", stderr: "pipe" });
-  const [stdout, stderr, exitCode] = await Promise.all([
-    new Response(child.stdout).bytes(),
-    new Response(child.stderr).text(),
-    child.exited,
-  ]);
-  return { stdout: Buffer.from(stdout).toString(), bytes: stdout, stderr, exitCode, usage: child.resourceUsage() };
+  const { cwd = ROOT, stdin = "ignore" } = options;
+  const stdout = options.stdout === undefined ? "pipe" : Bun.file(options.stdout);
+  const child = Bun.spawn(argv, { cwd, env: environment(options), stdin, stdout, stderr: "pipe" });
+  await using _ = child;
+  const text = (stream: typeof child.stdout) => (stream instanceof ReadableStream ? new Response(stream).text() : "");
+  const [printed, stderr, exitCode] = await Promise.all([text(child.stdout), text(child.stderr), child.exited]);
+  return { stdout: printed, stderr, exitCode, maxRSS: child.resourceUsage()?.maxRSS ?? 0 };
 }
 
 /** Runs one of the programs to its end. */
@@ -68,7 +67,7 @@ export const runProgram = async (program: Program, variant: Variant, args: strin
   run([...(await command(program, variant)), ...args], options);
 
 /** Collects what a stream brings and lets tests wait for a text in it. */
-class Transcript {
+export class Transcript {
   text = "";
   private hasEnded = false;
   private wake = () => {};
@@ -117,12 +116,19 @@ export async function start(argv: string[], ready: RegExp, options: Options = {}
   }
 }
 
+/** The server's ready line: the URL, then the port. */
+export const LISTENING = /http:\/\/\S+:(\d+)(?=\n)/;
+
 /** Starts the server on a free port and waits until it is ready. */
 export async function startServer(variant: Variant, args: string[] = [], options: Options = {}) {
   const argv = [...(await command("server", variant)), "--port", "0", ...args];
-  const server = await start(argv, /Listening on http:\/\/(.*):(\d+)\n/, options);
-  const port = Number(server.match[2]);
-  return { ...server, port, url: `http://localhost:${port}`, [Symbol.asyncDispose]: server[Symbol.asyncDispose] };
+  const server = await start(argv, LISTENING, options);
+  return {
+    ...server,
+    port: Number(server.match[1]),
+    url: server.match[0],
+    [Symbol.asyncDispose]: server[Symbol.asyncDispose],
+  };
 }
 
 /** Runs python3 code that prints the port that it listens on as its first line. */

@@ -1,0 +1,107 @@
+/** client.ts from outside: the script and the binary, against server.ts, python3 and nginx. */
+import { describe, expect, test } from "bun:test";
+import {
+  freePort,
+  hasTool,
+  runProgram,
+  startNginx,
+  startPython,
+  startServer,
+  temporaryFolder,
+  VARIANTS,
+} from "./harness.ts";
+
+/** A python server that takes one connection, receives once, runs `answer` and closes. */
+const onceWith = (answer: string) => `
+import socket, struct, sys, time
+s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(1); print(s.getsockname()[1], flush=True)
+c, _ = s.accept()
+request = c.recv(1024)
+${answer}
+c.close()
+print(request, flush=True)`;
+
+describe.each(VARIANTS)("client (%s)", (variant) => {
+  const get = (...args: (string | number)[]) => runProgram("client", variant, args.map(String));
+
+  test("prints the server's whole answer", async () => {
+    await using server = await startServer(variant);
+    const { stdout, stderr, exitCode } = await get("localhost", server.port);
+    expect(stdout).toMatch(
+      /^HTTP\/1.1 200 OK\nContent-Type: text\/plain; charset=utf-8\nContent-Length: 13\nDate: .*\n\nHello, World!\n$/,
+    );
+    expect([stderr, exitCode]).toEqual(["", 0]);
+    await server.stdout.waitFor(/^GET \/data HTTP\/1.1\nHost: localhost:\d+\n\n/);
+  });
+
+  test("sends the tutorial's request, byte for byte but for the port", async () => {
+    await using server = await startPython(onceWith('c.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\nHi")'));
+    expect((await get("127.0.0.1", server.port, "/x?y")).stdout).toBe("HTTP/1.1 200 OK\n\nHi\n");
+    await server.stdout.waitFor(/b'GET \/x\?y HTTP\/1.1\\r\\nHost: 127.0.0.1:\d+\\r\\n\\r\\n'/);
+  });
+
+  test("receives once: 1024 bytes and not one more, and cuts through a character", async () => {
+    await using server = await startPython(onceWith('c.sendall(b"x" * 1023 + "é".encode() + b"y" * 1000)'));
+    const { stdout, exitCode } = await get("127.0.0.1", server.port);
+    expect([stdout, exitCode]).toEqual([`${"x".repeat(1023)}�\n`, 0]);
+  });
+
+  test("prints nothing raw that a server could write on the terminal with", async () => {
+    await using server = await startPython(onceWith(String.raw`c.sendall(b"\x1b[2J\x07\r\n\tok\xe2\x80\xae")`));
+    expect((await get("127.0.0.1", server.port)).stdout).toBe("\\x1b[2J\\x07\n\tok\\u{202e}\n");
+  });
+
+  test("no server: one line and exit 1", async () => {
+    const port = await freePort();
+    const { stdout, stderr, exitCode } = await get("127.0.0.1", port);
+    expect([stdout, stderr, exitCode]).toEqual(["", `Error: cannot connect to 127.0.0.1:${port}: ECONNREFUSED\n`, 1]);
+  });
+
+  test("no such host: one line and exit 1", async () => {
+    const { stderr, exitCode } = await get("nowhere.invalid", 80);
+    expect([stderr, exitCode]).toEqual(["Error: cannot connect to nowhere.invalid:80: ENOTFOUND\n", 1]);
+  });
+
+  test("closed without an answer, by FIN or by reset: one line and exit 1", async () => {
+    await using silent = await startPython(onceWith("pass"));
+    const fin = await get("127.0.0.1", silent.port);
+    expect([fin.stderr, fin.exitCode]).toEqual(["Error: the connection was closed without an answer\n", 1]);
+    const reset = 'c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))';
+    await using resetting = await startPython(onceWith(reset));
+    const rst = await get("127.0.0.1", resetting.port);
+    expect([rst.stderr, rst.exitCode]).toEqual(["Error: the connection was closed without an answer: ECONNRESET\n", 1]);
+  });
+
+  test.each(["--nonsense", "localhost|x", "localhost|65536", "a b", "localhost|1|/ HTTP/1.1", "a|1|/|b"])(
+    "wrong usage is one line and exit 2: %s",
+    async (args) => {
+      const { stdout, stderr, exitCode } = await get(...args.split("|"));
+      expect(stderr).toMatch(/^Error: .+\n$/);
+      expect([stdout, exitCode]).toEqual(["", 2]);
+    },
+  );
+
+  test("a stdout that is full is one line and exit 1", async () => {
+    await using server = await startServer(variant);
+    const { stderr, exitCode } = await runProgram("client", variant, ["localhost", String(server.port)], {
+      stdout: "/dev/full",
+    });
+    expect(stderr).toMatch(/^Error: ENOSPC: .*\n$/);
+    expect(exitCode).toBe(1);
+  });
+
+  test.if(hasTool("nginx"))("prints the start of what nginx answers", async () => {
+    await using folder = await temporaryFolder();
+    await Bun.write(`${folder.path}/data`, "from a file\n");
+    await using nginx = await startNginx(folder.path);
+    const { stdout, exitCode } = await get("localhost", nginx.port);
+    expect(stdout).toMatch(/^HTTP\/1.1 200 OK\nServer: nginx/);
+    expect(exitCode).toBe(0);
+  });
+});
+
+test("does not wait for ever for a server that says nothing", async () => {
+  await using server = await startPython(onceWith("time.sleep(60)"));
+  const { stderr, exitCode } = await runProgram("client", "script", ["127.0.0.1", String(server.port)]);
+  expect([stderr, exitCode]).toEqual(["Error: no answer within 10 s\n", 1]);
+}, 20_000);
