@@ -1,8 +1,6 @@
 /**
  * Starts the real programs and real peers, waits for what they say, and ends what it has started.
  */
-import { afterAll } from "bun:test";
-import { mkdtempSync, rmSync } from "node:fs";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -15,8 +13,8 @@ export type Program = "server" | "client" | "client-robust";
 export const VARIANTS = ["script", "binary"] as const;
 export type Variant = (typeof VARIANTS)[number];
 
-const binaries = mkdtempSync(join(tmpdir(), "http-over-tcp-"));
-process.on("exit", () => rmSync(binaries, { recursive: true, force: true }));
+/** Where the binaries are built for this run; test/preload.ts removes it. */
+export const binaries = join(tmpdir(), `http-over-tcp-${process.pid}`);
 let built: Promise<void> | undefined;
 
 /** The command line that starts a program; builds the binaries at the first need. */
@@ -202,5 +200,3 @@ export async function exchange(
   await closed;
   return Buffer.concat(received).toString("latin1");
 }
-
-afterAll(() => rmSync(binaries, { recursive: true, force: true }));
