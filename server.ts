@@ -23,7 +23,7 @@
  *  9 Command line           flags, signals, the ready line
  * 10 Main
  */
-import { write, writeSync } from "node:fs";
+import { readFileSync, write, writeSync } from "node:fs";
 import { isIPv6 } from "node:net";
 import { parseArgs } from "node:util";
 
@@ -31,49 +31,64 @@ import { parseArgs } from "node:util";
 
 export const VERSION = "0.1.0";
 
-export const LIMITS = Object.freeze({
+/** Every bound: its default, what it is for the user, and above it why that number. Each is a flag. */
+const BOUNDS = {
+  /** Ten thousand idle peers must leave room for others; each costs us 2 KiB and the kernel some more. */
+  connectionsMax: [16_384, "connections at once; one more gets 503"],
   /** Longest registered method: UPDATEREDIRECTREF, 17. A longer one is none that we know. */
-  methodBytesMax: 32,
+  methodBytesMax: [32, "bytes of a method"],
   /** RFC 9112 §3 asks for at least 8,000; what browsers and proxies send stays below. */
-  requestTargetBytesMax: 8000,
+  requestTargetBytesMax: [8000, "bytes of a request-target"],
   /** The whole head, request-line to empty line: what nginx takes (4 buffers of 8 KiB). */
-  headBytesMax: 32_768,
+  headBytesMax: [32_768, "bytes of a request head, and of a trailer section"],
   /** Browsers send some 20 field-lines, chains of proxies 50; Apache draws its line at 100 too. */
-  fieldLinesMax: 100,
+  fieldLinesMax: [100, "field-lines of a head, and of a trailer section"],
   /** RFC 9112 §2.2: "at least one" empty line before a request is skipped; old clients send one. */
-  emptyLinesMax: 4,
+  emptyLinesMax: [4, "empty lines before a request"],
   /** Text mode ignores content, so this bounds only wasted reading. nginx's default is the same. */
-  contentBytesMax: 1_048_576,
+  contentBytesMax: [1_048_576, "bytes of a request's content"],
   /** All chunk extensions of one message (RFC 9112 §7.1.1 asks for a limit). Nobody uses them. */
-  chunkExtensionBytesMax: 4096,
+  chunkExtensionBytesMax: [4096, "bytes of all chunk extensions of a request"],
   /** What may be formatted before the peer has taken it; then we stop reading from that peer. */
-  unsentBytesMax: 65_536,
+  unsentBytesMax: [65_536, "bytes of answers that a peer has not taken, before we stop reading"],
+  /** One read may bring 512 KiB, and many peers that read nothing may each leave us so much. */
+  waitingBytesMax: [268_435_456, "bytes that wait for all peers together; who adds more is cut off"],
   /** For a whole head, not for each byte, so that sending it slowly gains nothing ("slowloris"). */
-  headTimeoutMs: 10_000,
+  headTimeoutMs: [10_000, "ms for a whole request head"],
   /** Between two requests. Longer than the 15 s at which browsers tend to reuse a connection. */
-  idleTimeoutMs: 60_000,
-  /** Each such span must bring `contentBytesPerSpanMin` of the content or its end. */
-  contentTimeoutMs: 10_000,
-  /** 500 bytes a second: slower than any modem that is left. */
-  contentBytesPerSpanMin: 5000,
+  idleTimeoutMs: [60_000, "ms between two requests"],
+  /** Each such span must bring its least number of bytes, or the end of the content. */
+  contentTimeoutMs: [10_000, "ms in which the next part of the content must come"],
+  /** With the default span 500 bytes a second: slower than any modem that is left. */
+  contentPartBytesMin: [5000, "bytes of such a part"],
   /** A peer that takes nothing of its answer for so long has gone. */
-  writeTimeoutMs: 30_000,
+  writeTimeoutMs: [30_000, "ms in which a peer must take some of its answer"],
   /** After our last byte we read and drop what the peer still sends, so that no reset destroys it. */
-  lingerTimeoutMs: 5000,
-  lingerBytesMax: 16_777_216,
+  lingerTimeoutMs: [5000, "ms to wait for the peer's end after ours"],
+  lingerBytesMax: [16_777_216, "bytes to drop while we wait for it"],
   /** Requests under way when the server is told to stop get this long. */
-  graceMs: 10_000,
-  /** On stop, requests that idle peers have already sent arrive within this time and are served. */
-  stopIdleMs: 250,
-  /** How often deadlines are looked at: one sweep costs less than a timer for each connection. */
-  sweepMs: 250,
-  /** Of the content, the request log shows the start: what the tutorial's one receive would show. */
-  loggedContentBytesMax: 1024,
-  /** At the end, the log may still want to be read for so long. */
-  logFlushMs: 1000,
-  /** Log text that waits for a slow reader of stdout; more is dropped and counted, never blocks. */
-  logBacklogCharsMax: 1_048_576,
-});
+  graceMs: [10_000, "ms for requests under way when told to stop"],
+} as const satisfies Record<string, readonly [value: number, meaning: string]>;
+
+export type Limits = Readonly<Record<keyof typeof BOUNDS, number>>;
+const LIMIT_NAMES = Object.keys(BOUNDS) as (keyof Limits)[]; // Object.keys forgets the type
+
+export const LIMITS = Object.freeze(Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]]))) as Limits; // so does fromEntries
+
+/** How often deadlines are looked at: one sweep costs less than a timer for each connection. */
+const SWEEP_MS = 250;
+/** On stop, requests that idle peers have already sent arrive within this time and are served. */
+const STOP_IDLE_MS = 250;
+/** Peers over the limit for whom there is still an answer; the rest are cut off without. */
+const REFUSED_CONNECTIONS_MAX = 256;
+/** Of what was sent, the request log shows the start: what the tutorial's one receive would show. */
+const LOGGED_BYTES_MAX = 1024;
+/** Log text that waits for a slow reader of stdout; more is dropped and counted, never waited for. */
+const LOG_BACKLOG_CHARS_MAX = 1_048_576;
+/** A timer that is set for longer fires at once. */
+const TIMER_MS_MAX = 2 ** 31 - 1;
+/** At the end, the log may still want to be read for so long. */
+const LOG_FLUSH_MS = 1000;
 
 // ═══ 2 Types ═════════════════════════════════════════════════════════════════════════════════════
 
@@ -148,6 +163,7 @@ export const REJECTIONS = Object.freeze({
   incomplete: [400, "the connection ended inside the request"],
   timeout: [408, "the request did not arrive in time"],
   internal: [500, "the server failed"],
+  "too-many-connections": [503, "too many connections, try again later"],
 } as const satisfies Record<string, readonly [status: number, explanation: string]>);
 export type Rejection = keyof typeof REJECTIONS;
 
@@ -163,6 +179,7 @@ const REASON_PHRASES: Readonly<Record<number, string>> = Object.freeze({
   431: "Request Header Fields Too Large",
   500: "Internal Server Error",
   501: "Not Implemented",
+  503: "Service Unavailable",
   505: "HTTP Version Not Supported",
 });
 
@@ -335,7 +352,8 @@ export class ChunkedDecoder {
     if (line === "") return this.go("done");
     const name = FIELD_LINE.exec(line)?.[1];
     if (name === undefined) return this.fail("trailer");
-    if (this.trailerNames.push(name.toLowerCase()) > this.limits.fieldLinesMax) return this.fail("trailer-too-large");
+    if (this.trailerNames.length === this.limits.fieldLinesMax) return this.fail("trailer-too-large");
+    this.trailerNames.push(name.toLowerCase());
     this.line = "";
   }
 
@@ -359,6 +377,8 @@ const TOKEN = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
 const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/);
 /** reg-name (RFC 3986 §3.2.2) but "%", and but ",": in Host it can only be a list of hosts. */
 const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/);
+/** IPvFuture = "v" 1*HEXDIG "." 1*( unreserved / sub-delims / ":" ) */
+const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
 const DIGIT = bytesLike(/[0-9]/);
 const [COLON, PERCENT, SLASH, ASTERISK] = [0x3a, 0x25, 0x2f, 0x2a];
 const [QUESTION_MARK, BRACKET_OPEN, BRACKET_CLOSE] = [0x3f, 0x5b, 0x5d];
@@ -378,6 +398,16 @@ function isText(bytes: Uint8Array, from: number, to: number, lowerCase: string):
   for (let i = 0; i < lowerCase.length; i++)
     if ((byteAt(bytes, from + i) | 0x20) !== lowerCase.charCodeAt(i)) return false;
   return true;
+}
+
+/** The value of 1*DIGIT; NaN where the bytes from..to are anything else. Past 2^53 it is not exact. */
+function parseDecimal(bytes: Uint8Array, from: number, to: number): number {
+  let value = from === to ? Number.NaN : 0;
+  for (let at = from; at < to; at++) {
+    const byte = byteAt(bytes, at);
+    value = DIGIT[byte] === 1 ? 10 * value + (byte - 0x30) : Number.NaN;
+  }
+  return value;
 }
 
 /** What the parser of a head is about to read. */
@@ -412,6 +442,7 @@ export const CHUNKED = -1;
 export class RequestHead {
   bytes: Uint8Array = new Uint8Array(0);
   base = 0;
+  constructor(readonly limits: Limits) {}
   /** Octets parsed so far; the length of the head when it is complete. */
   length = 0;
   rejection: Rejection | "" = "";
@@ -493,15 +524,15 @@ export class RequestHead {
  */
 export function parseRequestHead(head: RequestHead, to: number): number {
   const { bytes, base } = head;
-  const end = Math.min(to, base + LIMITS.headBytesMax);
+  const end = Math.min(to, base + head.limits.headBytesMax);
   let at = base + head.length;
   while (head.state !== HeadState.Done) {
     const next = parseElement(head, bytes, at, end);
-    if (next === NEED_MORE && end - base < LIMITS.headBytesMax) return NEED_MORE;
+    if (next === NEED_MORE && end - base < head.limits.headBytesMax) return NEED_MORE;
     if (next < 0) {
       if (next === NEED_MORE) reject(head, "head-too-large");
       // What came, the fault included, is kept for the log.
-      head.length = Math.min(to - base, LIMITS.loggedContentBytesMax);
+      head.length = Math.min(to - base, LOGGED_BYTES_MAX);
       return REJECT;
     }
     at = next;
@@ -557,7 +588,7 @@ function skipEmptyLine(head: RequestHead, bytes: Uint8Array, at: number, end: nu
   if (at + 1 === end) return needMore(head, at);
   if (bytes[at + 1] !== LF) return reject(head, "bare-cr");
   head.emptyLines++;
-  return head.emptyLines > LIMITS.emptyLinesMax ? reject(head, "empty-lines") : at + 2;
+  return head.emptyLines > head.limits.emptyLinesMax ? reject(head, "empty-lines") : at + 2;
 }
 
 /** RFC 9112 §3: request-line = method SP request-target SP HTTP-version; exactly one SP, no other white space. */
@@ -565,7 +596,7 @@ function parseMethod(head: RequestHead, bytes: Uint8Array, at: number, end: numb
   const from = head.base + head.elementFrom;
   const to = skipWhile(TOKEN, bytes, at, end);
   // RFC 9112 §3: a method longer than any that is implemented gets 501.
-  if (to - from > LIMITS.methodBytesMax) return reject(head, "method-too-long");
+  if (to - from > head.limits.methodBytesMax) return reject(head, "method-too-long");
   if (to === end) return needMore(head, to);
   if (bytes[to] !== SP || to === from) return reject(head, "request-line");
   head.method = recogniseMethod(bytes, from, to);
@@ -588,7 +619,7 @@ function parseRequestTarget(head: RequestHead, bytes: Uint8Array, from: number, 
   for (;;) {
     at = skipWhile(TARGET, bytes, at, end);
     // RFC 9112 §3: a request-target longer than any that is served gets 414.
-    if (at - start > LIMITS.requestTargetBytesMax) return reject(head, "request-target-too-long");
+    if (at - start > head.limits.requestTargetBytesMax) return reject(head, "request-target-too-long");
     if (at === end) return needMore(head, at);
     if (bytes[at] !== PERCENT) break;
     // RFC 3986 §2.1: pct-encoded = "%" HEXDIG HEXDIG. Decoders differ on anything else: refuse it.
@@ -629,7 +660,7 @@ function parseFieldName(head: RequestHead, bytes: Uint8Array, at: number, end: n
   if (to === end) return needMore(head, to);
   // RFC 9112 §5.1: no white space between name and colon: recipients that skip it can be fooled.
   if (to === from || bytes[to] !== COLON) return endFieldSection(head, bytes, from, to, end);
-  if (++head.fieldLines > LIMITS.fieldLinesMax) return reject(head, "too-many-fields");
+  if (++head.fieldLines > head.limits.fieldLinesMax) return reject(head, "too-many-fields");
   head.field = knownField(bytes, from, to);
   return go(head, HeadState.FieldValue, to + 1);
 }
@@ -698,10 +729,7 @@ function noteField(head: RequestHead, bytes: Uint8Array, lineFrom: number, lineT
     case Field.Connection:
       return noteConnectionOptions(head, bytes, from, to);
     case Field.Expect:
-      // RFC 9110 §10.1.1: case-insensitive, and nothing but 100-continue is defined.
-      if (isText(bytes, from, to, "100-continue")) head.expectsContinue = true;
-      else head.hasOtherExpectation = true;
-      return;
+      return noteExpectations(head, latin1(bytes, from, to));
     case Field.Other:
       return;
     default:
@@ -717,6 +745,14 @@ function noteConnectionOptions(head: RequestHead, bytes: Uint8Array, from: numbe
     if (isText(bytes, at, tokenTo, "close")) head.hasClose = true;
     else if (isText(bytes, at, tokenTo, "keep-alive")) head.hasKeepAlive = true;
     at = Math.max(tokenTo, at + 1);
+  }
+}
+
+/** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
+function noteExpectations(head: RequestHead, value: string): void {
+  for (const expectation of value.toLowerCase().split(/[ \t]*,[ \t]*/)) {
+    if (expectation === "100-continue") head.expectsContinue = true;
+    else if (expectation !== "") head.hasOtherExpectation = true;
   }
 }
 
@@ -767,9 +803,7 @@ function isAuthority(bytes: Uint8Array, from: number, to: number, needsPort: boo
   if (bytes[hostTo] !== COLON) return false;
   // RFC 3986 §3.2.3: port = *DIGIT; empty is the default port, but not where one is needed.
   const portFrom = hostTo + 1;
-  if (skipWhile(DIGIT, bytes, portFrom, to) !== to) return false;
-  if (portFrom === to) return !needsPort;
-  return Number(latin1(bytes, portFrom, to)) <= 65_535;
+  return portFrom === to ? !needsPort : parseDecimal(bytes, portFrom, to) <= 65_535;
 }
 
 /** The index after an IP-literal or a reg-name (RFC 3986 §3.2.2); `from` where there is neither. */
@@ -779,7 +813,8 @@ function skipHost(bytes: Uint8Array, from: number, to: number): number {
     if (close < 0) return from;
     const literal = latin1(bytes, from + 1, from + close);
     // A zone id ("fe80::1%eth0") means nothing to another machine and has no place in a URI.
-    return isIPv6(literal) && !literal.includes("%") ? from + close + 1 : from;
+    const isLiteral = (isIPv6(literal) && !literal.includes("%")) || IP_FUTURE.test(literal);
+    return isLiteral ? from + close + 1 : from;
   }
   let at = from;
   for (;;) {
@@ -790,8 +825,9 @@ function skipHost(bytes: Uint8Array, from: number, to: number): number {
   }
 }
 
-/** A list of codings that ends in chunked and has it only there (RFC 9112 §6.1, #transfer-coding). */
-const CODINGS_THEN_CHUNKED = /^(?:(?!chunked\b)[!#$%&'*+\-.^_`|~\w]+[ \t]*,[ \t]*)+chunked$/i;
+/** A list of codings that ends in chunked and has it only there (RFC 9112 §6.1, §7: token *( ";" token "=" value )). */
+const CODINGS_THEN_CHUNKED =
+  /^(?:(?!chunked[ \t]*[;,])[!#$%&'*+\-.^_`|~\w]+(?:[ \t]*;[ \t]*[!#$%&'*+\-.^_`|~\w]+[ \t]*=[ \t]*(?:[!#$%&'*+\-.^_`|~\w]+|"(?:[^"\\]|\\.)*"))*[ \t]*,[ \t]*)+chunked$/i;
 
 /**
  * RFC 9112 §6.3: where the content ends. Who reads it otherwise than the server in front of us or
@@ -815,11 +851,8 @@ function decideFraming(head: RequestHead): Rejection | undefined {
   if (head.contentLengths > 0) {
     // §6.3 item 5: repeated or listed values are refused even where they are equal.
     if (head.contentLengths > 1) return "content-length";
-    const from = base + head.contentLengthFrom;
-    const to = base + head.contentLengthTo;
-    if (from === to || skipWhile(DIGIT, bytes, from, to) !== to) return "content-length";
     // RFC 9110 §8.6: guard against values that overflow: past 2^53 numbers are no longer exact.
-    head.contentLength = Number(latin1(bytes, from, to));
+    head.contentLength = parseDecimal(bytes, base + head.contentLengthFrom, base + head.contentLengthTo);
     return Number.isSafeInteger(head.contentLength) ? undefined : "content-length";
   }
   // §6.3 item 7: a request with neither has no content.
@@ -882,7 +915,7 @@ export type ConnectionOption = keyof typeof HEAD_ENDS;
 
 /** Formatted responses that wait to be written, in one buffer that all connections take turns with. */
 export class Output {
-  bytes = new Uint8Array(2 * LIMITS.unsentBytesMax);
+  bytes = new Uint8Array(131_072);
   length = 0;
   private dateAndEnd: Record<ConnectionOption, Uint8Array> = this.format(new Date());
 
@@ -999,20 +1032,15 @@ export function respond(request: RequestHead, site: TextSite): Response {
 
 const NO_BYTES = new Uint8Array(0);
 
-const TIMEOUTS_MS: Readonly<Record<Awaited, number>> = Object.freeze({
-  head: LIMITS.headTimeoutMs,
-  idle: LIMITS.idleTimeoutMs,
-  content: LIMITS.contentTimeoutMs,
-  write: LIMITS.writeTimeoutMs,
-  linger: LIMITS.lingerTimeoutMs,
-});
-
 /** What the connections of a server have in common. */
 export class Server {
   readonly connections = new Set<Connection>();
   readonly output = new Output();
   /** The head that is parsed; a connection takes it along when the request is not complete. */
-  spareHead = new RequestHead();
+  spareHead: RequestHead;
+  readonly timeoutsMs: Readonly<Record<Awaited, number>>;
+  /** Bytes that the buffers of all connections hold. */
+  waitingBytes = 0;
   isStopping = false;
   /** Called once the server was told to stop and the last connection has gone. */
   onEmpty = () => {};
@@ -1023,7 +1051,17 @@ export class Server {
     readonly site: TextSite,
     readonly logFormat: LogFormat,
     readonly log: (text: string) => void,
-  ) {}
+    readonly limits: Limits = LIMITS,
+  ) {
+    this.spareHead = new RequestHead(limits);
+    this.timeoutsMs = {
+      head: limits.headTimeoutMs,
+      idle: limits.idleTimeoutMs,
+      content: limits.contentTimeoutMs,
+      write: limits.writeTimeoutMs,
+      linger: limits.lingerTimeoutMs,
+    };
+  }
 
   /** Looks at the clock for all connections at once. */
   sweep(): void {
@@ -1060,22 +1098,31 @@ export class Connection {
   private content: ContentReader | null = null;
   private peerHasFinished = false;
   private lingeredBytes = 0;
+  /** What of the server's `waitingBytes` is ours. */
+  private weight = 0;
 
   constructor(
     private readonly transport: Transport,
     private readonly server: Server,
   ) {
-    this.deadline = server.now + LIMITS.headTimeoutMs;
+    this.deadline = server.now + server.limits.headTimeoutMs;
     server.connections.add(this);
   }
 
   // ── what the socket tells ──
+
+  onOpen(): void {
+    const excess = this.server.connections.size - this.server.limits.connectionsMax;
+    if (excess > REFUSED_CONNECTIONS_MAX) this.transport.terminate();
+    else if (excess > 0) this.refuse("too-many-connections");
+  }
 
   onData(bytes: Uint8Array): void {
     if (!this.isReading()) return this.drop(bytes.length);
     const isFirst = this.retainedLength === 0;
     if (!isFirst || this.hasUnsent()) this.retain(bytes, 0, bytes.length);
     if (!this.hasUnsent()) this.serve(isFirst ? bytes : this.retained, isFirst ? bytes.length : this.retainedLength);
+    this.weigh();
   }
 
   /** The kernel has room again. */
@@ -1084,6 +1131,7 @@ export class Connection {
     this.transport.resume();
     if (this.state === "finishing") return this.linger();
     this.serve(this.retained, this.retainedLength);
+    this.weigh();
     if (this.peerHasFinished) this.onEnd();
   }
 
@@ -1093,19 +1141,21 @@ export class Connection {
     if (this.hasUnsent()) return;
     if (this.state === "lingering") return this.transport.end();
     if (!this.isReading()) return;
-    if (this.state === "reading-content" || this.retainedLength > 0) this.refuse("incomplete");
+    if (this.isInsideRequest()) this.refuse("incomplete");
     else this.linger();
   }
 
   onClose(): void {
     this.state = "closed";
+    this.retained = this.unsent = NO_BYTES;
+    this.weigh();
     this.server.remove(this);
   }
 
   /** The server stops: answers from now on close; who is idle has a moment for a request in flight. */
   onStop(): void {
-    if (this.state === "reading-head" && this.retainedLength === 0 && !this.hasUnsent())
-      this.deadline = this.server.now + LIMITS.stopIdleMs;
+    if (this.isReading() && !this.isInsideRequest() && !this.hasUnsent())
+      this.deadline = this.server.now + STOP_IDLE_MS;
   }
 
   /** What we waited for did not happen in time. */
@@ -1113,7 +1163,7 @@ export class Connection {
     switch (this.awaits) {
       case "head":
         // RFC 9110 §15.5.9: 408 for a request that was begun; who never said a word is not asked.
-        return this.retainedLength > 0 ? this.refuse("timeout") : this.linger();
+        return this.isInsideRequest() ? this.refuse("timeout") : this.linger();
       case "idle":
         return this.linger();
       case "content":
@@ -1145,14 +1195,14 @@ export class Connection {
     if (!this.isReading()) return;
     this.keep(bytes, at, to);
     this.awaitNext(
-      this.hasUnsent() ? "write" : this.content !== null ? "content" : this.retainedLength > 0 ? "head" : "idle",
+      this.hasUnsent() ? "write" : this.content !== null ? "content" : this.isInsideRequest() ? "head" : "idle",
     );
   }
 
   /** Reads requests and formats answers until the bytes, the state or the output say stop. */
   private readRequests(bytes: Uint8Array, from: number, to: number): number {
     let at = from;
-    while (at < to && this.isReading() && this.server.output.length < LIMITS.unsentBytesMax) {
+    while (at < to && this.isReading() && this.server.output.length < this.server.limits.unsentBytesMax) {
       const next = this.content === null ? this.readHead(bytes, at, to) : this.readContent(this.content, bytes, at, to);
       if (next === NEED_MORE) break;
       at = next;
@@ -1172,7 +1222,7 @@ export class Connection {
     }
     if (this.head === null) {
       this.head = head;
-      this.server.spareHead = new RequestHead();
+      this.server.spareHead = new RequestHead(this.server.limits);
     }
     if (next === NEED_MORE) return NEED_MORE;
     if (head.rejection !== "") {
@@ -1187,8 +1237,8 @@ export class Connection {
     this.state = "reading-content";
     // The head outlives the read that brought it.
     [head.bytes, head.base] = [head.bytes.slice(head.base, head.base + head.length), 0];
-    this.content = new ContentReader(head.contentLength, this.server.logFormat === "request");
-    if (head.contentLength > LIMITS.contentBytesMax) return this.answerRejection("content-too-large");
+    this.content = new ContentReader(head.contentLength, this.server.limits, this.server.logFormat === "request");
+    if (head.contentLength > this.server.limits.contentBytesMax) return this.answerRejection("content-too-large");
     if (!head.expectsContinue) return;
     // RFC 9110 §10.1.1: who asks before it sends is told at once where the answer will be no.
     if (respond(head, this.server.site).status >= 400) return this.answer(head, 0, NO_BYTES);
@@ -1230,7 +1280,8 @@ export class Connection {
   /** Refuses what is under way. After a fault nobody knows where a next request would start. */
   private answerRejection(rejection: Rejection): void {
     const { wireBytes, logged } = this.content ?? { wireBytes: 0, logged: NO_BYTES };
-    this.sendResponse(this.head ?? this.server.spareHead, responseTo(rejection), "close", wireBytes, logged);
+    const head = this.head ?? new RequestHead(this.server.limits);
+    this.sendResponse(head, responseTo(rejection), "close", wireBytes, logged);
     this.state = "finishing";
   }
 
@@ -1252,7 +1303,7 @@ export class Connection {
     // RFC 9110 §9.3.2 and §15.3.5: no content for HEAD and in a 204, whatever the fields say.
     const withContent = head.method !== "HEAD" && response.status !== 204;
     output.appendResponse(response, option, withContent);
-    if (logFormat === "request") log(formatRequestLog(head, content, contentBytes));
+    if (logFormat === "request" && head.length > 0) log(formatRequestLog(head, content, contentBytes));
     else if (logFormat === "access") {
       const sent = withContent ? response.content.length : 0;
       log(formatAccessLog(head, this.transport.remoteAddress, new Date(), response.status, sent));
@@ -1305,11 +1356,16 @@ export class Connection {
 
   private drop(length: number): void {
     this.lingeredBytes += length;
-    if (this.lingeredBytes > LIMITS.lingerBytesMax) this.transport.terminate();
+    if (this.lingeredBytes > this.server.limits.lingerBytesMax) this.transport.terminate();
   }
 
   private isReading(): boolean {
     return this.state === "reading-head" || this.state === "reading-content";
+  }
+
+  /** Has a request begun that is not complete? An empty line before it does not count. */
+  private isInsideRequest(): boolean {
+    return this.content !== null || (this.head !== null && this.head.state !== HeadState.EmptyLine);
   }
 
   private hasUnsent(): boolean {
@@ -1320,10 +1376,21 @@ export class Connection {
   private awaitNext(awaited: Awaited): void {
     if (this.awaits === awaited && awaited !== "content") return;
     this.awaits = awaited;
-    this.deadline = this.server.now + TIMEOUTS_MS[awaited];
+    this.deadline = this.server.now + this.server.timeoutsMs[awaited];
   }
 
   // ── bytes that wait ──
+
+  /** Keeps account of what all connections hold; who takes it over the limit is cut off. */
+  private weigh(): void {
+    const weight = this.retained.length + this.unsent.length;
+    if (weight === this.weight) return;
+    const { server } = this;
+    const isMore = weight > this.weight;
+    server.waitingBytes += weight - this.weight;
+    this.weight = weight;
+    if (isMore && server.waitingBytes > server.limits.waitingBytesMax) this.transport.terminate();
+  }
 
   /** Of the bytes that were served, at..to could not be used yet. */
   private keep(bytes: Uint8Array, at: number, to: number): void {
@@ -1363,9 +1430,10 @@ class ContentReader {
 
   constructor(
     contentLength: number,
+    private readonly limits: Limits,
     private readonly isLogged: boolean,
   ) {
-    this.decoder = contentLength === CHUNKED ? new ChunkedDecoder(LIMITS) : null;
+    this.decoder = contentLength === CHUNKED ? new ChunkedDecoder(limits) : null;
     this.left = contentLength;
   }
 
@@ -1374,13 +1442,13 @@ class ContentReader {
     const next = this.decoder === null ? Math.min(to, from + this.left) : this.decoder.next(bytes, from, to);
     this.wireBytes += next - from;
     this.spanBytes += next - from;
-    if (this.isLogged && this.logged.length < LIMITS.loggedContentBytesMax)
-      this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LIMITS.loggedContentBytesMax);
+    if (this.isLogged && this.logged.length < LOGGED_BYTES_MAX)
+      this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LOGGED_BYTES_MAX);
     if (this.decoder === null) {
       this.left -= next - from;
       this.isComplete = this.left === 0;
     } else {
-      this.rejection = checkChunked(this.decoder) ?? "";
+      this.rejection = checkChunked(this.decoder, this.limits) ?? "";
       this.isComplete = this.decoder.state === "done";
     }
     return next;
@@ -1388,18 +1456,18 @@ class ContentReader {
 
   /** False where the span that ends now brought less than the least rate. */
   startSpan(): boolean {
-    const isFastEnough = this.spanBytes >= LIMITS.contentBytesPerSpanMin;
+    const isFastEnough = this.spanBytes >= this.limits.contentPartBytesMin;
     this.spanBytes = 0;
     return isFastEnough;
   }
 }
 
 /** What is wrong with chunked content so far, if anything is. */
-function checkChunked(decoder: ChunkedDecoder): Rejection | undefined {
-  if (decoder.fault !== "") return decoder.fault;
-  if (decoder.announced > LIMITS.contentBytesMax) return "content-too-large";
+function checkChunked(decoder: ChunkedDecoder, limits: Limits): Rejection | undefined {
+  if (decoder.announced > limits.contentBytesMax) return "content-too-large";
+  // Before the fault: such a field came first, and what came first decides, however the bytes are split.
   if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILERS.has(name))) return "trailer-forbidden";
-  return undefined;
+  return decoder.fault === "" ? undefined : decoder.fault;
 }
 
 // ═══ 8 Sockets ═══════════════════════════════════════════════════════════════════════════════════
@@ -1407,14 +1475,29 @@ function checkChunked(decoder: ChunkedDecoder): Rejection | undefined {
 /** "localhost" is both loopback addresses; Bun binds only the first, and clients may try either. */
 const addressesOf = (host: string) => (host === "localhost" ? ["127.0.0.1", "::1"] : [host]);
 
+export interface ListenOptions {
+  readonly host: string;
+  readonly port: number;
+  /** Several processes may listen on the port; the kernel spreads the connections (Linux). */
+  readonly reusePort: boolean;
+  /** PEM texts. */
+  readonly tls?: { readonly cert: string; readonly key: string } | undefined;
+}
+
 /**
  * Listens and serves. Port 0 picks a free one.
  * @returns the listeners, all on one port
  * @throws StartError where the port is taken or not allowed, or the host is none of this machine's
  */
-export function listen(server: Server, host: string, port: number): Bun.TCPSocketListener<Connection>[] {
+export function listen(server: Server, options: ListenOptions): Bun.TCPSocketListener<Connection>[] {
+  const { host, port, tls } = options;
   const socket: Bun.SocketHandler<Connection> = {
-    open: (socket) => void (socket.data = new Connection(socket, server)),
+    open(socket) {
+      socket.data = new Connection(socket, server);
+      if (tls === undefined) socket.data.onOpen();
+    },
+    // Without this handler `open` would wait for the handshake, and nothing would bound how long it takes.
+    handshake: (socket, isSecure) => (isSecure ? socket.data.onOpen() : socket.terminate()),
     data: (socket, bytes) => socket.data.onData(bytes),
     drain: (socket) => socket.data.onDrain(),
     end: (socket) => socket.data.onEnd(),
@@ -1429,14 +1512,16 @@ export function listen(server: Server, host: string, port: number): Bun.TCPSocke
   for (const hostname of addressesOf(host)) {
     try {
       const bound = listeners[0]?.port ?? port;
-      listeners.push(Bun.listen<Connection>({ hostname, port: bound, allowHalfOpen: true, socket }));
+      const { reusePort } = options;
+      const all = { hostname, port: bound, allowHalfOpen: true, reusePort, socket, ...(tls !== undefined && { tls }) };
+      listeners.push(Bun.listen<Connection>(all));
     } catch (error) {
       const { code } = error as { code?: string }; // Bun throws a SystemError
       // A machine without IPv6 has no ::1.
       if (listeners.length > 0 && code !== "EADDRINUSE") continue;
       for (const listener of listeners) listener.stop();
       // The free port that 127.0.0.1 got may be taken on ::1: look for another.
-      if (listeners.length > 0 && port === 0) return listen(server, host, port);
+      if (listeners.length > 0 && port === 0) return listen(server, options);
       throw new StartError(explainListenError(code, host, port), 1);
     }
   }
@@ -1444,14 +1529,12 @@ export function listen(server: Server, host: string, port: number): Bun.TCPSocke
 }
 
 function explainListenError(code: string | undefined, host: string, port: number): string {
-  switch (code) {
-    case "EADDRINUSE":
-      return `port ${port} is taken: stop the program that has it, or choose another with --port`;
-    case "EACCES":
-      return `not allowed to listen on port ${port}: choose one from 1024 on with --port`;
-    default:
-      return `cannot listen on ${printable(host)}: it is not an address of this machine (${code ?? "unknown host"})`;
-  }
+  if (code === "EADDRINUSE")
+    return `port ${port} is taken: stop the program that has it, or choose another with --port`;
+  if (code === "EACCES") return `not allowed to listen on port ${port}: choose one from 1024 on with --port`;
+  if (code?.startsWith("ERR_OSSL_"))
+    return `the certificate and the key cannot be used: ${code.slice("ERR_OSSL_".length)}`;
+  return `cannot listen on ${host}: it is not an address of this machine (${code ?? "unknown host"})`;
 }
 
 /** Writes to stdout without ever waiting for it: what a slow reader leaves behind is bounded. */
@@ -1463,7 +1546,7 @@ class Log {
 
   /** Several lines of one turn of the event loop go out together. */
   print(text: string): void {
-    if (this.waiting.length > LIMITS.logBacklogCharsMax) this.dropped++;
+    if (this.waiting.length > LOG_BACKLOG_CHARS_MAX) this.dropped++;
     else this.waiting += text;
     if (this.isWriting) return;
     this.isWriting = true;
@@ -1484,7 +1567,7 @@ class Log {
 
   private writeBytes(bytes: Uint8Array): void {
     write(1, bytes, (error, written) => {
-      if (error?.code === "EAGAIN") return void setTimeout(() => this.writeBytes(bytes), LIMITS.sweepMs);
+      if (error?.code === "EAGAIN") return void setTimeout(() => this.writeBytes(bytes), SWEEP_MS);
       // stdout is closed or its disk is full: the log goes nowhere, the server goes on.
       const rest = error === null ? bytes.subarray(written) : NO_BYTES;
       if (rest.length > 0) return this.writeBytes(rest);
@@ -1499,6 +1582,14 @@ class Log {
 
 export const DEFAULTS = Object.freeze({ host: "localhost", port: 8888, text: "Hello, World!", log: "request" });
 
+/** The flag of a limit: headBytesMax is --head-bytes-max. */
+const flagOf = (name: string) => name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+
+const LIMIT_LINES = LIMIT_NAMES.map((name) => {
+  const [value, meaning] = BOUNDS[name];
+  return `  --${flagOf(name).padEnd(28)} ${String(value).padStart(9)}  ${meaning}`;
+});
+
 export const HELP = `Usage: server [options]
 An HTTP/1.1 server that prints each request and answers it with a text.
 
@@ -1507,8 +1598,14 @@ An HTTP/1.1 server that prints each request and answers it with a text.
   --text TEXT      the answer to every request-target ("${DEFAULTS.text}")
   --log FORMAT     on stdout: request, each request as received (default);
                    access, a line of the Combined Log Format; or off
+  --tls-cert FILE  serve TLS with this certificate (PEM, the chain after it) ...
+  --tls-key FILE   ... and this private key (PEM)
+  --reuse-port     let several processes listen on the port (Linux)
   -h, --help       print this text
   -V, --version    print the version
+
+Limits, each a flag that takes a number, with its default:
+${LIMIT_LINES.join("\n")}
 
 Environment: HOST and PORT stand in for --host and --port where these are absent.
 Ready when stderr says "Listening on http://...". SIGINT or SIGTERM: what is under way is
@@ -1516,46 +1613,75 @@ answered, then exit 0; a second one exits at once. Exit 1: cannot listen. Exit 2
 `;
 
 export interface CommandLine {
+  readonly show: "" | "help" | "version";
   readonly host: string;
   readonly port: number;
   readonly text: string;
   readonly log: LogFormat;
-  readonly show: "" | "help" | "version";
+  readonly tlsFiles: { readonly cert: string; readonly key: string } | undefined;
+  readonly reusePort: boolean;
+  readonly limits: Limits;
 }
 
 /** @throws StartError that says in one line what is wrong */
 export function parseCommandLine(args: string[], env: Record<string, string | undefined>): CommandLine {
-  const values = parseFlags(args);
-  const show = values.help ? "help" : values.version ? "version" : "";
-  const log = values.log ?? DEFAULTS.log;
+  const { flags, limits } = parseFlags(args);
+  const { log = DEFAULTS.log, text = DEFAULTS.text, "tls-cert": cert, "tls-key": key } = flags;
   if (log !== "request" && log !== "access" && log !== "off") throw usageError("--log takes request, access or off");
-  const portText = values.port ?? (env["PORT"] || String(DEFAULTS.port));
-  const port = Number(portText);
-  if (!/^\d{1,5}$/.test(portText) || port > 65_535) throw usageError(`not a port: ${portText}`);
-  const host = (values.host ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
+  const host = (flags.host ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
   if (host === "") throw usageError("--host takes a name or an address");
-  return { host, port, text: values.text ?? DEFAULTS.text, log, show };
+  const port = parseNumber("--port", flags.port ?? (env["PORT"] || String(DEFAULTS.port)), 65_535);
+  if ((cert === undefined) !== (key === undefined)) throw usageError("--tls-cert and --tls-key need each other");
+  const tlsFiles = cert !== undefined && key !== undefined ? { cert, key } : undefined;
+  const show = flags.help ? "help" : flags.version ? "version" : "";
+  return { show, host, port, text, log, tlsFiles, reusePort: flags["reuse-port"] ?? false, limits };
 }
 
 function parseFlags(args: string[]) {
   const string = { type: "string" } as const;
   const flag = (short: string) => ({ type: "boolean", short }) as const;
+  const texts = { host: string, port: string, text: string, log: string, "tls-cert": string, "tls-key": string };
+  const switches = { "reuse-port": { type: "boolean" }, help: flag("h"), version: flag("V") } as const;
+  const numbers = Object.fromEntries(LIMIT_NAMES.map((name) => [flagOf(name), string]));
   try {
-    const options = { host: string, port: string, text: string, log: string, help: flag("h"), version: flag("V") };
-    return parseArgs({ args, options, strict: true }).values;
+    const flags = parseArgs({ args, options: { ...numbers, ...texts, ...switches } }).values;
+    const limits = LIMIT_NAMES.map((name) => {
+      const text = (flags as Record<string, unknown>)[flagOf(name)]; // a flag of `numbers`: a string, if there
+      return [name, text === undefined ? LIMITS[name] : parseNumber(`--${flagOf(name)}`, String(text), MAX_LIMIT)];
+    });
+    return { flags, limits: Object.fromEntries(limits) as Limits }; // fromEntries forgets the names
   } catch (error) {
+    if (error instanceof StartError) throw error;
     throw usageError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
   }
 }
 
-const usageError = (message: string) => new StartError(`${printable(message)} (see server --help)`, 2);
+/** As much as still leaves sums of limits exact. */
+const MAX_LIMIT = 2 ** 50;
+
+function parseNumber(name: string, text: string, max: number): number {
+  if (/^\d{1,16}$/.test(text) && Number(text) <= max) return Number(text);
+  throw usageError(`${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
+}
+
+const usageError = (message: string) => new StartError(`${message} (see server --help)`, 2);
+
+function readPem(path: string): string {
+  try {
+    return readFileSync(path, "utf8");
+  } catch (error) {
+    throw new StartError(`cannot read ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
+  }
+}
 
 /** Serves until a signal: the first asks, the second insists. */
-function run({ host, port, text, log: logFormat }: CommandLine): void {
+function run(commandLine: CommandLine): void {
+  const { text, log: logFormat, tlsFiles, limits } = commandLine;
   const log = new Log();
-  const server = new Server(new TextSite(text), logFormat, (entry) => log.print(entry));
-  const listeners = listen(server, host, port);
-  setInterval(() => server.sweep(), LIMITS.sweepMs);
+  const server = new Server(new TextSite(text), logFormat, (entry) => log.print(entry), limits);
+  const tls = tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
+  const listeners = listen(server, { ...commandLine, tls });
+  setInterval(() => server.sweep(), SWEEP_MS);
 
   const exit = () => process.exit(0);
   const stop = () => {
@@ -1564,15 +1690,15 @@ function run({ host, port, text, log: logFormat }: CommandLine): void {
     server.onEmpty = () => {
       if (log.isIdle) exit();
       log.onIdle = exit;
-      setTimeout(exit, LIMITS.logFlushMs);
+      setTimeout(exit, LOG_FLUSH_MS);
     };
-    setTimeout(exit, LIMITS.graceMs);
+    setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
     server.stop();
   };
   process.on("SIGINT", stop).on("SIGTERM", stop);
 
-  const shownHost = isIPv6(host) ? `[${host}]` : host;
-  tell(`Listening on http://${shownHost}:${listeners[0]?.port}`);
+  const { host } = commandLine;
+  tell(`Listening on http${tls ? "s" : ""}://${isIPv6(host) ? `[${host}]` : host}:${listeners[0]?.port}`);
 }
 
 function main(): void {

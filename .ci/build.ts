@@ -50,9 +50,15 @@ export async function build(outdir: string, target?: string): Promise<void> {
   }
 }
 
-if (import.meta.main) {
+async function main(): Promise<void> {
   const string = { type: "string" } as const;
   const { target, outdir = "dist" } = parseArgs({ options: { target: string, outdir: string } }).values;
-  if (target === undefined) await build(outdir);
-  else for (const one of target === "all" ? TARGETS : [target]) await build(join(outdir, one), one);
+  if (target === undefined) return build(outdir);
+  for (const one of target === "all" ? TARGETS : [target]) await build(join(outdir, one), one);
 }
+
+if (import.meta.main)
+  await main().catch((error: Error) => {
+    console.error(`Error: ${error.message}`);
+    process.exit(1);
+  });

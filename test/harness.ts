@@ -115,7 +115,7 @@ export async function start(argv: string[], ready: RegExp, options: Options = {}
 }
 
 /** The server's ready line: the URL, then the port. */
-export const LISTENING = /http:\/\/\S+:(\d+)(?=\n)/;
+export const LISTENING = /https?:\/\/\S+:(\d+)(?=\n)/;
 
 /** Starts the server on a free port and waits until it is ready. */
 export async function startServer(variant: Variant, args: string[] = [], options: Options = {}) {

@@ -281,6 +281,10 @@ print(answers)`;
     "--port -1",
     "--port ",
     "--host ",
+    "--tls-cert x",
+    "--head-bytes-max -1",
+    "--head-bytes-max 1e3",
+    "--head-timeout-ms",
     "--log loud",
     "--text",
   ];
