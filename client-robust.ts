@@ -282,7 +282,8 @@ export class ChunkedDecoder {
     if (line === "") return this.go("done");
     const name = FIELD_LINE.exec(line)?.[1];
     if (name === undefined) return this.fail("trailer");
-    if (this.trailerNames.push(name.toLowerCase()) > this.limits.fieldLinesMax) return this.fail("trailer-too-large");
+    if (this.trailerNames.length === this.limits.fieldLinesMax) return this.fail("trailer-too-large");
+    this.trailerNames.push(name.toLowerCase());
     this.line = "";
   }
 
