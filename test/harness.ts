@@ -135,6 +135,17 @@ export async function startPython(code: string, args: string[] = []) {
   return { ...server, port: Number(server.match[1]), [Symbol.asyncDispose]: server[Symbol.asyncDispose] };
 }
 
+/** Makes a certificate for localhost that signs itself, in the folder: cert.pem and key.pem. */
+export async function makeCertificate(folder: string): Promise<{ cert: string; key: string }> {
+  const [cert, key] = [join(folder, "cert.pem"), join(folder, "key.pem")];
+  const names = "subjectAltName=DNS:localhost,IP:127.0.0.1";
+  const curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
+  const files = ["-keyout", key, "-out", cert];
+  const made = await run(["openssl", "req", "-x509", ...curve, "-subj", "/CN=localhost", "-addext", names, ...files]);
+  if (made.exitCode !== 0) throw new Error(made.stderr);
+  return { cert, key };
+}
+
 /** Starts nginx on a free port: `location` is put into its one server, whose root is `root`. */
 export async function startNginx(root: string, location = "") {
   const folder = await temporaryFolder();
@@ -164,6 +175,84 @@ export async function freePort(): Promise<number> {
   return port;
 }
 
+/** A TCP connection to a program under test, with what it has brought so far, one character a byte. */
+export class Peer {
+  received = "";
+  /** Settles when the connection is closed: "end" in order, "reset" otherwise. */
+  readonly closed: Promise<"end" | "reset">;
+  private readonly settleClosed: (how: "end" | "reset") => void;
+  private socket: Bun.Socket | undefined;
+  private wake = () => {};
+
+  private constructor() {
+    const { promise, resolve } = Promise.withResolvers<"end" | "reset">();
+    [this.closed, this.settleClosed] = [promise, resolve];
+  }
+
+  static async connect(port: number, tls: Bun.TLSOptions | false = false): Promise<Peer> {
+    const peer = new Peer();
+    peer.socket = await Bun.connect({
+      hostname: "127.0.0.1",
+      port,
+      tls,
+      allowHalfOpen: true,
+      socket: {
+        data: (_, bytes) => peer.onData(bytes),
+        drain: () => peer.wake(),
+        end: (socket) => void socket.end(),
+        close: (_, error) => peer.settleClosed(error === undefined ? "end" : "reset"),
+      },
+    });
+    peer.socket.setNoDelay(true);
+    void peer.closed.then(() => peer.wake());
+    return peer;
+  }
+
+  private onData(bytes: Buffer): void {
+    this.received += bytes.toString("latin1");
+    this.wake();
+  }
+
+  /** Sends all of it, or as much as the other side takes before it closes. */
+  async send(piece: string | Uint8Array): Promise<void> {
+    const bytes = Buffer.from(piece);
+    for (let sent = 0; sent < bytes.length;) {
+      const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
+      if (written < 0) return;
+      sent += written;
+      if (sent < bytes.length) await new Promise<void>((resolve) => (this.wake = resolve));
+    }
+  }
+
+  /** Sends a FIN. */
+  finish(): void {
+    this.socket?.shutdown();
+  }
+
+  /** Stops reading; what comes piles up in the kernel. */
+  pause(): void {
+    this.socket?.pause();
+  }
+
+  resume(): void {
+    this.socket?.resume();
+  }
+
+  /** Waits until what came matches. @throws where the connection closes before */
+  async waitFor(pattern: RegExp): Promise<void> {
+    let isClosed = false;
+    void this.closed.then(() => (isClosed = true));
+    while (!pattern.test(this.received)) {
+      if (isClosed) throw new Error(`closed without ${pattern}: ${JSON.stringify(this.received.slice(0, 500))}`);
+      await new Promise<void>((resolve) => (this.wake = resolve));
+    }
+  }
+
+  [Symbol.dispose](): void {
+    this.socket?.terminate();
+  }
+}
+
 /**
  * Opens a TCP connection, sends the pieces one after the other, and returns all that comes until the peer closes.
  * `finish` sends a FIN after the last piece.
@@ -171,32 +260,15 @@ export async function freePort(): Promise<number> {
 export async function exchange(
   port: number,
   pieces: (string | Uint8Array)[],
-  { finish = false, hostname = "127.0.0.1" } = {},
-) {
-  const received: Uint8Array[] = [];
-  const { promise: closed, resolve, reject } = Promise.withResolvers<void>();
-  const socket = await Bun.connect({
-    hostname,
-    port,
-    allowHalfOpen: true,
-    socket: {
-      data: (_, bytes) => void received.push(bytes),
-      end: (socket) => void socket.end(),
-      close: (_, error) => (error ? reject(error) : resolve()),
-    },
-  });
-  socket.setNoDelay(true);
+  { finish = false } = {},
+): Promise<string> {
+  using peer = await Peer.connect(port);
   for (const piece of pieces) {
-    const bytes = Buffer.from(piece);
-    for (let sent = 0; sent < bytes.length;) {
-      const written = socket.write(bytes, sent, bytes.length - sent);
-      if (written < 0) break;
-      sent += written;
-      // Lets the peer read this piece before the next one: more would not make the splits any truer.
-      await new Promise((resolve) => setImmediate(resolve));
-    }
+    await peer.send(piece);
+    // Lets the other side read this piece before the next one: more would not make the splits any truer.
+    await new Promise((resolve) => setImmediate(resolve));
   }
-  if (finish) socket.shutdown();
-  await closed;
-  return Buffer.concat(received).toString("latin1");
+  if (finish) peer.finish();
+  if ((await peer.closed) === "reset") throw new Error(`reset after ${JSON.stringify(peer.received.slice(0, 500))}`);
+  return peer.received;
 }

@@ -1,6 +1,6 @@
 /** server.ts from outside: the script and the binary, over real sockets, with curl, python3, ab and wrk as peers. */
 import { describe, expect, test } from "bun:test";
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { DEFAULTS } from "../server.ts";
 import {
   command,
@@ -8,6 +8,8 @@ import {
   freePort,
   hasTool,
   LISTENING,
+  makeCertificate,
+  Peer,
   run,
   runProgram,
   start,
@@ -33,6 +35,9 @@ function hasIPv6(): boolean {
 /** The resident memory of a process, in MiB. */
 const residentMiB = (pid: number) =>
   Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]) / 1024;
+
+/** How many files and sockets a process has open. */
+const openFiles = (pid: number) => readdirSync(`/proc/${pid}/fd`).length;
 
 const count = (text: string, part: string) => text.split(part).length - 1;
 
@@ -299,6 +304,71 @@ print(answers)`;
     const help = await runProgram("server", variant, ["-h"]);
     expect([help.stdout.split("\n")[0], help.exitCode]).toEqual(["Usage: server [options]", 0]);
     expect((await runProgram("server", variant, ["-V"])).stdout).toMatch(/^server \d+\.\d+\.\d+\n$/);
+  });
+
+  test.if(hasTool("openssl"))(
+    "serves TLS: right answers, none lost, and no time for who never shakes hands",
+    async () => {
+      await using folder = await temporaryFolder();
+      const { cert, key } = await makeCertificate(folder.path);
+      const flags = ["--log", "off", "--tls-cert", cert, "--tls-key", key, "--head-timeout-ms", "400"];
+      await using server = await serve(...flags);
+      expect(server.url).toBe(`https://localhost:${server.port}`);
+      expect((await run(["curl", "-s", "--cacert", cert, server.url])).stdout).toBe("Hello, World!");
+
+      using silent = await Peer.connect(server.port);
+      using pipelining = await Peer.connect(server.port, { ca: await Bun.file(cert).text(), serverName: "localhost" });
+      await pipelining.send(GET.repeat(20_000) + GET_AND_CLOSE);
+      await pipelining.closed;
+      expect(count(pipelining.received, "Hello, World!")).toBe(20_001);
+
+      using refused = await Peer.connect(server.port, { ca: await Bun.file(cert).text(), serverName: "localhost" });
+      await refused.send(`nonsense\r\n${"x".repeat(1_000_000)}`);
+      await refused.closed;
+      expect(refused.received).toStartWith("HTTP/1.1 400 Bad Request\r\n");
+      await silent.closed;
+      expect(silent.received).toBe("");
+    },
+  );
+
+  test("a certificate that cannot be read or used is one line and exit 1", async () => {
+    const missing = await runProgram("server", variant, ["--tls-cert", "/nowhere", "--tls-key", "/nowhere"]);
+    expect([missing.stderr, missing.exitCode]).toEqual(["Error: cannot read /nowhere: ENOENT\n", 1]);
+    const args = ["--port", "0", "--tls-cert", "/etc/passwd", "--tls-key", "/etc/passwd"];
+    const nonsense = await runProgram("server", variant, args);
+    expect(nonsense.stderr).toBe("Error: the certificate and the key cannot be used: PEM_NO_START_LINE\n");
+    expect(nonsense.exitCode).toBe(1);
+  });
+
+  test("--reuse-port: two servers share a port, and each answers when the other has gone", async () => {
+    await using first = await serve("--reuse-port", "--text", "first");
+    const argv = [
+      ...(await command("server", variant)),
+      "--reuse-port",
+      "--port",
+      String(first.port),
+      "--text",
+      "second",
+    ];
+    await using second = await start(argv, LISTENING);
+    const answers = new Set<string>();
+    // The kernel chooses by the peer's port: it is a matter of tries until both have been chosen.
+    while (answers.size < 2) answers.add((await run(["curl", "-s", first.url])).stdout);
+    expect([...answers].toSorted()).toEqual(["first", "second"]);
+    first.child.kill("SIGTERM");
+    await first.child.exited;
+    expect((await run(["curl", "-s", second.match[0]])).stdout).toBe("second");
+  });
+
+  test.if(hasTool("wrk"))("SIGTERM under load: nothing that was accepted goes unanswered, exit 0", async () => {
+    await using server = await serve("--log", "off");
+    const wrk = run(["wrk", "-t1", "-c20", "-d2", server.url]);
+    while (openFiles(server.child.pid) < 20) await Bun.sleep(20);
+    await Bun.sleep(300);
+    server.child.kill("SIGTERM");
+    expect(await server.child.exited).toBe(0);
+    // Connecting fails, again and again, once there is no server (wrk may notice at the first write); no answer fails to come.
+    expect((await wrk).stdout).toMatch(/Socket errors: connect \d+, read 0, write \d+, timeout 0/);
   });
 
   test.if(hasTool("ab"))("ab -k gets right answers", async () => {

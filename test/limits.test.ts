@@ -1,0 +1,177 @@
+/** Every limit of server.ts: its flag, and a peer that reaches it. What the peer gets is exact; the times are not. */
+import { describe, expect, test } from "bun:test";
+import { LIMITS } from "../server.ts";
+import { exchange, Peer, run, startServer, VARIANTS } from "./harness.ts";
+
+const GET = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";
+const POST = "POST / HTTP/1.1\r\nHost: x\r\n";
+
+/** The milliseconds that something took. */
+async function timed(step: () => Promise<unknown>): Promise<number> {
+  const start = performance.now();
+  await step();
+  return performance.now() - start;
+}
+
+const statusOf = (response: string) => Number(/^HTTP\/1.1 (\d{3}) /.exec(response)?.[1]);
+
+describe.each(VARIANTS)("limits (%s)", (variant) => {
+  const serve = (...args: string[]) => startServer(variant, ["--log", "off", ...args]);
+
+  test.each([
+    ["--method-bytes-max 4", "HEAD / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 200],
+    ["--method-bytes-max 4", "PATCH / HTTP/1.1\r\nHost: x\r\n\r\n", 501],
+    ["--request-target-bytes-max 4", "GET /123 HTTP/1.0\r\n\r\n", 200],
+    ["--request-target-bytes-max 4", "GET /1234 HTTP/1.0\r\n\r\n", 414],
+    ["--head-bytes-max 40", `GET / HTTP/1.0\r\nX: ${"x".repeat(17)}\r\n\r\n`, 200],
+    ["--head-bytes-max 40", `GET / HTTP/1.0\r\nX: ${"x".repeat(18)}\r\n\r\n`, 431],
+    ["--field-lines-max 2", "GET / HTTP/1.0\r\nA:\r\nB:\r\n\r\n", 200],
+    ["--field-lines-max 2", "GET / HTTP/1.0\r\nA:\r\nB:\r\nC:\r\n\r\n", 431],
+    ["--empty-lines-max 1", "\r\nGET / HTTP/1.0\r\n\r\n", 200],
+    ["--empty-lines-max 1", "\r\n\r\nGET / HTTP/1.0\r\n\r\n", 400],
+    ["--content-bytes-max 4", "POST / HTTP/1.0\r\nContent-Length: 4\r\n\r\n1234", 200],
+    ["--content-bytes-max 4", "POST / HTTP/1.0\r\nContent-Length: 5\r\n\r\n", 413],
+    ["--content-bytes-max 4", `${POST}Transfer-Encoding: chunked\r\n\r\n4\r\n1234\r\n1\r\n`, 413],
+    [
+      "--chunk-extension-bytes-max 4",
+      `${POST}Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n1;a\r\nx\r\n0;b\r\n\r\n`,
+      200,
+    ],
+    ["--chunk-extension-bytes-max 4", `${POST}Transfer-Encoding: chunked\r\n\r\n1;a\r\nx\r\n0;bc\r\n\r\n`, 400],
+  ])("%s: %j gets %d", async (flag, request, status) => {
+    await using server = await serve(...flag.split(" "));
+    expect(statusOf(await exchange(server.port, [request]))).toBe(status);
+  });
+
+  test("--connections-max: one more gets 503 at once, and is served when there is room again", async () => {
+    await using server = await serve("--connections-max", "2");
+    using first = await Peer.connect(server.port);
+    using second = await Peer.connect(server.port);
+    for (const peer of [first, second]) {
+      await peer.send(GET);
+      await peer.waitFor(/Hello, World!$/);
+    }
+    expect(await exchange(server.port, [])).toMatch(
+      /^HTTP\/1.1 503 Service Unavailable\r\n[^]*\r\nConnection: close\r\n\r\n/,
+    );
+    first.finish();
+    await first.closed;
+    expect(statusOf(await exchange(server.port, [GET], { finish: true }))).toBe(200);
+  });
+
+  test("--head-timeout-ms: 408 for a head that is not whole in time, however its bytes trickle in", async () => {
+    await using server = await serve("--head-timeout-ms", "600");
+    using peer = await Peer.connect(server.port);
+    let isClosed = false;
+    void peer.closed.then(() => (isClosed = true));
+    const milliseconds = await timed(async () => {
+      await peer.send("GET / HTTP/1.1\r\nX: ");
+      while (!isClosed) {
+        await peer.send("x");
+        await Promise.race([peer.closed, Bun.sleep(50)]);
+        if (peer.received.includes("\r\n\r\n")) peer.finish();
+      }
+    });
+    expect(statusOf(peer.received)).toBe(408);
+    expect(milliseconds).toBeGreaterThan(550);
+    // A second request on a connection that is kept alive has its own time, from its first byte on.
+    expect(await exchange(server.port, [GET, "GET /"])).toMatch(/Hello, World!HTTP\/1.1 408 /);
+  });
+
+  test("--head-timeout-ms: who never says a word is closed without one", async () => {
+    await using server = await serve("--head-timeout-ms", "300");
+    expect(await exchange(server.port, [])).toBe("");
+  });
+
+  test("--idle-timeout-ms: a connection that is not used again is closed without a word", async () => {
+    await using server = await serve("--idle-timeout-ms", "300");
+    expect(await exchange(server.port, [GET])).toEndWith("\r\n\r\nHello, World!");
+  });
+
+  test("--content-timeout-ms and --content-part-bytes-min: 408 for content that stalls or trickles, not for what is slow", async () => {
+    await using server = await serve("--content-timeout-ms", "600", "--content-part-bytes-min", "100");
+    expect(statusOf(await exchange(server.port, [`${POST}Content-Length: 5\r\n\r\n`, "1234"]))).toBe(408);
+    using slow = await Peer.connect(server.port);
+    await slow.send(`${POST}Content-Length: 2000\r\n\r\n`);
+    for (let i = 0; i < 20; i++) {
+      await slow.send("x".repeat(100));
+      await Bun.sleep(80); // 20 pieces take more than two spans, and each span brings seven of them
+    }
+    await slow.waitFor(/^HTTP\/1.1 200 OK/);
+  });
+
+  test("--write-timeout-ms: a peer that takes none of its answers is cut off, and the others are served", async () => {
+    await using server = await serve("--write-timeout-ms", "500", "--text", "x".repeat(10_000));
+    using peer = await Peer.connect(server.port);
+    peer.pause();
+    await peer.send(GET.repeat(5000));
+    expect(statusOf(await exchange(server.port, [GET], { finish: true }))).toBe(200);
+    // The paused peer cannot see the reset: the server closes its side of it.
+    const files = async () => (await run(["ls", `/proc/${server.child.pid}/fd`])).stdout.split("\n").length;
+    const before = await files();
+    while ((await files()) >= before) await Bun.sleep(100);
+  });
+
+  test("--waiting-bytes-max: what all peers together leave unread is bounded", async () => {
+    await using server = await serve("--waiting-bytes-max", "200000", "--text", "x".repeat(10_000));
+    const peers = await Promise.all(Array.from({ length: 8 }, () => Peer.connect(server.port)));
+    for (const peer of peers) peer.pause();
+    await Promise.all(peers.map((peer) => Promise.race([peer.send(GET.repeat(20_000)), Bun.sleep(500)])));
+    for (const peer of peers) peer.resume();
+    const ends = await Promise.all(
+      peers.map((peer) => Promise.race([peer.closed, Bun.sleep(1000).then(() => "open")])),
+    );
+    expect(ends).toContain("reset");
+    expect(statusOf(await exchange(server.port, [GET], { finish: true }))).toBe(200);
+    for (const peer of peers) peer[Symbol.dispose]();
+  });
+
+  test("--linger-timeout-ms: after the last answer a peer that does not close is closed", async () => {
+    await using server = await serve("--linger-timeout-ms", "300");
+    const code = `
+import socket, sys, time
+s = socket.create_connection(("127.0.0.1", ${server.port}))
+s.sendall(b"nonsense\\r\\n")
+while s.recv(1000): pass
+t = time.time()
+try:
+    while time.time() < t + 8: s.sendall(b"x"); time.sleep(0.05)
+except OSError: print("closed")`;
+    expect((await run(["python3", "-c", code])).stdout).toBe("closed\n");
+  });
+
+  test("--linger-bytes-max: a peer that sends on and on after the last answer is cut off", async () => {
+    await using server = await serve("--linger-bytes-max", "1000000");
+    const code = `
+import socket
+s = socket.create_connection(("127.0.0.1", ${server.port}))
+s.sendall(b"nonsense\\r\\n")
+while s.recv(1000): pass
+try:
+    for i in range(1000): s.sendall(b"x" * 100000)
+    print("all taken")
+except OSError: print("cut off")`;
+    expect((await run(["python3", "-c", code])).stdout).toBe("cut off\n");
+  });
+
+  test("--grace-ms: what does not end in time does not keep the server from stopping", async () => {
+    await using server = await serve("--grace-ms", "300");
+    using peer = await Peer.connect(server.port);
+    await peer.send("GET / HTTP/1.1\r\n");
+    await exchange(server.port, [GET], { finish: true });
+    const milliseconds = await timed(async () => {
+      server.child.kill("SIGTERM");
+      expect(await server.child.exited).toBe(0);
+    });
+    expect(milliseconds).toBeGreaterThan(250);
+    expect(milliseconds).toBeLessThan(5000);
+  });
+});
+
+test("the defaults answer 408 between 5 and 30 seconds, and leave room for 10,000 connections", () => {
+  for (const milliseconds of [LIMITS.headTimeoutMs, LIMITS.contentTimeoutMs]) {
+    expect(milliseconds).toBeGreaterThan(5000);
+    expect(2 * milliseconds).toBeLessThan(30_000);
+  }
+  expect(LIMITS.connectionsMax).toBeGreaterThan(10_000);
+});
