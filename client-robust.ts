@@ -40,7 +40,7 @@ export const LIMITS = Object.freeze({
   fieldLinesMax: 200,
   /** RFC 9110 §15.2: a client reads any number of 1xx; nobody has reason to send more than a few. */
   interimResponsesMax: 100,
-  /** All chunk extensions of one message. Some servers sign each chunk with 85 bytes. */
+  /** By so much chunk extensions may outweigh the content. Some servers sign each chunk with 85 bytes. */
   chunkExtensionBytesMax: 1_048_576,
   /** Received and not yet taken: past this we stop reading and TCP slows the server down. */
   receivedBytesMax: 1_048_576,
@@ -150,6 +150,14 @@ const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
 /** The bytes from..to as ISO 8859-1 text, one character a byte. */
 const latin1 = (bytes: Uint8Array, from: number, to: number) =>
   Buffer.from(bytes.buffer, bytes.byteOffset + from, to - from).toString("latin1");
+
+/** OWS is SP and HTAB; String.trim takes more, and a regular expression takes quadratic time on long runs. */
+function trimOws(text: string): string {
+  let [from, to] = [0, text.length];
+  while (from < to && (text[from] === " " || text[from] === "\t")) from++;
+  while (to > from && (text[to - 1] === " " || text[to - 1] === "\t")) to--;
+  return text.slice(from, to);
+}
 // ── end shared ──
 
 // ── shared: chunked ──
@@ -188,6 +196,8 @@ export class ChunkedDecoder {
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
+    /** RFC 9112 §5.2: a user agent reads obs-fold as SP; a server refuses it. */
+    private readonly acceptsFolds: boolean,
   ) {}
 
   /** Reads from `from` on; returns the index after what it has used, `to` at the most. */
@@ -253,9 +263,9 @@ export class ChunkedDecoder {
   private takeExtensionByte(byte: number): void {
     if (byte === LF) return this.fail("bare-lf");
     if (byte === CR) return CHUNK_EXT.test(this.line) ? this.go("size-lf") : this.fail("chunk-extension");
-    // The sum over all chunks is bounded, or tiny chunks with long extensions would keep us busy.
+    // All of them together may outweigh the content only by so much, or tiny chunks would keep us busy.
     this.extensionBytes++;
-    if (FIELD_CONTENT[byte] !== 1 || this.extensionBytes > this.limits.chunkExtensionBytesMax)
+    if (FIELD_CONTENT[byte] !== 1 || this.extensionBytes > this.limits.chunkExtensionBytesMax + this.announced)
       return this.fail("chunk-extension");
     this.line += String.fromCharCode(byte);
   }
@@ -280,6 +290,8 @@ export class ChunkedDecoder {
     if (!this.line.endsWith("\r")) return this.fail("bare-lf");
     const line = this.line.slice(0, -1);
     if (line === "") return this.go("done");
+    const isFold = this.acceptsFolds && /^[ \t]/.test(line) && this.trailerNames.length > 0;
+    if (isFold && FIELD_LINE.test(`x:${line}`)) return this.go("trailer");
     const name = FIELD_LINE.exec(line)?.[1];
     if (name === undefined) return this.fail("trailer");
     if (this.trailerNames.length === this.limits.fieldLinesMax) return this.fail("trailer-too-large");
@@ -332,15 +344,16 @@ export class ResponseHeadParser {
       this.text += latin1(bytes, at, end);
       at = end;
       if (this.text.length > LIMITS.headBytesMax) this.fail("the head is too large");
+      // What does not start like a response will not become one: the end of its line is not waited for.
+      else if (!"HTTP/1.".startsWith(this.text.slice(0, 7))) this.fail(NO_STATUS_LINE);
       else if (lf >= 0) this.endLine(this.text.slice(this.lineFrom));
-      else this.checkStart();
     }
     return at;
   }
 
-  /** What does not start like a response will not become one: do not wait for the end of the line. */
-  private checkStart(): void {
-    if (!"HTTP/1.".startsWith(this.text.slice(0, 7))) this.fail(NO_STATUS_LINE);
+  /** No more bytes will come. A CR inside the last line makes it malformed, and not merely cut. */
+  end(): void {
+    if (this.text.slice(this.lineFrom, -1).includes("\r")) this.fail("a line of its head has CR without LF");
   }
 
   private endLine(lineAndEnd: string): void {
@@ -374,7 +387,7 @@ export class ResponseHeadParser {
   private takeFoldedLine(line: string): void {
     const last = this.fields.at(-1);
     if (last === undefined || !FIELD_LINE.test(`x:${line}`)) return this.fail("a line of its head is not a field-line");
-    last[1] = trimOws(`${last[1]} ${trimOws(line)}`);
+    last[1] = [last[1], trimOws(line)].filter((part) => part !== "").join(" ");
   }
 
   private fail(fault: string): void {
@@ -382,9 +395,6 @@ export class ResponseHeadParser {
     this.fault = fault;
   }
 }
-
-/** OWS is SP and HTAB; String.trim would take vertical tabs and no-break spaces too. */
-const trimOws = (text: string) => text.replace(/^[ \t]+|[ \t]+$/g, "");
 
 /** All values of a field, in lower-case name. */
 export const fieldValues = (head: { fields: ResponseHead["fields"] }, name: string): string[] =>
@@ -435,7 +445,7 @@ export class ResponseReader {
   framing: Framing = "close";
   private parser = new ResponseHeadParser();
   private interimResponses = 0;
-  private readonly decoder = new ChunkedDecoder(LIMITS);
+  private readonly decoder = new ChunkedDecoder(LIMITS, true);
 
   constructor(private readonly method: string) {}
 
@@ -456,6 +466,8 @@ export class ResponseReader {
 
   /** The peer will send no more. RFC 9112 §8: only content without a length may end like this. */
   end(): void {
+    if (this.head === undefined) this.parser.end();
+    if (this.parser.state === "failed") this.fault = this.parser.fault;
     if (this.head !== undefined && this.framing === "close") this.isComplete = true;
   }
 
@@ -532,7 +544,7 @@ export function printable(text: string): string {
 /** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
 export function tell(line: string): void {
   try {
-    writeSync(2, `${printable(line).replaceAll("\n", " ")}\n`);
+    writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
@@ -549,12 +561,22 @@ export function requireSuccess({ status, reasonPhrase }: ResponseHead, keepsOnly
   throw new TransferError("status", `the server answered ${status} ${reasonPhrase}`.trimEnd());
 }
 
-/** Why a response that ended before it was complete is a failure. */
-export function explainShortResponse(reader: ResponseReader): TransferError {
-  if (reader.isEmpty) return new TransferError("empty", "the server closed the connection without an answer");
-  if (reader.head === undefined) return new TransferError("partial", "the response ends inside its head");
+/** @throws TransferError "unparsable" */
+export function requireWellFormed({ fault }: ResponseReader): void {
+  if (fault !== "") throw new TransferError("unparsable", `the response is malformed: ${fault}`);
+}
+
+/**
+ * Checks that the response which has ended is whole.
+ * @throws TransferError "empty", "unparsable" or "partial"
+ */
+export function requireComplete(reader: ResponseReader): void {
+  if (reader.isComplete) return;
+  requireWellFormed(reader);
+  if (reader.isEmpty) throw new TransferError("empty", "the server closed the connection without an answer");
+  if (reader.head === undefined) throw new TransferError("partial", "the response ends inside its head");
   const whole = typeof reader.framing === "number" ? ` of ${reader.framing}` : "";
-  return new TransferError(
+  throw new TransferError(
     "partial",
     `the response is not complete: ${reader.contentBytes}${whole} bytes of content came`,
   );
@@ -715,10 +737,10 @@ export async function transfer(request: Request, sink: Sink, timeouts: Timeouts)
       const content = reader.take(bytes);
       if (isBeforeHead && reader.head !== undefined) await sink.start(reader.head);
       await sink.write(content);
-      if (reader.fault !== "") throw new TransferError("unparsable", `the response is malformed: ${reader.fault}`);
+      requireWellFormed(reader);
     }
-    reader.end();
-    if (!reader.isComplete) throw explainShortResponse(reader);
+    if (!reader.isComplete) reader.end();
+    requireComplete(reader);
     await sink.finish();
     return EXIT_CODES.ok;
   } catch (error) {

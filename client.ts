@@ -52,7 +52,7 @@ export function printable(text: string): string {
 /** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
 export function tell(line: string): void {
   try {
-    writeSync(2, `${printable(line).replaceAll("\n", " ")}\n`);
+    writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──

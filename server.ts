@@ -48,7 +48,7 @@ const BOUNDS = {
   /** Text mode ignores content, so this bounds only wasted reading. nginx's default is the same. */
   contentBytesMax: [1_048_576, "bytes of a request's content"],
   /** All chunk extensions of one message (RFC 9112 §7.1.1 asks for a limit). Nobody uses them. */
-  chunkExtensionBytesMax: [4096, "bytes of all chunk extensions of a request"],
+  chunkExtensionBytesMax: [4096, "bytes by which chunk extensions may outweigh a request's content"],
   /** What may be formatted before the peer has taken it; then we stop reading from that peer. */
   unsentBytesMax: [65_536, "bytes of answers that a peer has not taken, before we stop reading"],
   /** One read may bring 512 KiB, and many peers that read nothing may each leave us so much. */
@@ -220,6 +220,14 @@ const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
 /** The bytes from..to as ISO 8859-1 text, one character a byte. */
 const latin1 = (bytes: Uint8Array, from: number, to: number) =>
   Buffer.from(bytes.buffer, bytes.byteOffset + from, to - from).toString("latin1");
+
+/** OWS is SP and HTAB; String.trim takes more, and a regular expression takes quadratic time on long runs. */
+function trimOws(text: string): string {
+  let [from, to] = [0, text.length];
+  while (from < to && (text[from] === " " || text[from] === "\t")) from++;
+  while (to > from && (text[to - 1] === " " || text[to - 1] === "\t")) to--;
+  return text.slice(from, to);
+}
 // ── end shared ──
 
 // ── shared: chunked ──
@@ -258,6 +266,8 @@ export class ChunkedDecoder {
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
+    /** RFC 9112 §5.2: a user agent reads obs-fold as SP; a server refuses it. */
+    private readonly acceptsFolds: boolean,
   ) {}
 
   /** Reads from `from` on; returns the index after what it has used, `to` at the most. */
@@ -323,9 +333,9 @@ export class ChunkedDecoder {
   private takeExtensionByte(byte: number): void {
     if (byte === LF) return this.fail("bare-lf");
     if (byte === CR) return CHUNK_EXT.test(this.line) ? this.go("size-lf") : this.fail("chunk-extension");
-    // The sum over all chunks is bounded, or tiny chunks with long extensions would keep us busy.
+    // All of them together may outweigh the content only by so much, or tiny chunks would keep us busy.
     this.extensionBytes++;
-    if (FIELD_CONTENT[byte] !== 1 || this.extensionBytes > this.limits.chunkExtensionBytesMax)
+    if (FIELD_CONTENT[byte] !== 1 || this.extensionBytes > this.limits.chunkExtensionBytesMax + this.announced)
       return this.fail("chunk-extension");
     this.line += String.fromCharCode(byte);
   }
@@ -350,6 +360,8 @@ export class ChunkedDecoder {
     if (!this.line.endsWith("\r")) return this.fail("bare-lf");
     const line = this.line.slice(0, -1);
     if (line === "") return this.go("done");
+    const isFold = this.acceptsFolds && /^[ \t]/.test(line) && this.trailerNames.length > 0;
+    if (isFold && FIELD_LINE.test(`x:${line}`)) return this.go("trailer");
     const name = FIELD_LINE.exec(line)?.[1];
     if (name === undefined) return this.fail("trailer");
     if (this.trailerNames.length === this.limits.fieldLinesMax) return this.fail("trailer-too-large");
@@ -373,6 +385,7 @@ export class ChunkedDecoder {
 
 /** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
 const TOKEN = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
+const IS_TOKEN = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
 /** request-target: visible ASCII (RFC 9112 §3.2), but "#", which starts a fragment, and "%". */
 const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/);
 /** reg-name (RFC 3986 §3.2.2) but "%", and but ",": in Host it can only be a list of hosts. */
@@ -510,7 +523,7 @@ export class RequestHead {
   fieldValue(name: string): string | undefined {
     for (const line of this.text.trimStart().split("\r\n").slice(1)) {
       const colon = line.indexOf(":");
-      if (line.slice(0, colon).toLowerCase() === name) return line.slice(colon + 1).replace(/^[ \t]+|[ \t]+$/g, "");
+      if (line.slice(0, colon).toLowerCase() === name) return trimOws(line.slice(colon + 1));
     }
     return undefined;
   }
@@ -750,7 +763,7 @@ function noteConnectionOptions(head: RequestHead, bytes: Uint8Array, from: numbe
 
 /** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
 function noteExpectations(head: RequestHead, value: string): void {
-  for (const expectation of value.toLowerCase().split(/[ \t]*,[ \t]*/)) {
+  for (const expectation of value.toLowerCase().split(",").map(trimOws)) {
     if (expectation === "100-continue") head.expectsContinue = true;
     else if (expectation !== "") head.hasOtherExpectation = true;
   }
@@ -825,9 +838,13 @@ function skipHost(bytes: Uint8Array, from: number, to: number): number {
   }
 }
 
-/** A list of codings that ends in chunked and has it only there (RFC 9112 §6.1, §7: token *( ";" token "=" value )). */
-const CODINGS_THEN_CHUNKED =
-  /^(?:(?!chunked[ \t]*[;,])[!#$%&'*+\-.^_`|~\w]+(?:[ \t]*;[ \t]*[!#$%&'*+\-.^_`|~\w]+[ \t]*=[ \t]*(?:[!#$%&'*+\-.^_`|~\w]+|"(?:[^"\\]|\\.)*"))*[ \t]*,[ \t]*)+chunked$/i;
+/** RFC 9112 §6.1: codings that are not implemented get 501, where chunked comes after them, last and once. */
+function explainCodings(value: string): Rejection {
+  const codings = value.toLowerCase().split(",").map(trimOws);
+  const isForeign =
+    codings.pop() === "chunked" && codings.every((coding) => coding !== "chunked" && IS_TOKEN.test(coding));
+  return isForeign ? "transfer-coding-unknown" : "transfer-encoding";
+}
 
 /**
  * RFC 9112 §6.3: where the content ends. Who reads it otherwise than the server in front of us or
@@ -846,7 +863,7 @@ function decideFraming(head: RequestHead): Rejection | undefined {
     head.contentLength = CHUNKED;
     if (head.transferEncodings > 1) return "transfer-encoding";
     if (isText(bytes, from, to, "chunked")) return undefined;
-    return CODINGS_THEN_CHUNKED.test(latin1(bytes, from, to)) ? "transfer-coding-unknown" : "transfer-encoding";
+    return explainCodings(latin1(bytes, from, to));
   }
   if (head.contentLengths > 0) {
     // §6.3 item 5: repeated or listed values are refused even where they are equal.
@@ -959,7 +976,7 @@ export function printable(text: string): string {
 /** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
 export function tell(line: string): void {
   try {
-    writeSync(2, `${printable(line).replaceAll("\n", " ")}\n`);
+    writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
@@ -1433,7 +1450,7 @@ class ContentReader {
     private readonly limits: Limits,
     private readonly isLogged: boolean,
   ) {
-    this.decoder = contentLength === CHUNKED ? new ChunkedDecoder(limits) : null;
+    this.decoder = contentLength === CHUNKED ? new ChunkedDecoder(limits, false) : null;
     this.left = contentLength;
   }
 

@@ -34,10 +34,10 @@ describe.each(VARIANTS)("limits (%s)", (variant) => {
     ["--content-bytes-max 4", `${POST}Transfer-Encoding: chunked\r\n\r\n4\r\n1234\r\n1\r\n`, 413],
     [
       "--chunk-extension-bytes-max 4",
-      `${POST}Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n1;a\r\nx\r\n0;b\r\n\r\n`,
+      `${POST}Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n1;a\r\nx\r\n0;bc\r\n\r\n`,
       200,
     ],
-    ["--chunk-extension-bytes-max 4", `${POST}Transfer-Encoding: chunked\r\n\r\n1;a\r\nx\r\n0;bc\r\n\r\n`, 400],
+    ["--chunk-extension-bytes-max 4", `${POST}Transfer-Encoding: chunked\r\n\r\n1;a\r\nx\r\n0;bcd\r\n\r\n`, 400],
   ])("%s: %j gets %d", async (flag, request, status) => {
     await using server = await serve(...flag.split(" "));
     expect(statusOf(await exchange(server.port, [request]))).toBe(status);
