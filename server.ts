@@ -10,7 +10,7 @@
  * one request; here the bytes may come one at a time or a hundred requests at once, and every
  * message is held to RFC 9112 before it is answered: what is not HTTP gets 400 and a close.
  *
- * Left out: compression, ranges of ports, virtual hosts, HTTP/2. It is no reverse proxy.
+ * Left out: files (so far), compression, virtual hosts, HTTP/2. It is no reverse proxy.
  *
  *  1 Limits and defaults    what is bounded, by how much, and why
  *  2 Types                  the words that the rest is written in
@@ -33,7 +33,7 @@ export const VERSION = "0.1.0";
 
 /** Every bound: its default, what it is for the user, and above it why that number. Each is a flag. */
 const BOUNDS = {
-  /** Ten thousand idle peers must leave room for others; each costs us 2 KiB and the kernel some more. */
+  /** Ten thousand idle peers must leave room for others; each costs us 1 to 2 KiB, and the kernel some more. */
   connectionsMax: [16_384, "connections at once; one more gets 503"],
   /** Longest registered method: UPDATEREDIRECTREF, 17. A longer one is none that we know. */
   methodBytesMax: [32, "bytes of a method"],
@@ -47,7 +47,7 @@ const BOUNDS = {
   emptyLinesMax: [4, "empty lines before a request"],
   /** Text mode ignores content, so this bounds only wasted reading. nginx's default is the same. */
   contentBytesMax: [1_048_576, "bytes of a request's content"],
-  /** All chunk extensions of one message (RFC 9112 §7.1.1 asks for a limit). Nobody uses them. */
+  /** RFC 9112 §7.1.1 asks for a limit on all of a message. Hardly anybody uses them. */
   chunkExtensionBytesMax: [4096, "bytes by which chunk extensions may outweigh a request's content"],
   /** What may be formatted before the peer has taken it; then we stop reading from that peer. */
   unsentBytesMax: [65_536, "bytes of answers that a peer has not taken, before we stop reading"],
@@ -73,7 +73,10 @@ const BOUNDS = {
 export type Limits = Readonly<Record<keyof typeof BOUNDS, number>>;
 const LIMIT_NAMES = Object.keys(BOUNDS) as (keyof Limits)[]; // Object.keys forgets the type
 
-export const LIMITS = Object.freeze(Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]]))) as Limits; // so does fromEntries
+/** The defaults. */
+export const LIMITS = Object.freeze(
+  Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // fromEntries too
+);
 
 /** How often deadlines are looked at: one sweep costs less than a timer for each connection. */
 const SWEEP_MS = 250;
@@ -196,7 +199,7 @@ class StartError extends Error {
 // ═══ 4 Parsing ═══════════════════════════════════════════════════════════════════════════════════
 //
 // A parser reads bytes and keeps where it is, so that it goes on where it stopped when more bytes
-// come: the outcome is the same however a message was split, and no byte is looked at twice.
+// come: the outcome is the same however a message was split, and hardly a byte is looked at twice.
 
 /** What a parser says instead of a position: it has read all there is; or never mind what comes. */
 const NEED_MORE = -1;
@@ -455,7 +458,6 @@ export const CHUNKED = -1;
 export class RequestHead {
   bytes: Uint8Array = new Uint8Array(0);
   base = 0;
-  constructor(readonly limits: Limits) {}
   /** Octets parsed so far; the length of the head when it is complete. */
   length = 0;
   rejection: Rejection | "" = "";
@@ -486,6 +488,8 @@ export class RequestHead {
   hasOtherExpectation = false;
   /** Octets of content that follow, or {@link CHUNKED}. */
   contentLength = 0;
+
+  constructor(readonly limits: Limits) {}
 
   /** Makes ready for a head that starts at bytes[base]. */
   start(bytes: Uint8Array, base: number): void {
