@@ -1256,8 +1256,8 @@ export class Connection {
 
   private startContent(head: RequestHead, hasContent: boolean): void {
     this.state = "reading-content";
-    // The head outlives the read that brought it.
-    [head.bytes, head.base] = [head.bytes.slice(head.base, head.base + head.length), 0];
+    // The head outlives the read that brought it. (Buffer's own slice would not copy.)
+    [head.bytes, head.base] = [new Uint8Array(head.bytes.subarray(head.base, head.base + head.length)), 0];
     this.content = new ContentReader(head.contentLength, this.server.limits, this.server.logFormat === "request");
     if (head.contentLength > this.server.limits.contentBytesMax) return this.answerRejection("content-too-large");
     if (!head.expectsContinue) return;
@@ -1423,6 +1423,8 @@ export class Connection {
       this.retained.copyWithin(0, at, to);
       this.retainedLength = to - at;
     }
+    // A head that is not complete is among the bytes that were kept, at their start.
+    if (this.head !== null && this.content === null) [this.head.bytes, this.head.base] = [this.retained, 0];
   }
 
   /** Adds bytes to those that wait. The buffer doubles, so that a byte at a time costs no more. */

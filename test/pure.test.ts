@@ -129,6 +129,24 @@ describe("a connection", () => {
     expect(isEmpty).toBeTrue();
   });
 
+  test("logs a head from its own bytes, wherever those have moved", () => {
+    const { connection, log } = connect();
+    const lend = (text: string) => {
+      const bytes = Buffer.from(text);
+      connection.onData(bytes);
+      bytes.fill("z"); // the bytes of a read are lent for the call, no longer
+    };
+    lend("GET /first HTTP/1.1\r\nHo");
+    lend("st: x\r\n\r\nPOST /second HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n");
+    lend("okGET /third HTTP/1.1\r\nHost: inc");
+    connection.onEnd();
+    expect(log).toEqual([
+      "GET /first HTTP/1.1\nHost: x\n\n",
+      "POST /second HTTP/1.1\nHost: x\nContent-Length: 2\n\nok\n",
+      "GET /third HTTP/1.1\nHost: inc\n",
+    ]);
+  });
+
   test("logs a request with the start of its content, and says how much there is more", () => {
     const { connection, log } = connect();
     connection.onData(Buffer.from("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3000\r\n\r\n"));
