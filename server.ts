@@ -1134,7 +1134,7 @@ export class Connection {
 
   onOpen(): void {
     const excess = this.server.connections.size - this.server.limits.connectionsMax;
-    if (excess > REFUSED_CONNECTIONS_MAX) this.transport.terminate();
+    if (excess > REFUSED_CONNECTIONS_MAX) this.abort();
     else if (excess > 0) this.refuse("too-many-connections");
   }
 
@@ -1191,7 +1191,7 @@ export class Connection {
         return this.content?.startSpan() ? this.awaitNext("content") : this.refuse("timeout");
       case "write":
       case "linger":
-        return this.transport.terminate();
+        return this.abort();
       case "":
         return;
       default:
@@ -1350,7 +1350,7 @@ export class Connection {
   private send(bytes: Uint8Array, length: number): boolean {
     const written = this.transport.write(bytes, 0, length);
     if (written < 0) {
-      this.transport.terminate();
+      this.abort();
       return false;
     }
     if (written === length) this.unsent = NO_BYTES;
@@ -1375,9 +1375,16 @@ export class Connection {
     if (this.peerHasFinished) this.transport.end();
   }
 
+  /** There is nobody to talk to any more, or nobody worth it: no FIN, no answer. */
+  private abort(): void {
+    this.state = "closed";
+    this.retained = this.unsent = NO_BYTES;
+    this.transport.terminate();
+  }
+
   private drop(length: number): void {
     this.lingeredBytes += length;
-    if (this.lingeredBytes > this.server.limits.lingerBytesMax) this.transport.terminate();
+    if (this.lingeredBytes > this.server.limits.lingerBytesMax) this.abort();
   }
 
   private isReading(): boolean {
@@ -1410,7 +1417,7 @@ export class Connection {
     const isMore = weight > this.weight;
     server.waitingBytes += weight - this.weight;
     this.weight = weight;
-    if (isMore && server.waitingBytes > server.limits.waitingBytesMax) this.transport.terminate();
+    if (isMore && server.waitingBytes > server.limits.waitingBytesMax) this.abort();
   }
 
   /** Of the bytes that were served, at..to could not be used yet. */

@@ -70,7 +70,9 @@ describe("a connection", () => {
 
   test("ends when writing fails", () => {
     const { transport, connection } = connect({ room: -1 });
-    connection.onData(GET);
+    connection.onData(Buffer.concat([GET, GET.subarray(0, 10)]));
+    connection.onEnd();
+    connection.onDrain();
     expect(transport.calls).toEqual(["terminate"]);
   });
 
