@@ -7,25 +7,26 @@
  *     bun client-robust.ts -o a.iso http://example.test/a.iso
  *
  * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never
- * because no more bytes came; a short response is a failure, and each failure has curl's exit code.
- * Memory is constant: bytes go straight from the socket to where they belong, as fast as that takes
- * them. The heart is `transfer`, in section 8: try { connect; send; while … receive } catch … finally.
+ * because no more bytes came. What can pass is tried again, and goes on where it broke off: the bytes
+ * are those of one version of the content, or there is a failure, with curl's exit code. Memory is
+ * constant. The heart is `transfer`, in section 8: try { connect; send; while … receive } catch … finally.
  *
- * Left out so far: https, retries, resuming, redirects. Never: HTTP/2, compression, cookies.
+ * Left out so far: https. Never: HTTP/2, compression, cookies, several URLs.
  *
  *  1 Limits and defaults    what is bounded, by how much, and why
  *  2 Types                  the words that the rest is written in
  *  3 Errors                 every way to fail, and the exit code it has
  *  4 Parsing                bytes → response head, bytes → content (pure)
  *  5 Formatting             request → bytes (pure)
- *  6 Application            which responses are a success, and what is kept of them (pure)
- *  7 Connection             what has been received and not been asked for; deadlines
- *  8 Sockets                connect, and the heart
+ *  6 Application            what to do with a response, and after a failure (pure)
+ *  7 Connection             what has been received and not been asked for; what is held of the content
+ *  8 Sockets                connect, the heart, and the loop around it
  *  9 Command line           flags, where the content goes
  * 10 Main
  */
-import { write, writeSync } from "node:fs";
-import { type FileHandle, open, realpath, rename, stat, unlink } from "node:fs/promises";
+import { createHash, type Hash } from "node:crypto";
+import { createReadStream, write, writeSync } from "node:fs";
+import { type FileHandle, open, readFile, realpath, rename, stat, unlink, writeFile } from "node:fs/promises";
 import { isatty } from "node:tty";
 import { parseArgs, promisify } from "node:util";
 
@@ -46,6 +47,14 @@ export const LIMITS = Object.freeze({
   receivedBytesMax: 1_048_576,
   /** stdout was made non-blocking by somebody else and is full: how long until the next try. */
   writeRetryMs: 10,
+  /** The first retry waits up to a second, the next up to two, then four …, but never more than a minute. */
+  backoffFirstMs: 1000,
+  backoffMaxMs: 60_000,
+  /** As curl. */
+  redirectsMax: 50,
+  /** The progress line: not for what is done at once, and not more often than an eye can follow. */
+  progressAfterMs: 1000,
+  progressEveryMs: 200,
 });
 
 export const DEFAULTS = Object.freeze({
@@ -54,13 +63,18 @@ export const DEFAULTS = Object.freeze({
   connectTimeoutS: 10,
   /** No byte for so long. Slow is no failure; silence is. */
   stallTimeoutS: 30,
+  /** Attempts after the first one that bring nothing new. */
+  retries: 3,
 });
 
 // ═══ 2 Types ═════════════════════════════════════════════════════════════════════════════════════
 
 export interface Request {
-  readonly method: "GET";
+  readonly method: string;
   readonly url: URL;
+  /** Field-lines of the user's, which stand for those of the same name that would be sent otherwise. */
+  readonly fields: readonly (readonly [name: string, value: string])[];
+  readonly content: Uint8Array | undefined;
 }
 
 /** A response head. Field names are in lower case, in the order of arrival. */
@@ -76,20 +90,38 @@ export interface ResponseHead {
 /** Where content ends (RFC 9112 §6.3): after so many octets, with the last chunk, with the connection. */
 export type Framing = number | "chunked" | "close";
 
-/** Where a response goes. */
+/** Where the content goes. It is written from its start to its end, or started over. */
 export interface Sink {
-  /** The final head is here; content follows. */
-  start(head: ResponseHead): Promise<void>;
+  /** What an earlier run has left there. */
+  readonly found: Held;
+  /** The final head is here; content follows, of this version. */
+  start(head: ResponseHead, held: Held): Promise<void>;
   write(content: Uint8Array): Promise<void>;
-  /** The response is whole. */
+  /** Throws away what was written. */
+  startOver(): Promise<void>;
+  /** The whole has been written; reads it again where somebody wants to know what is there. */
   finish(): Promise<void>;
-  /** Whatever happened, this is called last. */
-  close(): Promise<void>;
+  digest(): Promise<string | undefined>;
+  /** Whatever happened, this is called last. @returns how to go on, where that is possible */
+  close(): Promise<string>;
 }
 
 export interface Timeouts {
   readonly connectMs: number;
   readonly stallMs: number;
+  /** For everything; may be Infinity. */
+  readonly maxMs: number;
+}
+
+/** All that the user asked for. */
+export interface Job {
+  readonly request: Request;
+  readonly policy: Policy;
+  readonly timeouts: Timeouts;
+  /** The SHA-256 that the content must have, in lower-case hex; "" where any will do. */
+  readonly sha256: string;
+  readonly isSilent: boolean;
+  readonly isVerbose: boolean;
 }
 
 // ═══ 3 Errors ════════════════════════════════════════════════════════════════════════════════════
@@ -106,21 +138,34 @@ export const EXIT_CODES = Object.freeze({
   status: 22,
   write: 23,
   timeout: 28,
+  /** No code of curl's that is in use: the content is whole, but is not what a digest says. */
+  digest: 29,
+  /** Never shown: the server's part does not fit what is held. */
+  range: 33,
+  redirects: 47,
   empty: 52,
   send: 55,
   receive: 56,
+  tooLarge: 63,
 });
 export type Outcome = keyof typeof EXIT_CODES;
 
 /** A transfer that failed: `outcome` says how, the message says it in a line. */
 export class TransferError extends Error {
+  /** RFC 9110 §10.2.3: do not come back before. */
+  readonly retryAfterMs: number;
+  /** True where another attempt cannot help, though the outcome alone would not say so. */
+  readonly isFinal: boolean;
+  /** True where a line on stderr would only disturb: `| head` has what it wanted. */
+  readonly isQuiet: boolean;
+
   constructor(
     readonly outcome: Outcome,
     message: string,
-    /** True where a line on stderr would only disturb: `| head` has what it wanted. */
-    readonly isQuiet = false,
+    { retryAfterMs = 0, isFinal = false, isQuiet = false } = {},
   ) {
     super(message);
+    [this.retryAfterMs, this.isFinal, this.isQuiet] = [retryAfterMs, isFinal, isQuiet];
   }
 }
 
@@ -313,6 +358,7 @@ export class ChunkedDecoder {
 }
 // ── end shared ──
 
+const IS_TOKEN = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
 const STATUS_LINE = /^HTTP\/1\.(\d) (\d{3})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
 
@@ -520,16 +566,32 @@ export class ResponseReader {
 
 // ═══ 5 Formatting ════════════════════════════════════════════════════════════════════════════════
 
-/** The request as it goes over the wire (RFC 9112 §3; Host: §3.2). */
-export function formatRequest({ method, url }: Request): Uint8Array {
-  const lines = [
-    `${method} ${url.pathname}${url.search} HTTP/1.1`,
-    `Host: ${url.host}`,
-    `User-Agent: http-over-tcp/${VERSION}`,
-    "Accept: */*",
-    "Connection: close",
-  ];
-  return new TextEncoder().encode(`${lines.join("\r\n")}\r\n\r\n`);
+/**
+ * The request as it goes over the wire (RFC 9112 §3; Host: §3.2), for all of the content, or for what is missing of
+ * it: RFC 9110 §14.2 and §13.1.5 give the rest only while the version is the same.
+ */
+export function formatRequest({ method, url, fields, content }: Request, held: Held): Uint8Array {
+  const all = new Map<string, readonly [name: string, value: string]>();
+  const set = (name: string, value: string) => all.set(name.toLowerCase(), [name, value]);
+  set("Host", url.host);
+  set("User-Agent", `http-over-tcp/${VERSION}`);
+  set("Accept", "*/*");
+  // RFC 9530 §4: then what comes can be verified.
+  set("Want-Repr-Digest", "sha-256=10");
+  if (content !== undefined) set("Content-Type", "application/x-www-form-urlencoded");
+  const names = new Set(fields.map(([name]) => name.toLowerCase()));
+  for (const name of names) all.delete(name);
+  if (content !== undefined) set("Content-Length", String(content.length));
+  set("Connection", "close");
+  if (held.bytes > 0) {
+    set("Range", `bytes=${resumeFrom(held)}-`);
+    set("If-Range", held.etag);
+  }
+  const own = fields.filter(([, value]) => value !== "");
+  const lines = [...all.values(), ...own].map(([name, value]) => `${name}: ${value}\r\n`);
+  // Values may be any bytes but CTL; the command line has made them ISO 8859-1, one character a byte.
+  const head = Buffer.from(`${method} ${url.pathname}${url.search} HTTP/1.1\r\n${lines.join("")}\r\n`, "latin1");
+  return content === undefined ? head : Buffer.concat([head, content]);
 }
 
 // ── shared: printable ──
@@ -550,6 +612,229 @@ export function tell(line: string): void {
 // ── end shared ──
 
 // ═══ 6 Application ═══════════════════════════════════════════════════════════════════════════════
+//
+// The whole policy of retrying and resuming: two pure functions. `judgeHead` says what to do with a
+// response once its head is here, `decideNext` what to do after an attempt has failed.
+
+/** What is held of the content: so many bytes from its start, of the version that the entity-tag names. */
+export interface Held {
+  readonly bytes: number;
+  /** A strong entity-tag, which names these very bytes (RFC 9110 §8.8.3); "" where there is none. */
+  readonly etag: string;
+  /** The length of the whole, where a response has told it. */
+  readonly total: number | undefined;
+}
+
+/**
+ * The byte to go on from. Where the end may have been reached already, that is the last one which is held: of what
+ * lies behind the end there is no part, and a server that says so (416) need not say of which version.
+ */
+export const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
+
+export const NOTHING: Held = Object.freeze({ bytes: 0, etag: "", total: undefined });
+
+/** What the user asked for, as far as decisions depend on it. */
+export interface Policy {
+  readonly method: string;
+  /** Only the content is kept, and only that of a 2xx. */
+  readonly keepsOnlyContent: boolean;
+  /** Content that is held can be thrown away; what is on stdout cannot. */
+  readonly canStartOver: boolean;
+  readonly followsRedirects: boolean;
+  readonly retries: number;
+  readonly retryMaxMs: number;
+  readonly sizeMax: number;
+}
+
+/** What to do with a response whose head is here. */
+export type Verdict =
+  /** Its content is what was asked for, from byte `from` of the whole; `startsOver`: drop what is held. */
+  | { readonly action: "deliver"; readonly from: number; readonly startsOver: boolean; readonly held: Held }
+  /** There is nothing more to come: what is held is the whole. */
+  | { readonly action: "complete" }
+  | { readonly action: "redirect"; readonly status: number; readonly location: string }
+  | { readonly action: "fail"; readonly failure: TransferError };
+
+/** RFC 9110 §15: what may be gone the next time. */
+const PASSING_STATUSES: ReadonlySet<number> = new Set([408, 429, 500, 502, 503, 504]);
+const REDIRECT_STATUSES: ReadonlySet<number> = new Set([301, 302, 303, 307, 308]);
+
+/** RFC 9110 §9.2.2: asking twice is as good as asking once. */
+const IDEMPOTENT_METHODS: ReadonlySet<string> = new Set(["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]);
+
+/** The entity-tag of a response, if it is a strong one; "" otherwise. */
+export function strongEtag(head: { fields: ResponseHead["fields"] }): string {
+  const values = fieldValues(head, "etag");
+  return values.length === 1 && /^"[\x21\x23-\x7e\x80-\xff]*"$/.test(values[0] ?? "") ? (values[0] ?? "") : "";
+}
+
+/**
+ * What to do with a response, where `held` is what we have and, unless that is nothing, asked to go on from.
+ * @param isLastTry no further attempt will follow: an error page is what there is to show
+ */
+export function judgeHead(head: ResponseHead, held: Held, policy: Policy, isLastTry: boolean): Verdict {
+  const { status } = head;
+  if (policy.followsRedirects && REDIRECT_STATUSES.has(status)) {
+    const [location] = fieldValues(head, "location");
+    if (location !== undefined) return { action: "redirect", status, location };
+  }
+  const isResuming = held.bytes > 0;
+  // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
+  if (status === 206)
+    return isResuming ? judgePart(head, held, policy) : unparsable("it is a part, and the whole was asked for");
+  if (status === 416 && isResuming) return judgeUnsatisfiable(head, held, policy);
+  if (PASSING_STATUSES.has(status) && !isLastTry) return failed("status", describeStatus(head), parseRetryAfter(head));
+  const isSuccess = status >= 200 && status <= 299;
+  if (!isSuccess && (policy.keepsOnlyContent || isResuming)) return failed("status", describeStatus(head), 0, true);
+  return judgeWhole(head, held, policy);
+}
+
+/** A whole response: what is held of the same version is passed over, what is held of another is dropped. */
+function judgeWhole(head: ResponseHead, held: Held, policy: Policy): Verdict {
+  const etag = policy.method === "GET" && head.status === 200 ? strongEtag(head) : "";
+  const decision = decideFraming(head, policy.method);
+  const total = "framing" in decision && typeof decision.framing === "number" ? decision.framing : undefined;
+  if (total !== undefined && total > policy.sizeMax) return tooLarge(policy);
+  const isSame = held.bytes > 0 && etag !== "" && etag === held.etag;
+  if (held.bytes === 0 || isSame)
+    return { action: "deliver", from: 0, startsOver: false, held: { ...held, etag, total } };
+  if (!policy.canStartOver) return failed("partial", CHANGED, 0, true);
+  return { action: "deliver", from: 0, startsOver: true, held: { bytes: 0, etag, total } };
+}
+
+const CHANGED = "the content has changed since its first part was printed, which cannot be taken back";
+
+/** RFC 9110 §14.4: Content-Range = "bytes" SP first "-" last "/" complete-length; "*" where that is not known. */
+const CONTENT_RANGE = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i;
+
+/** A part is used only if it is exactly what is missing, of the version that is held. */
+function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
+  const values = fieldValues(head, "content-range");
+  const [, first, last, complete] = CONTENT_RANGE.exec(values.length === 1 ? (values[0] ?? "") : "") ?? [];
+  const total = complete === "*" ? held.total : Number(complete);
+  const decision = decideFraming(head, policy.method);
+  const length = "framing" in decision && typeof decision.framing === "number" ? decision.framing : undefined;
+  const from = resumeFrom(held);
+  const isWhatIsMissing =
+    Number(first) === from &&
+    total !== undefined &&
+    total === (held.total ?? total) &&
+    Number(last) === total - 1 &&
+    (length ?? total - from) === total - from &&
+    (fieldValues(head, "etag").length === 0 || strongEtag(head) === held.etag);
+  if (!isWhatIsMissing) return failed("range", "the server sent another part than the one that is missing");
+  if (total > policy.sizeMax) return tooLarge(policy);
+  return { action: "deliver", from, startsOver: false, held: { ...held, total } };
+}
+
+/** RFC 9110 §15.5.17: nothing lies behind what is held. It is the whole only if its length and version say so. */
+function judgeUnsatisfiable(head: ResponseHead, held: Held, policy: Policy): Verdict {
+  const [, complete] = /^bytes \*\/(\d{1,15})$/i.exec(fieldValues(head, "content-range").join()) ?? [];
+  if (Number(complete) === held.bytes && strongEtag(head) === held.etag && held.etag !== "")
+    return { action: "complete" };
+  return policy.canStartOver ? failed("range", "the server has no such part") : failed("partial", CHANGED, 0, true);
+}
+
+const failed = (outcome: Outcome, message: string, retryAfterMs = 0, isFinal = false): Verdict => ({
+  action: "fail",
+  failure: new TransferError(outcome, message, { retryAfterMs, isFinal }),
+});
+const unparsable = (fault: string) => failed("unparsable", `the response is malformed: ${fault}`);
+const tooLarge = ({ sizeMax }: Policy) => failed("tooLarge", `the content is larger than ${sizeMax} bytes`);
+const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
+  `the server answered ${status} ${reasonPhrase}`.trimEnd();
+
+/** RFC 9110 §10.2.3: Retry-After = HTTP-date / delay-seconds. @returns milliseconds from now; 0 where it says nothing */
+export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
+  const [value = ""] = fieldValues(head, "retry-after");
+  if (/^\d{1,9}$/.test(value)) return Number(value) * 1000;
+  const date = /^[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} GMT$/.test(value)
+    ? Date.parse(value)
+    : Number.NaN;
+  return Number.isNaN(date) ? 0 : Math.max(0, date - now);
+}
+
+/** The request that a redirect asks for (RFC 9110 §15.4), with nothing in it that only the first server may know. */
+export function redirect(request: Request, status: number, url: URL): Request {
+  const becomesGet = request.method === "POST" ? status <= 303 : status === 303 && request.method !== "HEAD";
+  const isElsewhere = url.origin !== request.url.origin;
+  const fields = request.fields.filter(([name]) => !(isElsewhere && SECRET_FIELDS.has(name.toLowerCase())));
+  const same = { ...request, url, fields };
+  return becomesGet ? { ...same, method: "GET", content: undefined } : same;
+}
+
+const SECRET_FIELDS: ReadonlySet<string> = new Set(["authorization", "cookie", "host", "proxy-authorization"]);
+
+const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
+
+function formatBytes(bytes: number): string {
+  const power = Math.min(UNITS.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${UNITS[power]}`;
+}
+
+/** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
+export function formatProgress(bytes: number, total: number | undefined, bytesPerSecond: number): string {
+  const speed = `${formatBytes(bytesPerSecond)}/s`;
+  if (total === undefined || total === 0) return `${formatBytes(bytes)}, ${speed}`;
+  const left = bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
+  return `${formatBytes(bytes)} of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %, ${speed}${left}`;
+}
+
+/** What an attempt has come to, for {@link decideNext}. */
+export interface Attempt {
+  readonly failure: TransferError;
+  /** The request may have reached the server. */
+  readonly wasSent: boolean;
+  /** Attempts that failed one after the other, this one included, none of which brought content further. */
+  readonly failures: number;
+  /** Since the first attempt. */
+  readonly elapsedMs: number;
+}
+
+export type Decision =
+  | { readonly action: "retry"; readonly afterMs: number; /** Without what is held. */ readonly startsOver: boolean }
+  | { readonly action: "give-up"; readonly why: string };
+
+/** What can pass: the next attempt may well succeed. */
+const PASSING_OUTCOMES: ReadonlySet<Outcome> = new Set([
+  "connect",
+  "partial",
+  "timeout",
+  "empty",
+  "send",
+  "receive",
+  "status",
+  "range",
+  "digest",
+] as const);
+
+/** What a retry waits for, at the most: AWS calls it full jitter; thousands of clients do not come back at once. */
+const backoffMs = (failures: number) => Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1));
+
+/**
+ * What to do after an attempt that failed.
+ *
+ * | the failure | then |
+ * | --- | --- |
+ * | can not pass (no such host, 404, malformed, disk full) | give up |
+ * | the method is not idempotent, and the request was sent | give up |
+ * | no retries are left, or no time for the wait | give up |
+ * | what is held has no strong validator, or is not what the server has | start over, if that is possible |
+ * | anything else | go on from what is held |
+ */
+export function decideNext(attempt: Attempt, held: Held, policy: Policy, random: () => number): Decision {
+  const { failure, failures } = attempt;
+  const giveUp = (why: string): Decision => ({ action: "give-up", why });
+  if (!PASSING_OUTCOMES.has(failure.outcome) || failure.isFinal) return giveUp("");
+  if (attempt.wasSent && !IDEMPOTENT_METHODS.has(policy.method)) return giveUp("");
+  if (failures > policy.retries) return giveUp(policy.retries > 0 ? `after ${failures} attempts` : "");
+  const afterMs = Math.max(failure.retryAfterMs, random() * backoffMs(failures));
+  if (attempt.elapsedMs + afterMs > policy.retryMaxMs) return giveUp("no time is left for another attempt");
+  const startsOver =
+    held.bytes > 0 && (held.etag === "" || failure.outcome === "range" || failure.outcome === "digest");
+  if (startsOver && !policy.canStartOver) return giveUp("what is printed cannot be continued exactly");
+  return { action: "retry", afterMs, startsOver };
+}
 
 /**
  * Checks that the response is what was asked for. Where only its content is kept, that is 2xx alone:
@@ -558,7 +843,7 @@ export function tell(line: string): void {
  */
 export function requireSuccess({ status, reasonPhrase }: ResponseHead, keepsOnlyContent: boolean): void {
   if (keepsOnlyContent ? status >= 200 && status < 300 : status < 400) return;
-  throw new TransferError("status", `the server answered ${status} ${reasonPhrase}`.trimEnd());
+  throw new TransferError("status", `the server answered ${status} ${reasonPhrase}`.trimEnd(), { isFinal: true });
 }
 
 /** @throws TransferError "unparsable" */
@@ -584,11 +869,8 @@ export function requireComplete(reader: ResponseReader): void {
 
 /** What a system call's failure means for the transfer. */
 export function explainSystemError(error: SystemError, outcome: Outcome, doing: string): TransferError {
-  return new TransferError(
-    outcome,
-    `${doing}: ${error.code ?? error.message}`,
-    outcome === "write" && error.code === "EPIPE",
-  );
+  const isQuiet = outcome === "write" && error.code === "EPIPE";
+  return new TransferError(outcome, `${doing}: ${error.code ?? error.message}`, { isQuiet });
 }
 
 // ═══ 7 Connection ════════════════════════════════════════════════════════════════════════════════
@@ -605,7 +887,7 @@ export class Connection {
   /** Wakes the step that waits: a byte came, there is room to send, or all is over. */
   private wake = () => {};
 
-  constructor(private readonly stallTimeoutMs: number) {}
+  constructor(private readonly clock: Clock) {}
 
   onOpen(socket: Bun.Socket<Connection>): void {
     this.socket = socket;
@@ -639,13 +921,14 @@ export class Connection {
     this.wake();
   }
 
-  /** Sends all of it. @throws TransferError */
+  /** Sends all of it, or as much as the server takes before it answers. @throws TransferError */
   async send(bytes: Uint8Array): Promise<void> {
-    for (let sent = 0; sent < bytes.length;) {
+    for (let sent = 0; sent < bytes.length && this.received.length === 0;) {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
       if (written < 0) throw new TransferError("send", "the connection was lost while the request was sent");
       sent += written;
       if (sent < bytes.length) await this.event();
+      if (this.failure !== undefined && this.received.length === 0) throw this.failure;
     }
   }
 
@@ -673,15 +956,123 @@ export class Connection {
   /** Waits for the next thing to happen, but not longer than the peer may be silent. */
   private event(): Promise<void> {
     return new Promise((resolve) => {
-      const timer = setTimeout(() => {
-        this.failure = new TransferError("timeout", `no byte for ${this.stallTimeoutMs / 1000} s`);
+      const isLate = (failure: TransferError) => {
+        this.failure = failure;
         resolve();
-      }, this.stallTimeoutMs);
+      };
+      const cancel = this.clock.startTimer("stallMs", (seconds) => `no byte for ${seconds} s`, isLate);
       this.wake = () => {
-        clearTimeout(timer);
+        cancel();
         resolve();
       };
     });
+  }
+}
+
+/** Time since the start, and timers that never go past the end of all time that the user gives. */
+export class Clock {
+  private readonly startedAt = performance.now();
+
+  constructor(private readonly timeouts: Timeouts) {}
+
+  get elapsedMs(): number {
+    return performance.now() - this.startedAt;
+  }
+
+  /** @returns what ends the timer */
+  startTimer(which: "connectMs" | "stallMs", say: (seconds: number) => string, then: (failure: TransferError) => void) {
+    const { [which]: limit, maxMs } = this.timeouts;
+    const left = Math.max(0, maxMs - this.elapsedMs);
+    const isLast = left < limit;
+    const message = isLast ? `not done within ${maxMs / 1000} s` : say(limit / 1000);
+    const timer = setTimeout(
+      () => then(new TransferError("timeout", message, { isFinal: isLast })),
+      Math.min(left, limit),
+    );
+    return () => clearTimeout(timer);
+  }
+}
+
+/** What is held of the content across all attempts, and what it adds up to. */
+export class Delivery {
+  held: Held;
+  /** The most that was ever held: only what goes beyond it is progress. */
+  private best: number;
+  private hash: Hash | undefined;
+  /** Bytes of the response under way that are held already. */
+  private skip = 0;
+  private expectedDigest = "";
+
+  constructor(
+    readonly sink: Sink,
+    private readonly job: Job,
+  ) {
+    this.held = sink.found;
+    this.best = this.held.bytes;
+    if (job.sha256 !== "" && this.held.bytes === 0) this.hash = createHash("sha256");
+  }
+
+  /** True once after more has come than ever before. */
+  takeProgress(): boolean {
+    const hasProgressed = this.held.bytes > this.best;
+    this.best = Math.max(this.best, this.held.bytes);
+    return hasProgressed;
+  }
+
+  async startOver(): Promise<void> {
+    await this.sink.startOver();
+    this.held = NOTHING;
+    this.hash = undefined;
+  }
+
+  async start(head: ResponseHead, verdict: Verdict & { action: "deliver" }): Promise<void> {
+    if (verdict.startsOver) await this.startOver();
+    this.held = verdict.held;
+    this.skip = this.held.bytes - verdict.from;
+    // RFC 9530 §3: of the whole representation, in a 206 too.
+    this.expectedDigest =
+      /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/.exec(fieldValues(head, "repr-digest").join(","))?.[1] ?? "";
+    if ((this.job.sha256 !== "" || this.expectedDigest !== "") && this.held.bytes === 0)
+      this.hash = createHash("sha256");
+    await this.sink.start(head, this.held);
+  }
+
+  async write(bytes: Uint8Array): Promise<void> {
+    const skipped = Math.min(this.skip, bytes.length);
+    this.skip -= skipped;
+    const content = bytes.subarray(skipped);
+    if (this.held.bytes + content.length > this.job.policy.sizeMax)
+      throw new TransferError("tooLarge", `the content is larger than ${this.job.policy.sizeMax} bytes`);
+    if (content.length === 0) return;
+    await this.sink.write(content);
+    this.hash?.update(content);
+    this.held = { ...this.held, bytes: this.held.bytes + content.length };
+  }
+
+  /** The response has ended in order: is the content whole, and what the digests say? @throws TransferError */
+  async finish(): Promise<void> {
+    const { bytes, total } = this.held;
+    if (total !== undefined && bytes !== total)
+      throw new TransferError("partial", `the response is not complete: ${bytes} of ${total} bytes of content came`);
+    await this.verify();
+    await this.sink.finish();
+  }
+
+  private async verify(): Promise<void> {
+    const { sha256, policy } = this.job;
+    if (sha256 === "" && this.expectedDigest === "") return;
+    const found = this.hash?.digest("hex") ?? (await this.sink.digest());
+    this.hash = undefined;
+    if (found === undefined)
+      throw new TransferError("digest", "the content cannot be verified: its first part is not at hand", {
+        isFinal: true,
+      });
+    const told = Buffer.from(this.expectedDigest, "base64").toString("hex");
+    if (found === (told || found) && found === (sha256 || found)) return;
+    // Nothing can be made of it, now or later.
+    if (policy.canStartOver) await this.startOver();
+    const isFinal = found === told; // the server has nothing else to give
+    throw new TransferError("digest", `the content is not what its digest says: its SHA-256 is ${found}`, { isFinal });
   }
 }
 
@@ -698,14 +1089,12 @@ const SOCKET_HANDLERS: Bun.SocketHandler<Connection> = {
 };
 
 /** @throws TransferError "resolve", "connect" or "timeout" */
-async function connect(url: URL, timeouts: Timeouts): Promise<Connection> {
+async function connect(url: URL, clock: Clock): Promise<Connection> {
   const hostname = url.hostname.replace(/^\[(.*)\]$/, "$1");
   const port = Number(url.port || 80);
-  const connection = new Connection(timeouts.stallMs);
+  const connection = new Connection(clock);
   const { promise: late, reject } = Promise.withResolvers<never>();
-  const isLate = () =>
-    reject(new TransferError("timeout", `no connection to ${url.host} within ${timeouts.connectMs / 1000} s`));
-  const timer = setTimeout(isLate, timeouts.connectMs);
+  const cancel = clock.startTimer("connectMs", (seconds) => `no connection to ${url.host} within ${seconds} s`, reject);
   try {
     // Half-open: the server's FIN must not stop us from sending, nor hide what it sent before.
     const options = { hostname, port, allowHalfOpen: true, data: connection, socket: SOCKET_HANDLERS };
@@ -717,47 +1106,147 @@ async function connect(url: URL, timeouts: Timeouts): Promise<Connection> {
     const isUnknown = (error as SystemError).syscall === "getaddrinfo"; // Bun throws SystemErrors
     throw explainSystemError(error as SystemError, isUnknown ? "resolve" : "connect", `cannot connect to ${url.host}`);
   } finally {
-    clearTimeout(timer);
+    cancel();
   }
+}
+
+/** How an exchange has ended, where it has not failed. */
+type Ending = { readonly action: "done" } | (Verdict & { readonly action: "redirect" });
+
+/** What one attempt and the next ones share. */
+interface Session {
+  readonly job: Job;
+  readonly delivery: Delivery;
+  readonly clock: Clock;
+  readonly progress: ProgressLine;
+  failures: number;
+  /** The request has been sent, in part at least. */
+  wasSent: boolean;
 }
 
 /**
  * The heart: one request, one response, from connect to close.
- * @returns the exit code; a failure has been printed by then, as one line on stderr
+ * @returns how it ended, or why it failed; the caller prints that as `Error: …`, unless it tries again
  */
-export async function transfer(request: Request, sink: Sink, timeouts: Timeouts): Promise<number> {
+export async function transfer(request: Request, session: Session): Promise<Ending | TransferError> {
+  const { delivery, clock, job } = session;
   const reader = new ResponseReader(request.method);
   let connection: Connection | undefined;
   try {
-    connection = await connect(request.url, timeouts);
-    await connection.send(formatRequest(request));
+    connection = await connect(request.url, clock);
+    const bytesToSend = formatRequest(request, delivery.held);
+    if (job.isVerbose) tellLines("> ", bytesToSend);
+    session.wasSent = true;
+    await connection.send(bytesToSend);
     let bytes: Uint8Array | undefined;
     while (!reader.isComplete && (bytes = await connection.receive()) !== undefined) {
       const isBeforeHead = reader.head === undefined;
       const content = reader.take(bytes);
-      if (isBeforeHead && reader.head !== undefined) await sink.start(reader.head);
-      await sink.write(content);
+      if (isBeforeHead && reader.head !== undefined) {
+        const ending = await beginResponse(reader.head, session);
+        if (ending !== undefined) return ending;
+      }
+      await delivery.write(content);
+      session.progress.show(delivery.held);
       requireWellFormed(reader);
     }
     if (!reader.isComplete) reader.end();
     requireComplete(reader);
-    await sink.finish();
-    return EXIT_CODES.ok;
+    if (reader.head !== undefined) await finishResponse(reader.head, session);
+    return { action: "done" };
   } catch (error) {
-    return report(error, reader);
+    return asFailure(error, reader);
   } finally {
     connection?.close();
-    await sink.close();
   }
 }
 
-/** Prints what went wrong and returns its exit code. What is not a TransferError is a fault of ours. */
-function report(error: unknown, reader?: ResponseReader): number {
+/** The head is here: does its content count? @returns how the exchange ends without it; undefined where it counts */
+async function beginResponse(head: ResponseHead, { job, delivery, failures }: Session): Promise<Ending | undefined> {
+  if (job.isVerbose) tellLines("< ", Buffer.from(head.text, "latin1"));
+  const isLastTry = failures >= job.policy.retries || !IDEMPOTENT_METHODS.has(job.policy.method);
+  const verdict = judgeHead(head, delivery.held, job.policy, isLastTry);
+  switch (verdict.action) {
+    case "fail":
+      throw verdict.failure;
+    case "redirect":
+      return verdict;
+    case "complete":
+      await delivery.finish();
+      return { action: "done" };
+    case "deliver":
+      await delivery.start(head, verdict);
+      return undefined;
+    default:
+      return verdict satisfies never;
+  }
+}
+
+/** The response is whole. An error page has been printed by now, and is a failure all the same. */
+async function finishResponse(head: ResponseHead, { job, delivery }: Session): Promise<void> {
+  if (job.policy.method !== "HEAD") await delivery.finish();
+  requireSuccess(head, job.policy.keepsOnlyContent);
+}
+
+/** What is not a TransferError is a fault of ours. */
+function asFailure(error: unknown, reader: ResponseReader): TransferError {
   if (!(error instanceof TransferError)) throw error;
   // Content that only a close ends may be cut by a reset at any byte: what came is a part.
-  const isCut = error.outcome === "receive" && reader?.head !== undefined && reader.framing === "close";
-  if (!error.isQuiet) tell(`Error: ${error.message}`);
-  return EXIT_CODES[isCut ? "partial" : error.outcome];
+  const isCut = error.outcome === "receive" && reader.head !== undefined && reader.framing === "close";
+  return isCut ? new TransferError("partial", error.message) : error;
+}
+
+/**
+ * The loop around the heart: follows redirects, tries again, goes on where it broke off.
+ * @returns the exit code; a failure has been printed by then, as one line on stderr
+ */
+export async function download(job: Job, sink: Sink): Promise<number> {
+  const progress = new ProgressLine(job.isSilent);
+  const clock = new Clock(job.timeouts);
+  const session: Session = { job, delivery: new Delivery(sink, job), clock, progress, failures: 0, wasSent: false };
+  try {
+    for (;;) {
+      const ending = await followRedirects(session);
+      if (!(ending instanceof TransferError)) return EXIT_CODES.ok;
+      const exitCode = await prepareRetry(ending, session);
+      if (exitCode !== undefined) return exitCode;
+    }
+  } finally {
+    progress.clear();
+    const advice = await sink.close();
+    if (advice !== "" && !job.isSilent) tell(advice);
+  }
+}
+
+async function followRedirects(session: Session): Promise<Ending | TransferError> {
+  let { request } = session.job;
+  for (let redirects = 0; redirects <= LIMITS.redirectsMax; redirects++) {
+    const ending = await transfer(request, session);
+    if (ending instanceof TransferError || ending.action === "done") return ending;
+    const url = URL.parse(ending.location, request.url);
+    if (url?.protocol !== "http:") return new TransferError("url", `cannot follow the redirect to ${ending.location}`);
+    request = redirect(request, ending.status, url);
+  }
+  return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
+}
+
+/** Waits until it is time for another attempt, and prepares it; or says that it is all over. @returns the exit code */
+async function prepareRetry(failure: TransferError, session: Session): Promise<number | undefined> {
+  const { job, delivery, clock, progress } = session;
+  session.failures = delivery.takeProgress() ? 1 : session.failures + 1;
+  const attempt = { failure, wasSent: session.wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
+  const decision = decideNext(attempt, delivery.held, job.policy, Math.random);
+  progress.clear();
+  if (decision.action === "give-up") {
+    const why = decision.why === "" ? "" : ` (${decision.why})`;
+    if (!failure.isQuiet) tell(`Error: ${failure.message}${why}`);
+    return EXIT_CODES[failure.outcome];
+  }
+  if (decision.startsOver) await delivery.startOver();
+  const seconds = (decision.afterMs / 1000).toFixed(1);
+  if (!job.isSilent) tell(`Retry in ${seconds} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
+  await Bun.sleep(Math.min(decision.afterMs, job.timeouts.maxMs - clock.elapsedMs));
+  return undefined;
 }
 
 // ═══ 9 Command line ══════════════════════════════════════════════════════════════════════════════
@@ -765,57 +1254,89 @@ function report(error: unknown, reader?: ResponseReader): number {
 export const HELP = `Usage: client-robust [options] [URL]
 Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
 
+  -X, --request METHOD     another method than GET
+  -H, --header LINE        a field-line to send, as "Name: value"; "Name:" sends none of that name
+  -d, --data DATA          content to send, by POST; @FILE is that of a file, @- of stdin
+  -I, --head               ask for the head alone
+  -L, --location           follow redirects, ${LIMITS.redirectsMax} at the most
   -o, --output FILE        save the content to FILE (- is stdout), if the status is 2xx
-  -s, --silent             print nothing on stderr but errors
+      --retry N            attempts that may follow one that brought nothing new (${DEFAULTS.retries})
+      --retry-max-time S   seconds after which none begins (no limit)
       --connect-timeout S  seconds until connected (${DEFAULTS.connectTimeoutS})
       --stall-timeout S    seconds without a byte (${DEFAULTS.stallTimeoutS})
+      --max-time S         seconds for everything (no limit)
+      --max-size BYTES     of the content (no limit)
+      --sha256 HEX         what the content must be
+  -s, --silent             print nothing on stderr but errors
+  -v, --verbose            print the heads that are sent and received on stderr
   -h, --help               print this text
   -V, --version            print the version
 
-FILE is either absent, as it was, or whole. Exit codes are curl's: 0 whole response, 2 wrong
-usage, 3 URL, 6 cannot resolve, 7 cannot connect, 8 not HTTP, 18 partial, 22 status (with -o
-any but 2xx, otherwise 400 and above), 23 cannot write, 28 timeout, 52 no answer, 55 cannot
-send, 56 cannot receive.
+FILE is either absent, as it was, or whole. A transfer that broke off leaves FILE.part and
+FILE.part.json, from which the same command goes on. Exit codes are curl's: 0 whole response,
+2 wrong usage, 3 URL, 6 cannot resolve, 7 cannot connect, 8 not HTTP, 18 partial, 22 status
+(with -o any but 2xx, otherwise 400 and above), 23 cannot write, 28 timeout, 33 wrong range,
+47 redirects, 52 no answer, 55 cannot send, 56 cannot receive, 63 too large; and 29 where the
+content is not what a digest says, 130 after Ctrl-C.
 `;
 
 const writeAsync = promisify(write);
 
 /** Writes all of it, and waits while there is no room. @throws TransferError "write" */
-async function writeAll(fd: number, bytes: Uint8Array): Promise<void> {
+async function writeAll(fd: number, bytes: Uint8Array, position: number | null = null): Promise<void> {
   for (let written = 0; written < bytes.length;) {
     try {
-      written += (await writeAsync(fd, bytes, written)).bytesWritten;
+      const at = position === null ? null : position + written;
+      written += (await writeAsync(fd, bytes, written, bytes.length - written, at)).bytesWritten;
     } catch (error) {
       if ((error as SystemError).code !== "EAGAIN")
-        throw explainSystemError(error as SystemError, "write", "cannot write");
+        throw explainSystemError(error as SystemError, "write", "cannot write"); // node:fs throws SystemErrors
       await Bun.sleep(LIMITS.writeRetryMs);
     }
   }
 }
 
-/** Prints the whole response, or its content alone (-o -). */
+/** Prints the whole response, or its content alone (-o -). What is printed cannot be taken back. */
 class StdoutSink implements Sink {
-  private head: ResponseHead | undefined;
+  readonly found = NOTHING;
+  /** The head that is still to be printed: with the first content, when it can no longer be another's. */
+  private head = "";
+  private hasPrinted = false;
   private readonly isTerminal = isatty(1);
   private readonly textDecoder = new TextDecoder();
 
   constructor(private readonly isContentOnly: boolean) {}
 
   async start(head: ResponseHead): Promise<void> {
-    this.head = head;
-    if (this.isContentOnly) requireSuccess(head, true);
-    else await this.print(Buffer.from(head.text, "latin1"));
+    this.head = this.isContentOnly || this.hasPrinted ? "" : head.text;
   }
 
   async write(content: Uint8Array): Promise<void> {
+    await this.printHead();
     await (this.isContentOnly ? writeAll(1, content) : this.print(content));
   }
 
-  async finish(): Promise<void> {
-    if (this.head !== undefined) requireSuccess(this.head, this.isContentOnly);
+  async startOver(): Promise<void> {
+    throw new TransferError("partial", CHANGED, { isFinal: true });
   }
 
-  async close(): Promise<void> {}
+  async finish(): Promise<void> {
+    await this.printHead();
+  }
+
+  async digest(): Promise<undefined> {}
+
+  /** No other attempt will follow: a head without content is all that there is to show. */
+  async close(): Promise<string> {
+    await this.printHead().catch(() => {}); // whoever does not read has been told, or does not want to know
+    return "";
+  }
+
+  private async printHead(): Promise<void> {
+    this.hasPrinted = true;
+    if (this.head !== "") await this.print(Buffer.from(this.head, "latin1"));
+    this.head = "";
+  }
 
   /** A terminal gets text, and nothing of it moves the cursor; all else gets the bytes as they came. */
   private async print(bytes: Uint8Array): Promise<void> {
@@ -826,64 +1347,250 @@ class StdoutSink implements Sink {
   }
 }
 
-/** Saves the content: it grows in FILE.part, which becomes FILE when it is whole and on the disk. */
-class FileSink implements Sink {
-  private handle: FileHandle | undefined;
-  private path: string;
-  /** Empty where FILE is no regular file: a device or a pipe is written to, never replaced. */
-  private partPath = "";
-
-  constructor(path: string) {
-    this.path = path;
+/** What is not a regular file, such as a device or a pipe, is written to and never replaced. */
+class DeviceSink extends StdoutSink {
+  constructor(private readonly handle: FileHandle) {
+    super(true);
   }
 
-  async start(head: ResponseHead): Promise<void> {
-    requireSuccess(head, true);
-    await this.attempt(async () => {
+  override write(content: Uint8Array): Promise<void> {
+    return writeAll(this.handle.fd, content);
+  }
+}
+
+/** What FILE.part.json says: whose part FILE.part is, and who is writing it. */
+interface PartState {
+  readonly url: string;
+  readonly etag: string;
+  readonly total: number | null;
+  /** The process that writes; 0 where none does. */
+  readonly pid: number;
+}
+
+/** Saves the content: it grows in FILE.part, which becomes FILE when it is whole and on the disk. */
+class FileSink implements Sink {
+  found = NOTHING;
+  private handle: FileHandle | undefined;
+  private position = 0;
+  private etag = "";
+  private isFinished = false;
+  private readonly partPath: string;
+  private readonly statePath: string;
+
+  private constructor(
+    private readonly path: string,
+    private readonly url: string,
+  ) {
+    this.partPath = `${path}.part`;
+    this.statePath = `${path}.part.json`;
+  }
+
+  /** Finds out what is there already. @throws TransferError "write" */
+  static async open(path: string, url: URL): Promise<FileSink | DeviceSink> {
+    return attemptToWrite(path, async () => {
       // A link goes on pointing to where it did: what it points to is what gets replaced.
-      this.path = await realpath(this.path).catch(() => this.path);
-      const isReplaceable = await stat(this.path).then(
+      const target = await realpath(path).catch(() => path);
+      const isReplaceable = await stat(target).then(
         (found) => found.isFile(),
         () => true,
       );
-      if (isReplaceable) this.partPath = `${this.path}.part`;
-      this.handle = await open(this.partPath || this.path, "w");
+      if (!isReplaceable) return new DeviceSink(await open(target, "w"));
+      const sink = new FileSink(target, url.href);
+      await sink.claim();
+      return sink;
+    });
+  }
+
+  async start(_: ResponseHead, held: Held): Promise<void> {
+    this.etag = held.etag;
+    await attemptToWrite(this.partPath, async () => {
+      this.handle ??= await open(this.partPath, this.position > 0 ? "r+" : "w");
+      // Before the first byte: whatever happens from here on, the state tells whose bytes these are.
+      await this.saveState({ url: this.url, etag: held.etag, total: held.total ?? null, pid: process.pid });
     });
   }
 
   async write(content: Uint8Array): Promise<void> {
-    if (this.handle !== undefined) await writeAll(this.handle.fd, content);
+    if (this.handle === undefined) return;
+    await writeAll(this.handle.fd, content, this.position);
+    this.position += content.length;
   }
 
-  async finish(): Promise<void> {
-    if (this.partPath === "") return;
-    await this.attempt(async () => {
-      await this.handle?.sync();
-      await rename(this.partPath, this.path);
-      this.partPath = "";
+  async startOver(): Promise<void> {
+    await attemptToWrite(this.partPath, async () => {
+      await this.saveState({ url: this.url, etag: "", total: null, pid: process.pid });
+      await this.handle?.truncate(0);
+      this.position = 0;
     });
   }
 
-  async close(): Promise<void> {
-    await this.handle?.close();
-    // Nothing goes on from it yet, so nothing is left of it.
-    if (this.handle !== undefined && this.partPath !== "") await unlink(this.partPath);
+  async finish(): Promise<void> {
+    await attemptToWrite(this.path, async () => {
+      this.handle ??= await open(this.partPath, this.position > 0 ? "r+" : "w");
+      await this.handle.truncate(this.position);
+      await this.handle.sync();
+      await rename(this.partPath, this.path);
+      await unlink(this.statePath);
+      this.isFinished = true;
+    });
   }
 
-  private async attempt(step: () => Promise<void>): Promise<void> {
-    try {
-      await step();
-    } catch (error) {
-      throw explainSystemError(error as SystemError, "write", `cannot write ${this.partPath || this.path}`); // node:fs throws SystemErrors
+  async digest(): Promise<string> {
+    const hash = createHash("sha256");
+    for await (const bytes of createReadStream(this.partPath)) hash.update(bytes);
+    return hash.digest("hex");
+  }
+
+  /** Keeps a part that a later run can go on from, and nothing else. */
+  async close(): Promise<string> {
+    await this.handle?.close();
+    this.handle = undefined;
+    if (this.isFinished) return "";
+    if (this.position > 0 && this.etag !== "") {
+      const { total } = await this.readState();
+      await this.saveState({ url: this.url, etag: this.etag, total, pid: 0 });
+      return `Kept ${this.position} bytes in ${this.partPath}: the same command goes on from there`;
     }
+    await unlink(this.partPath).catch(() => {});
+    await unlink(this.statePath).catch(() => {});
+    return "";
+  }
+
+  /**
+   * Makes the part ours: two processes that write one file would make a third of it. The state file is created by
+   * one only; one that was left by a process which is no more is taken away by one only, as a rename succeeds once.
+   */
+  private async claim(): Promise<void> {
+    const ours: PartState = { url: this.url, etag: "", total: null, pid: process.pid };
+    const isFree = () => writeFile(this.statePath, JSON.stringify(ours), { flag: "wx" }).then(() => true);
+    const isTaken = (error: SystemError) => {
+      if (error.code !== "EEXIST") throw error;
+      return false;
+    };
+    if (await isFree().catch(isTaken)) return;
+    const state = await this.readState();
+    if (isAlive(state.pid)) throw new TransferError("write", `process ${state.pid} is writing ${this.partPath}`);
+    const taken = `${this.statePath}.${process.pid}`;
+    await rename(this.statePath, taken);
+    if (!(await isFree().catch(isTaken)))
+      throw new TransferError("write", `another process is writing ${this.partPath}`);
+    await unlink(taken);
+    if (state.url !== this.url || state.etag === "") return;
+    const size = await stat(this.partPath).then(
+      (found) => (found.isFile() ? found.size : 0),
+      () => 0,
+    );
+    const total = state.total ?? undefined;
+    if (size === 0 || size > (total ?? size)) return;
+    this.found = { bytes: size, etag: state.etag, total };
+    [this.position, this.etag] = [size, state.etag];
+    await this.saveState({ ...state, pid: process.pid });
+  }
+
+  /** What cannot be read says nothing, and nobody is writing. */
+  private async readState(): Promise<PartState> {
+    const nothing: PartState = { url: "", etag: "", total: null, pid: 0 };
+    try {
+      const { url, etag, total, pid } = JSON.parse(await readFile(this.statePath, "utf8")) as Record<string, unknown>;
+      return {
+        url: typeof url === "string" ? url : "",
+        etag: typeof etag === "string" ? strongEtag({ fields: [["etag", etag]] }) : "",
+        total: Number.isSafeInteger(total) ? Number(total) : null,
+        pid: Number.isSafeInteger(pid) ? Number(pid) : 0,
+      };
+    } catch {
+      return nothing;
+    }
+  }
+
+  private async saveState(state: PartState): Promise<void> {
+    await writeFile(this.statePath, JSON.stringify(state));
   }
 }
 
+/** Is there such a process? Signal 0 asks without sending anything; EPERM is a yes. */
+function isAlive(pid: number): boolean {
+  if (pid <= 0 || pid === process.pid) return false;
+  try {
+    return process.kill(pid, 0);
+  } catch (error) {
+    return (error as SystemError).code === "EPERM"; // process.kill throws SystemErrors
+  }
+}
+
+async function attemptToWrite<T>(path: string, step: () => Promise<T>): Promise<T> {
+  try {
+    return await step();
+  } catch (error) {
+    if (error instanceof TransferError) throw error;
+    throw explainSystemError(error as SystemError, "write", `cannot write ${path}`); // node:fs throws SystemErrors
+  }
+}
+
+/** Size, speed and time left, in one line of stderr that is written over and over; only where a person looks on. */
+class ProgressLine {
+  private readonly isShown: boolean;
+  private readonly startedAt = performance.now();
+  private shownAt = this.startedAt + LIMITS.progressAfterMs - LIMITS.progressEveryMs;
+  private firstBytes = -1;
+  private isOnScreen = false;
+
+  constructor(isSilent: boolean) {
+    this.isShown = !isSilent && isatty(2);
+  }
+
+  show({ bytes, total }: Held): void {
+    if (!this.isShown) return;
+    if (this.firstBytes < 0) this.firstBytes = bytes;
+    const now = performance.now();
+    if (now - this.shownAt < LIMITS.progressEveryMs) return;
+    this.shownAt = now;
+    this.isOnScreen = true;
+    const bytesPerSecond = ((bytes - this.firstBytes) / (now - this.startedAt)) * 1000;
+    writeSync(2, `\r${formatProgress(bytes, total, bytesPerSecond)}\x1b[K`);
+  }
+
+  clear(): void {
+    if (this.isOnScreen) writeSync(2, "\r\x1b[K");
+    this.isOnScreen = false;
+  }
+}
+
+/** Heads for people: each line with a mark before it, as curl -v prints them. */
+function tellLines(mark: string, bytes: Uint8Array): void {
+  const [head = ""] = Buffer.from(bytes).toString("latin1").split("\r\n\r\n", 1);
+  for (const line of head.split("\r\n")) tell(mark + line);
+}
+
+const STRING = { type: "string" } as const;
+const flag = (short: string) => ({ type: "boolean", short }) as const;
+
+const FLAGS = {
+  request: { ...STRING, short: "X" },
+  header: { ...STRING, short: "H", multiple: true },
+  data: { ...STRING, short: "d", multiple: true },
+  head: flag("I"),
+  location: flag("L"),
+  output: { ...STRING, short: "o" },
+  retry: STRING,
+  "retry-max-time": STRING,
+  "connect-timeout": STRING,
+  "stall-timeout": STRING,
+  "max-time": STRING,
+  "max-size": STRING,
+  sha256: STRING,
+  silent: flag("s"),
+  verbose: flag("v"),
+  help: flag("h"),
+  version: flag("V"),
+} as const;
+
 export interface CommandLine {
   readonly show: "" | "help" | "version";
-  readonly url: URL;
+  readonly job: Job;
+  /** What -d said: DATA, @FILE or @-. */
+  readonly data: readonly string[];
   readonly output: string | undefined;
-  readonly timeouts: Timeouts;
 }
 
 /** @throws TransferError "usage" or "url" */
@@ -891,26 +1598,44 @@ export function parseCommandLine(args: string[]): CommandLine {
   const { values, positionals } = parseFlags(args);
   const [url = DEFAULTS.url, extra] = positionals;
   if (extra !== undefined) throw usageError(`one argument too many: ${JSON.stringify(extra)}`);
-  if (values.output === "") throw usageError("--output takes a file or -");
-  const connectMs = parseSeconds("--connect-timeout", values["connect-timeout"], DEFAULTS.connectTimeoutS);
-  const stallMs = parseSeconds("--stall-timeout", values["stall-timeout"], DEFAULTS.stallTimeoutS);
+  const { output, data = [], head = false, sha256 = "", "max-size": maxSize, retry } = values;
+  if (output === "") throw usageError("--output takes a file or -");
+  if (head && (output !== undefined || data.length > 0))
+    throw usageError("--head goes with neither --output nor --data");
+  const method = values.request ?? (head ? "HEAD" : data.length > 0 ? "POST" : "GET");
+  if (!IS_TOKEN.test(method) || method === "CONNECT") throw usageError(`--request takes no ${JSON.stringify(method)}`);
+  if (head && method !== "HEAD") throw usageError("--head asks with HEAD, and --request with another method");
+  if (sha256 !== "" && !/^[0-9a-f]{64}$/i.test(sha256)) throw usageError("--sha256 takes 64 hexadecimal digits");
+  const seconds = (name: "connect-timeout" | "stall-timeout" | "max-time" | "retry-max-time", byDefault: number) =>
+    parseSeconds(`--${name}`, values[name], byDefault);
+  const policy: Policy = {
+    method,
+    keepsOnlyContent: output !== undefined,
+    canStartOver: output !== undefined && output !== "-",
+    followsRedirects: values.location ?? false,
+    retries: retry === undefined ? DEFAULTS.retries : parseCount("--retry", retry),
+    retryMaxMs: seconds("retry-max-time", Number.POSITIVE_INFINITY),
+    sizeMax: maxSize === undefined ? Number.POSITIVE_INFINITY : parseCount("--max-size", maxSize),
+  };
+  const timeouts: Timeouts = {
+    connectMs: seconds("connect-timeout", DEFAULTS.connectTimeoutS),
+    stallMs: seconds("stall-timeout", DEFAULTS.stallTimeoutS),
+    maxMs: seconds("max-time", Number.POSITIVE_INFINITY),
+  };
+  const request: Request = {
+    method,
+    url: parseUrl(url),
+    fields: (values.header ?? []).map(parseField),
+    content: undefined,
+  };
+  const { silent: isSilent = false, verbose: isVerbose = false } = values;
   const show = values.help ? "help" : values.version ? "version" : "";
-  return { show, url: parseUrl(url), output: values.output, timeouts: { connectMs, stallMs } };
+  return { show, job: { request, policy, timeouts, sha256: sha256.toLowerCase(), isSilent, isVerbose }, data, output };
 }
 
 function parseFlags(args: string[]) {
-  const string = { type: "string" } as const;
-  const flag = (short: string) => ({ type: "boolean", short }) as const;
-  const options = {
-    output: { ...string, short: "o" },
-    silent: flag("s"),
-    "connect-timeout": string,
-    "stall-timeout": string,
-    help: flag("h"),
-    version: flag("V"),
-  };
   try {
-    return parseArgs({ args, options, allowPositionals: true });
+    return parseArgs({ args, options: FLAGS, allowPositionals: true });
   } catch (error) {
     throw usageError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
   }
@@ -920,11 +1645,35 @@ const usageError = (message: string) => new TransferError("usage", `${message} (
 
 /** @returns milliseconds */
 function parseSeconds(name: string, text: string | undefined, byDefault: number): number {
-  const seconds = text === undefined ? byDefault : Number(text);
+  if (text === undefined) return byDefault * 1000;
+  const seconds = Number(text);
   // A timer takes 2^31 ms at the most, and would fire at once for more.
-  if (text !== undefined && (!/^\d*\.?\d+$/.test(text) || seconds <= 0 || seconds > 2_000_000))
+  if (!/^\d*\.?\d+$/.test(text) || seconds <= 0 || seconds > 2_000_000)
     throw usageError(`${name} takes seconds, from above 0 to 2000000`);
   return seconds * 1000;
+}
+
+function parseCount(name: string, text: string): number {
+  if (!/^\d{1,15}$/.test(text)) throw usageError(`${name} takes a number, not ${JSON.stringify(text)}`);
+  return Number(text);
+}
+
+/** Fields that say how the message is framed, or what is asked for, are the program's own. */
+const OWN_FIELDS: ReadonlySet<string> = new Set([
+  "connection",
+  "content-length",
+  "if-range",
+  "range",
+  "transfer-encoding",
+]);
+
+/** @returns name and value; an empty value means that no such field is to be sent */
+function parseField(line: string): [name: string, value: string] {
+  const bytes = Buffer.from(line).toString("latin1");
+  const name = FIELD_LINE.exec(bytes)?.[1];
+  if (name === undefined) throw usageError(`--header takes "Name: value", not ${JSON.stringify(line)}`);
+  if (OWN_FIELDS.has(name.toLowerCase())) throw usageError(`--header cannot set ${name}`);
+  return [name, trimOws(bytes.slice(name.length + 1))];
 }
 
 /** As in curl, "http://" may be left out. @throws TransferError "url" */
@@ -939,18 +1688,50 @@ export function parseUrl(text: string): URL {
   return url;
 }
 
+/** The content to send; what several -d say is joined with "&", as forms are. @throws TransferError "usage" */
+async function readData(data: readonly string[]): Promise<Uint8Array | undefined> {
+  if (data.length === 0) return undefined;
+  try {
+    const source = (text: string) =>
+      text === "@-" ? Bun.stdin : text.startsWith("@") ? Bun.file(text.slice(1)) : new Blob([text]);
+    const parts = await Promise.all(data.map(async (text) => Buffer.from(await source(text).arrayBuffer())));
+    return Buffer.concat(parts.flatMap((part, i) => (i === 0 ? [part] : [Buffer.from("&"), part])));
+  } catch (error) {
+    throw usageError(`cannot read the data: ${(error as SystemError).code}`); // Bun throws SystemErrors
+  }
+}
+
+/** Ctrl-C ends a transfer into a file in order: what has come is kept, and the same command goes on from it. */
+function keepPartOnSignals(sink: Sink): void {
+  for (const [signal, exitCode] of [
+    ["SIGINT", 130],
+    ["SIGTERM", 143],
+  ] as const)
+    process.once(signal, async () => {
+      const advice = await sink.close();
+      tell(advice === "" ? "Interrupted" : advice);
+      process.exit(exitCode);
+    });
+}
+
 /** @returns the exit code */
 async function main(): Promise<number> {
   try {
-    const { show, url, output, timeouts } = parseCommandLine(process.argv.slice(2));
+    const { show, job, data, output } = parseCommandLine(process.argv.slice(2));
     if (show !== "") {
       await writeAll(1, new TextEncoder().encode(show === "help" ? HELP : `client-robust ${VERSION}\n`));
       return EXIT_CODES.ok;
     }
-    const sink = output === undefined || output === "-" ? new StdoutSink(output === "-") : new FileSink(output);
-    return await transfer({ method: "GET", url }, sink, timeouts);
+    const request = { ...job.request, content: await readData(data) };
+    const isFile = output !== undefined && output !== "-";
+    const sink = isFile ? await FileSink.open(output, request.url) : new StdoutSink(output === "-");
+    if (sink instanceof FileSink) keepPartOnSignals(sink);
+    const canStartOver = sink instanceof FileSink;
+    return await download({ ...job, request, policy: { ...job.policy, canStartOver } }, sink);
   } catch (error) {
-    return report(error);
+    if (!(error instanceof TransferError)) throw error;
+    if (!error.isQuiet) tell(`Error: ${error.message}`);
+    return EXIT_CODES[error.outcome];
   }
 }
 

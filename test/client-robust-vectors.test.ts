@@ -123,8 +123,8 @@ for (const vector of vectors)
 const BYTEWISE_BYTES_MAX = 300;
 /** More processes at a time than the smallest machine has cores for are not quicker. */
 const CONCURRENT = 4;
-/** A client that waits for what will not come fails soon, with 28. */
-const ARGS = ["--stall-timeout", "10"];
+/** One attempt; a client that waits for what will not come fails soon, with 28. */
+const ARGS = ["--retry", "0", "--stall-timeout", "10"];
 
 type Delivery = "whole" | "split";
 /** To start a process is what takes the time here. The binary starts quicker than the script: it takes both. */

@@ -1,5 +1,5 @@
 /** client-robust.ts from outside: the script and the binary, against server.ts, python3 and nginx. */
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { closeSync, existsSync, ftruncateSync, openSync, readdirSync, readFileSync } from "node:fs";
 import { EXIT_CODES } from "../client-robust.ts";
 import {
@@ -14,6 +14,8 @@ import {
   temporaryFolder,
   VARIANTS,
 } from "./harness.ts";
+
+setDefaultTimeout(30_000);
 
 /** A python server that answers each connection, once the request is there, by running `answer`. */
 const serving = (answer: string) => `
@@ -31,9 +33,10 @@ const RESET = 'c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii
 const HEAD = 'c.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 10\\r\\n\\r\\n")';
 
 describe.each(VARIANTS)("client-robust (%s)", (variant) => {
-  const get = (...args: string[]) => runProgram("client-robust", variant, args);
+  /** Without retries, which have tests of their own. */
+  const get = (...args: string[]) => runProgram("client-robust", variant, ["--retry", "0", ...args]);
 
-  test("prints the whole response of the server, and nothing else", async () => {
+  test.concurrent("prints the whole response of the server, and nothing else", async () => {
     await using server = await startServer(variant);
     const { stdout, stderr, exitCode } = await get(`${server.url}/data?x#fragment`);
     expect(stdout).toMatch(
@@ -43,15 +46,18 @@ describe.each(VARIANTS)("client-robust (%s)", (variant) => {
     await server.stdout.waitFor(/^GET \/data\?x HTTP\/1.1\nHost: localhost:\d+\n/);
   });
 
-  test("takes a URL without http://, an IPv6 address, and a whole megabyte that comes in pieces", async () => {
-    const text = "äöü".repeat(15_000);
-    await using server = await startServer(variant, ["--log", "off", "--text", text]);
-    expect((await get("-o", "-", `localhost:${server.port}`)).stdout).toBe(text);
-    if (server.child.pid && existsSync("/proc/net/if_inet6"))
-      expect((await get("-o", "-", `http://[::1]:${server.port}/`)).stdout).toBe(text);
-  });
+  test.concurrent(
+    "takes a URL without http://, an IPv6 address, and a whole megabyte that comes in pieces",
+    async () => {
+      const text = "äöü".repeat(15_000);
+      await using server = await startServer(variant, ["--log", "off", "--text", text]);
+      expect((await get("-o", "-", `localhost:${server.port}`)).stdout).toBe(text);
+      if (server.child.pid && existsSync("/proc/net/if_inet6"))
+        expect((await get("-o", "-", `http://[::1]:${server.port}/`)).stdout).toBe(text);
+    },
+  );
 
-  test("reads python's http.server until the connection closes", async () => {
+  test.concurrent("reads python's http.server until the connection closes", async () => {
     await using folder = await temporaryFolder();
     await Bun.write(`${folder.path}/a.txt`, "from python\n");
     const code = `
@@ -65,24 +71,27 @@ server.serve_forever()`;
     expect([stdout, exitCode]).toEqual(["from python\n", 0]);
   });
 
-  test("takes a response apart that comes a byte at a time, in chunks, with characters cut in two", async () => {
-    const response = String.raw`b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nsch\r\n1\r\n\xc3\r\n2\r\n\xb6n\r\n0\r\nT: x\r\n\r\n"`;
-    await using server = await startPython(
-      serving(`c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+  test.concurrent(
+    "takes a response apart that comes a byte at a time, in chunks, with characters cut in two",
+    async () => {
+      const response = String.raw`b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nsch\r\n1\r\n\xc3\r\n2\r\n\xb6n\r\n0\r\nT: x\r\n\r\n"`;
+      await using server = await startPython(
+        serving(`c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 for byte in ${response}: c.sendall(bytes([byte]))
 time.sleep(60)`),
-    );
-    const { stdout, exitCode } = await get("-o", "-", `http://127.0.0.1:${server.port}`);
-    expect([stdout, exitCode]).toEqual(["schön", 0]);
-  });
+      );
+      const { stdout, exitCode } = await get("-o", "-", `http://127.0.0.1:${server.port}`);
+      expect([stdout, exitCode]).toEqual(["schön", 0]);
+    },
+  );
 
-  test("finishes when the framing says so, though the server keeps the connection open", async () => {
+  test.concurrent("finishes when the framing says so, though the server keeps the connection open", async () => {
     await using server = await startPython(serving(`${HEAD}; c.sendall(b"0123456789 more"); time.sleep(60)`));
     const { stdout, exitCode } = await get("-o", "-", `http://127.0.0.1:${server.port}`);
     expect([stdout, exitCode]).toEqual(["0123456789", 0]);
   });
 
-  test("-o saves the content alone, whole, and leaves nothing else behind", async () => {
+  test.concurrent("-o saves the content alone, whole, and leaves nothing else behind", async () => {
     await using server = await startServer(variant, ["--log", "off"]);
     await using folder = await temporaryFolder();
     await Bun.write(`${folder.path}/file`, "something old and longer");
@@ -92,7 +101,7 @@ time.sleep(60)`),
     expect(readdirSync(folder.path)).toEqual(["file"]);
   });
 
-  test("-o leaves FILE as it was when the transfer fails", async () => {
+  test.concurrent("-o leaves FILE as it was when the transfer fails", async () => {
     await using server = await startPython(serving(`${HEAD}; c.sendall(b"01234")`));
     await using folder = await temporaryFolder();
     await Bun.write(`${folder.path}/file`, "old");
@@ -102,13 +111,13 @@ time.sleep(60)`),
     expect(readFileSync(`${folder.path}/file`, "utf8")).toBe("old");
   });
 
-  test("-o /dev/null writes to the device and does not replace it", async () => {
+  test.concurrent("-o /dev/null writes to the device and does not replace it", async () => {
     await using server = await startServer(variant, ["--log", "off"]);
     expect((await get("-o", "/dev/null", server.url)).exitCode).toBe(0);
     expect((await Bun.file("/dev/null").stat()).isCharacterDevice()).toBeTrue();
   });
 
-  test.each([
+  test.concurrent.each([
     ["empty", "pass", "the server closed the connection without an answer"],
     ["receive", RESET, "the connection was lost: ECONNRESET"],
     ["receive", `${HEAD}; c.sendall(b"01234"); time.sleep(0.1); ${RESET}`, "the connection was lost: ECONNRESET"],
@@ -136,7 +145,7 @@ time.sleep(60)`),
       "-o",
       "-",
       "--stall-timeout",
-      "0.3",
+      outcome === "timeout" ? "0.3" : "20",
       `http://127.0.0.1:${server.port}`,
     );
     expect(stderr).toBe(`Error: ${message}\n`);
@@ -144,7 +153,7 @@ time.sleep(60)`),
     expect("01234").toStartWith(stdout);
   });
 
-  test("an error page is printed without -o, and never passes for content with it", async () => {
+  test.concurrent("an error page is printed without -o, and never passes for content with it", async () => {
     const page = 'c.sendall(b"HTTP/1.1 500 Oops\\r\\nContent-Length: 4\\r\\n\\r\\npage")';
     await using server = await startPython(serving(page));
     await using folder = await temporaryFolder();
@@ -160,7 +169,7 @@ time.sleep(60)`),
     expect(readdirSync(folder.path)).toEqual([]);
   });
 
-  test("no server, no host: one line, exit 7 and 6", async () => {
+  test.concurrent("no server, no host: one line, exit 7 and 6", async () => {
     const port = await freePort();
     const refused = await get(`http://127.0.0.1:${port}`);
     expect([refused.stdout, refused.stderr]).toEqual([
@@ -175,7 +184,7 @@ time.sleep(60)`),
     ]);
   });
 
-  test("a host that does not take the connection: exit 28 after --connect-timeout", async () => {
+  test.concurrent("a host that does not take the connection: exit 28 after --connect-timeout", async () => {
     // The kernel keeps one connection for a backlog of 0 and drops the SYN of the others.
     const code = `
 import socket, time
@@ -191,7 +200,7 @@ time.sleep(60)`;
     expect(exitCode).toBe(EXIT_CODES.timeout);
   });
 
-  test.each(["--nonsense", "a b", "-o", "--stall-timeout 0", "--connect-timeout x", "--stall-timeout 1e9"])(
+  test.concurrent.each(["--nonsense", "a b", "-o", "--stall-timeout 0", "--connect-timeout x", "--stall-timeout 1e9"])(
     "wrong usage is one line and exit 2: %s",
     async (args) => {
       const { stdout, stderr, exitCode } = await get(...args.split(" "));
@@ -200,16 +209,19 @@ time.sleep(60)`;
     },
   );
 
-  test.each(["http://", "ftp://localhost/", "http://a:99999/", "http://user:secret@localhost/", "http://a\nb/"])(
-    "not a URL that is spoken here is one line and exit 3: %j",
-    async (url) => {
-      const { stdout, stderr, exitCode } = await get(url);
-      expect(stderr).toMatch(/^Error: .+\n$/);
-      expect([stdout, exitCode]).toEqual(["", EXIT_CODES.url]);
-    },
-  );
+  test.concurrent.each([
+    "http://",
+    "ftp://localhost/",
+    "http://a:99999/",
+    "http://user:secret@localhost/",
+    "http://a\nb/",
+  ])("not a URL that is spoken here is one line and exit 3: %j", async (url) => {
+    const { stdout, stderr, exitCode } = await get(url);
+    expect(stderr).toMatch(/^Error: .+\n$/);
+    expect([stdout, exitCode]).toEqual(["", EXIT_CODES.url]);
+  });
 
-  test("where nothing can be written: one line and exit 23", async () => {
+  test.concurrent("where nothing can be written: one line and exit 23", async () => {
     await using server = await startServer(variant, ["--log", "off"]);
     for (const path of ["/nowhere/file", "/tmp"]) {
       const { stderr, exitCode } = await get("-o", path, server.url);
@@ -220,7 +232,7 @@ time.sleep(60)`;
     expect([full.stderr, full.exitCode]).toEqual(["Error: cannot write: ENOSPC\n", EXIT_CODES.write]);
   });
 
-  test("goes on where somebody made its stdout non-blocking and reads slowly", async () => {
+  test.concurrent("goes on where somebody made its stdout non-blocking and reads slowly", async () => {
     await using server = await startServer(variant, ["--log", "off", "--text", "x".repeat(100_000)]);
     const argv = [...(await command("client-robust", variant)), "-o", "-", server.url];
     const code = `

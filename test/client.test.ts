@@ -1,5 +1,5 @@
 /** client.ts from outside: the script and the binary, against server.ts, python3 and nginx. */
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import {
   freePort,
   hasTool,
@@ -10,6 +10,9 @@ import {
   temporaryFolder,
   VARIANTS,
 } from "./harness.ts";
+
+// What waits for a deadline waits beside the others.
+setDefaultTimeout(30_000);
 
 /** A python server that takes one connection, receives once, runs `answer` and closes. */
 const onceWith = (answer: string) => `
@@ -24,7 +27,7 @@ print(request, flush=True)`;
 describe.each(VARIANTS)("client (%s)", (variant) => {
   const get = (...args: (string | number)[]) => runProgram("client", variant, args.map(String));
 
-  test("prints the server's whole answer", async () => {
+  test.concurrent("prints the server's whole answer", async () => {
     await using server = await startServer(variant);
     const { stdout, stderr, exitCode } = await get("localhost", server.port);
     expect(stdout).toMatch(
@@ -34,35 +37,35 @@ describe.each(VARIANTS)("client (%s)", (variant) => {
     await server.stdout.waitFor(/^GET \/data HTTP\/1.1\nHost: localhost:\d+\n\n/);
   });
 
-  test("sends the tutorial's request, byte for byte but for the port", async () => {
+  test.concurrent("sends the tutorial's request, byte for byte but for the port", async () => {
     await using server = await startPython(onceWith('c.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\nHi")'));
     expect((await get("127.0.0.1", server.port, "/x?y")).stdout).toBe("HTTP/1.1 200 OK\n\nHi\n");
     await server.stdout.waitFor(/b'GET \/x\?y HTTP\/1.1\\r\\nHost: 127.0.0.1:\d+\\r\\n\\r\\n'/);
   });
 
-  test("receives once: 1024 bytes and not one more, and cuts through a character", async () => {
+  test.concurrent("receives once: 1024 bytes and not one more, and cuts through a character", async () => {
     await using server = await startPython(onceWith('c.sendall(b"x" * 1023 + "é".encode() + b"y" * 1000)'));
     const { stdout, exitCode } = await get("127.0.0.1", server.port);
     expect([stdout, exitCode]).toEqual([`${"x".repeat(1023)}�\n`, 0]);
   });
 
-  test("prints nothing raw that a server could write on the terminal with", async () => {
+  test.concurrent("prints nothing raw that a server could write on the terminal with", async () => {
     await using server = await startPython(onceWith(String.raw`c.sendall(b"\x1b[2J\x07\r\n\tok\xe2\x80\xae")`));
     expect((await get("127.0.0.1", server.port)).stdout).toBe("\\x1b[2J\\x07\n\tok\\u{202e}\n");
   });
 
-  test("no server: one line and exit 1", async () => {
+  test.concurrent("no server: one line and exit 1", async () => {
     const port = await freePort();
     const { stdout, stderr, exitCode } = await get("127.0.0.1", port);
     expect([stdout, stderr, exitCode]).toEqual(["", `Error: cannot connect to 127.0.0.1:${port}: ECONNREFUSED\n`, 1]);
   });
 
-  test("no such host: one line and exit 1", async () => {
+  test.concurrent("no such host: one line and exit 1", async () => {
     const { stderr, exitCode } = await get("nowhere.invalid", 80);
     expect([stderr, exitCode]).toEqual(["Error: cannot connect to nowhere.invalid:80: ENOTFOUND\n", 1]);
   });
 
-  test("closed without an answer, by FIN or by reset: one line and exit 1", async () => {
+  test.concurrent("closed without an answer, by FIN or by reset: one line and exit 1", async () => {
     await using silent = await startPython(onceWith("pass"));
     const fin = await get("127.0.0.1", silent.port);
     expect([fin.stderr, fin.exitCode]).toEqual(["Error: the connection was closed without an answer\n", 1]);
@@ -72,7 +75,7 @@ describe.each(VARIANTS)("client (%s)", (variant) => {
     expect([rst.stderr, rst.exitCode]).toEqual(["Error: the connection was closed without an answer: ECONNRESET\n", 1]);
   });
 
-  test.each(["--nonsense", "localhost|x", "localhost|65536", "a b", "localhost|1|/ HTTP/1.1", "a|1|/|b"])(
+  test.concurrent.each(["--nonsense", "localhost|x", "localhost|65536", "a b", "localhost|1|/ HTTP/1.1", "a|1|/|b"])(
     "wrong usage is one line and exit 2: %s",
     async (args) => {
       const { stdout, stderr, exitCode } = await get(...args.split("|"));
@@ -81,7 +84,7 @@ describe.each(VARIANTS)("client (%s)", (variant) => {
     },
   );
 
-  test("a stdout that is full is one line and exit 1", async () => {
+  test.concurrent("a stdout that is full is one line and exit 1", async () => {
     await using server = await startServer(variant);
     const { stderr, exitCode } = await runProgram("client", variant, ["localhost", String(server.port)], {
       stdout: "/dev/full",
@@ -90,7 +93,7 @@ describe.each(VARIANTS)("client (%s)", (variant) => {
     expect(exitCode).toBe(1);
   });
 
-  test.if(hasTool("nginx"))("prints the start of what nginx answers", async () => {
+  test.concurrent.if(hasTool("nginx"))("prints the start of what nginx answers", async () => {
     await using folder = await temporaryFolder();
     await Bun.write(`${folder.path}/data`, "from a file\n");
     await using nginx = await startNginx(folder.path);
@@ -100,8 +103,8 @@ describe.each(VARIANTS)("client (%s)", (variant) => {
   });
 });
 
-test("does not wait for ever for a server that says nothing", async () => {
+test.concurrent("does not wait for ever for a server that says nothing", async () => {
   await using server = await startPython(onceWith("time.sleep(60)"));
   const { stderr, exitCode } = await runProgram("client", "script", ["127.0.0.1", String(server.port)]);
   expect([stderr, exitCode]).toEqual(["Error: no answer within 10 s\n", 1]);
-}, 20_000);
+});

@@ -1,7 +1,10 @@
 /** Every limit of server.ts: its flag, and a peer that reaches it. What the peer gets is exact; the times are not. */
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { LIMITS } from "../server.ts";
 import { exchange, Peer, run, startServer, VARIANTS } from "./harness.ts";
+
+// What waits for a deadline waits beside the others.
+setDefaultTimeout(30_000);
 
 const GET = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";
 const POST = "POST / HTTP/1.1\r\nHost: x\r\n";
@@ -18,7 +21,7 @@ const statusOf = (response: string) => Number(/^HTTP\/1.1 (\d{3}) /.exec(respons
 describe.each(VARIANTS)("limits (%s)", (variant) => {
   const serve = (...args: string[]) => startServer(variant, ["--log", "off", ...args]);
 
-  test.each([
+  test.concurrent.each([
     ["--method-bytes-max 4", "HEAD / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 200],
     ["--method-bytes-max 4", "PATCH / HTTP/1.1\r\nHost: x\r\n\r\n", 501],
     ["--request-target-bytes-max 4", "GET /123 HTTP/1.0\r\n\r\n", 200],
@@ -43,7 +46,7 @@ describe.each(VARIANTS)("limits (%s)", (variant) => {
     expect(statusOf(await exchange(server.port, [request]))).toBe(status);
   });
 
-  test("--connections-max: one more gets 503 at once, and is served when there is room again", async () => {
+  test.concurrent("--connections-max: one more gets 503 at once, and is served when there is room again", async () => {
     await using server = await serve("--connections-max", "2");
     using first = await Peer.connect(server.port);
     using second = await Peer.connect(server.port);
@@ -59,60 +62,69 @@ describe.each(VARIANTS)("limits (%s)", (variant) => {
     expect(statusOf(await exchange(server.port, [GET], { finish: true }))).toBe(200);
   });
 
-  test("--head-timeout-ms: 408 for a head that is not whole in time, however its bytes trickle in", async () => {
-    await using server = await serve("--head-timeout-ms", "600");
-    using peer = await Peer.connect(server.port);
-    let isClosed = false;
-    void peer.closed.then(() => (isClosed = true));
-    const milliseconds = await timed(async () => {
-      await peer.send("GET / HTTP/1.1\r\nX: ");
-      while (!isClosed) {
-        await peer.send("x");
-        await Promise.race([peer.closed, Bun.sleep(50)]);
-        if (peer.received.includes("\r\n\r\n")) peer.finish();
-      }
-    });
-    expect(statusOf(peer.received)).toBe(408);
-    expect(milliseconds).toBeGreaterThan(550);
-    // A second request on a connection that is kept alive has its own time, from its first byte on.
-    expect(await exchange(server.port, [GET, "GET /"])).toMatch(/Hello, World!HTTP\/1.1 408 /);
-  });
+  test.concurrent(
+    "--head-timeout-ms: 408 for a head that is not whole in time, however its bytes trickle in",
+    async () => {
+      await using server = await serve("--head-timeout-ms", "600");
+      using peer = await Peer.connect(server.port);
+      let isClosed = false;
+      void peer.closed.then(() => (isClosed = true));
+      const milliseconds = await timed(async () => {
+        await peer.send("GET / HTTP/1.1\r\nX: ");
+        while (!isClosed) {
+          await peer.send("x");
+          await Promise.race([peer.closed, Bun.sleep(50)]);
+          if (peer.received.includes("\r\n\r\n")) peer.finish();
+        }
+      });
+      expect(statusOf(peer.received)).toBe(408);
+      expect(milliseconds).toBeGreaterThan(550);
+      // A second request on a connection that is kept alive has its own time, from its first byte on.
+      expect(await exchange(server.port, [GET, "GET /"])).toMatch(/Hello, World!HTTP\/1.1 408 /);
+    },
+  );
 
-  test("--head-timeout-ms: who never says a word is closed without one", async () => {
+  test.concurrent("--head-timeout-ms: who never says a word is closed without one", async () => {
     await using server = await serve("--head-timeout-ms", "300");
     expect(await exchange(server.port, [])).toBe("");
   });
 
-  test("--idle-timeout-ms: a connection that is not used again is closed without a word", async () => {
+  test.concurrent("--idle-timeout-ms: a connection that is not used again is closed without a word", async () => {
     await using server = await serve("--idle-timeout-ms", "300");
     expect(await exchange(server.port, [GET])).toEndWith("\r\n\r\nHello, World!");
   });
 
-  test("--content-timeout-ms and --content-part-bytes-min: 408 for content that stalls or trickles, not for what is slow", async () => {
-    await using server = await serve("--content-timeout-ms", "600", "--content-part-bytes-min", "100");
-    expect(statusOf(await exchange(server.port, [`${POST}Content-Length: 5\r\n\r\n`, "1234"]))).toBe(408);
-    using slow = await Peer.connect(server.port);
-    await slow.send(`${POST}Content-Length: 2000\r\n\r\n`);
-    for (let i = 0; i < 20; i++) {
-      await slow.send("x".repeat(100));
-      await Bun.sleep(80); // 20 pieces take more than two spans, and each span brings seven of them
-    }
-    await slow.waitFor(/^HTTP\/1.1 200 OK/);
-  });
+  test.concurrent(
+    "--content-timeout-ms and --content-part-bytes-min: 408 for content that stalls or trickles, not for what is slow",
+    async () => {
+      await using server = await serve("--content-timeout-ms", "600", "--content-part-bytes-min", "100");
+      expect(statusOf(await exchange(server.port, [`${POST}Content-Length: 5\r\n\r\n`, "1234"]))).toBe(408);
+      using slow = await Peer.connect(server.port);
+      await slow.send(`${POST}Content-Length: 2000\r\n\r\n`);
+      for (let i = 0; i < 20; i++) {
+        await slow.send("x".repeat(100));
+        await Bun.sleep(80); // 20 pieces take more than two spans, and each span brings seven of them
+      }
+      await slow.waitFor(/^HTTP\/1.1 200 OK/);
+    },
+  );
 
-  test("--write-timeout-ms: a peer that takes none of its answers is cut off, and the others are served", async () => {
-    await using server = await serve("--write-timeout-ms", "500", "--text", "x".repeat(10_000));
-    using peer = await Peer.connect(server.port);
-    peer.pause();
-    await peer.send(GET.repeat(5000));
-    expect(statusOf(await exchange(server.port, [GET], { finish: true }))).toBe(200);
-    // The paused peer cannot see the reset: the server closes its side of it.
-    const files = async () => (await run(["ls", `/proc/${server.child.pid}/fd`])).stdout.split("\n").length;
-    const before = await files();
-    while ((await files()) >= before) await Bun.sleep(100);
-  });
+  test.concurrent(
+    "--write-timeout-ms: a peer that takes none of its answers is cut off, and the others are served",
+    async () => {
+      await using server = await serve("--write-timeout-ms", "500", "--text", "x".repeat(10_000));
+      using peer = await Peer.connect(server.port);
+      peer.pause();
+      await peer.send(GET.repeat(5000));
+      expect(statusOf(await exchange(server.port, [GET], { finish: true }))).toBe(200);
+      // The paused peer cannot see the reset: the server closes its side of it.
+      const files = async () => (await run(["ls", `/proc/${server.child.pid}/fd`])).stdout.split("\n").length;
+      const before = await files();
+      while ((await files()) >= before) await Bun.sleep(100);
+    },
+  );
 
-  test("--waiting-bytes-max: what all peers together leave unread is bounded", async () => {
+  test.concurrent("--waiting-bytes-max: what all peers together leave unread is bounded", async () => {
     await using server = await serve("--waiting-bytes-max", "200000", "--text", "x".repeat(10_000));
     const peers = await Promise.all(Array.from({ length: 8 }, () => Peer.connect(server.port)));
     for (const peer of peers) peer.pause();
@@ -126,7 +138,7 @@ describe.each(VARIANTS)("limits (%s)", (variant) => {
     for (const peer of peers) peer[Symbol.dispose]();
   });
 
-  test("--linger-timeout-ms: after the last answer a peer that does not close is closed", async () => {
+  test.concurrent("--linger-timeout-ms: after the last answer a peer that does not close is closed", async () => {
     await using server = await serve("--linger-timeout-ms", "300");
     const code = `
 import socket, sys, time
@@ -140,7 +152,7 @@ except OSError: print("closed")`;
     expect((await run(["python3", "-c", code])).stdout).toBe("closed\n");
   });
 
-  test("--linger-bytes-max: a peer that sends on and on after the last answer is cut off", async () => {
+  test.concurrent("--linger-bytes-max: a peer that sends on and on after the last answer is cut off", async () => {
     await using server = await serve("--linger-bytes-max", "1000000");
     const code = `
 import socket
@@ -154,7 +166,7 @@ except OSError: print("cut off")`;
     expect((await run(["python3", "-c", code])).stdout).toBe("cut off\n");
   });
 
-  test("--grace-ms: what does not end in time does not keep the server from stopping", async () => {
+  test.concurrent("--grace-ms: what does not end in time does not keep the server from stopping", async () => {
     await using server = await serve("--grace-ms", "300");
     using peer = await Peer.connect(server.port);
     await peer.send("GET / HTTP/1.1\r\n");
@@ -164,7 +176,7 @@ except OSError: print("cut off")`;
       expect(await server.child.exited).toBe(0);
     });
     expect(milliseconds).toBeGreaterThan(250);
-    expect(milliseconds).toBeLessThan(5000);
+    expect(milliseconds).toBeLessThan(9000);
   });
 });
 

@@ -189,13 +189,17 @@ describe("client-robust.ts", () => {
 
   test("asks for what the URL names, fragment excluded, and for a close", () => {
     const url = robust.parseUrl("http://[::1]:81/a%20b?c#d");
-    expect(Buffer.from(robust.formatRequest({ method: "GET", url })).toString()).toMatch(
-      /^GET \/a%20b\?c HTTP\/1.1\r\nHost: \[::1\]:81\r\nUser-Agent: http-over-tcp\/[\d.]+\r\nAccept: \*\/\*\r\nConnection: close\r\n\r\n$/,
+    expect(
+      Buffer.from(
+        robust.formatRequest({ method: "GET", url, fields: [], content: undefined }, robust.NOTHING),
+      ).toString(),
+    ).toMatch(
+      /^GET \/a%20b\?c HTTP\/1.1\r\nHost: \[::1\]:81\r\nUser-Agent: http-over-tcp\/[\d.]+\r\nAccept: \*\/\*\r\nWant-Repr-Digest: sha-256=10\r\nConnection: close\r\n\r\n$/,
     );
   });
 
   test("a request that cannot be sent is the failure of the send, exit 55", async () => {
-    const connection = new robust.Connection(1000);
+    const connection = new robust.Connection(new robust.Clock({ connectMs: 1000, stallMs: 1000, maxMs: 1000 }));
     const gone = { write: () => -1 } as unknown as Bun.Socket<robust.Connection>; // all that is called of it
     connection.onOpen(gone);
     const failure = await connection.send(GET).catch((error: unknown) => error);
@@ -205,7 +209,7 @@ describe("client-robust.ts", () => {
   });
 
   test("what was received before a reset is delivered before the failure", async () => {
-    const connection = new robust.Connection(1000);
+    const connection = new robust.Connection(new robust.Clock({ connectMs: 1000, stallMs: 1000, maxMs: 1000 }));
     connection.onData(Buffer.from("a"));
     connection.onClose(Object.assign(new Error("reset"), { code: "ECONNRESET" }));
     expect(await connection.receive()).toEqual(Buffer.from("a"));
