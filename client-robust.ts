@@ -11,7 +11,7 @@
  * are those of one version of the content, or there is a failure, with curl's exit code. Memory is
  * constant. The heart is `transfer`, in section 8: try { connect; send; while … receive } catch … finally.
  *
- * Left out so far: https. Never: HTTP/2, compression, cookies, several URLs.
+ * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  *
  *  1 Limits and defaults    what is bounded, by how much, and why
  *  2 Types                  the words that the rest is written in
@@ -27,6 +27,7 @@
 import { createHash, type Hash } from "node:crypto";
 import { createReadStream, write, writeSync } from "node:fs";
 import { type FileHandle, open, readFile, realpath, rename, stat, unlink, writeFile } from "node:fs/promises";
+import { getCACertificates } from "node:tls";
 import { isatty } from "node:tty";
 import { parseArgs, promisify } from "node:util";
 
@@ -113,11 +114,20 @@ export interface Timeouts {
   readonly maxMs: number;
 }
 
+/** Who is believed when a server says who it is (https). */
+export interface Trust {
+  /** A file of authorities in PEM; undefined for those of the system. */
+  readonly authoritiesFile: string | undefined;
+  /** Anybody is believed. */
+  readonly isInsecure: boolean;
+}
+
 /** All that the user asked for. */
 export interface Job {
   readonly request: Request;
   readonly policy: Policy;
   readonly timeouts: Timeouts;
+  readonly trust: Trust;
   /** The SHA-256 that the content must have, in lower-case hex; "" where any will do. */
   readonly sha256: string;
   readonly isSilent: boolean;
@@ -142,10 +152,12 @@ export const EXIT_CODES = Object.freeze({
   digest: 29,
   /** Never shown: the server's part does not fit what is held. */
   range: 33,
+  tls: 35,
   redirects: 47,
   empty: 52,
   send: 55,
   receive: 56,
+  certificate: 60,
   tooLarge: 63,
 });
 export type Outcome = keyof typeof EXIT_CODES;
@@ -510,11 +522,14 @@ export class ResponseReader {
     return content;
   }
 
-  /** The peer will send no more. RFC 9112 §8: only content without a length may end like this. */
-  end(): void {
+  /**
+   * The peer will send no more. RFC 9112 §8: only content without a length may end like this, and over TLS only where
+   * the peer has said so (§9.8): anybody on the way can cut a connection off.
+   */
+  end(isInOrder: boolean): void {
     if (this.head === undefined) this.parser.end();
     if (this.parser.state === "failed") this.fault = this.parser.fault;
-    if (this.head !== undefined && this.framing === "close") this.isComplete = true;
+    if (this.head !== undefined && this.framing === "close" && isInOrder) this.isComplete = true;
   }
 
   private takeHeads(bytes: Uint8Array): number {
@@ -561,6 +576,59 @@ export class ResponseReader {
       if (decoder.fault !== "") this.fault = `its chunked content is malformed (${decoder.fault})`;
     }
     return bytes.subarray(from, to);
+  }
+}
+
+/** close_notify as TLS 1.3 sends it: level, description and inner type under a tag of 16 bytes (RFC 8446 §5.2, §6). */
+const ALERT_RECORD_LENGTH = 19;
+const [ALERT, APPLICATION_DATA] = [21, 23];
+
+/**
+ * Watches TLS records go by (RFC 8446 §5.1), encrypted as they are, to tell whether the peer closed in order: whether
+ * its last record was an alert. In TLS 1.3 an alert looks like content, but for its length and that no content came
+ * of it.
+ */
+export class RecordWatch {
+  private readonly header = new Uint8Array(5);
+  private headerLength = 0;
+  private left = 0;
+  private type = 0;
+  private length = 0;
+  /** Content that the records of the last read had room for, and content that came of them. */
+  private room = 0;
+  private content = 0;
+
+  /** Records, or pieces of them, before they are decrypted. */
+  take(bytes: Uint8Array): void {
+    this.room = this.content = 0;
+    for (let at = 0; at < bytes.length;) {
+      if (this.left === 0) this.takeHeaderByte(byteAt(bytes, at++));
+      else {
+        const taken = Math.min(this.left, bytes.length - at);
+        at += taken;
+        this.left -= taken;
+        if (this.left === 0 && this.type === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
+      }
+    }
+  }
+
+  /** So much content came of what was taken last. */
+  noteContent(length: number): void {
+    this.content += length;
+  }
+
+  get endsInOrder(): boolean {
+    if (this.left > 0 || this.headerLength > 0) return false;
+    if (this.type === ALERT) return true;
+    return this.type === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.content < this.room;
+  }
+
+  private takeHeaderByte(byte: number): void {
+    this.header[this.headerLength++] = byte;
+    if (this.headerLength < 5) return;
+    this.headerLength = 0;
+    this.type = byteAt(this.header, 0);
+    this.left = this.length = byteAt(this.header, 3) * 256 + byteAt(this.header, 4);
   }
 }
 
@@ -884,6 +952,8 @@ export class Connection {
   private failure: TransferError | undefined;
   private isClosed = false;
   private socket: Bun.Socket<Connection> | undefined;
+  /** Over TLS: what goes by below it. */
+  private records: RecordWatch | undefined;
   /** Wakes the step that waits: a byte came, there is room to send, or all is over. */
   private wake = () => {};
 
@@ -894,7 +964,14 @@ export class Connection {
     if (this.isClosed) socket.terminate(); // nobody waits for it any more
   }
 
+  /** Bytes from the network: the peer's message, or TLS records of it. */
+  onBytes(bytes: Uint8Array): void {
+    if (this.records === undefined) this.onData(bytes);
+    else this.records.take(bytes);
+  }
+
   onData(bytes: Uint8Array): void {
+    this.records?.noteContent(bytes.length);
     this.received.push(bytes);
     this.receivedBytes += bytes.length;
     if (this.receivedBytes >= LIMITS.receivedBytesMax && !this.isPaused) {
@@ -914,11 +991,41 @@ export class Connection {
     this.wake();
   }
 
+  /** The connection is gone below TLS, which will say so itself; but it cannot tell a reset. */
+  onBytesClose(error?: SystemError): void {
+    if (this.records === undefined || error !== undefined) this.onClose(error);
+  }
+
   /** A close without FIN is a reset, and a reset is never the end of a message. */
   onClose(error?: SystemError): void {
     if (!this.hasEnded)
       this.failure ??= explainSystemError(error ?? new Error("reset"), "receive", "the connection was lost");
     this.wake();
+  }
+
+  /** Did the peer's end mean that it had said all? Over TLS a FIN alone can be anybody's. */
+  get endsInOrder(): boolean {
+    return this.records?.endsInOrder ?? true;
+  }
+
+  /** Goes on over TLS. @throws TransferError "tls" or "certificate" */
+  async secure(hostname: string, authorities: string[], { isInsecure }: Trust): Promise<void> {
+    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
+      if (isTrusted || (isInsecure && error !== null && !isTlsFault(error))) resolve();
+      else if (error === null || isTlsFault(error))
+        reject(new TransferError("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`));
+      else reject(new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`));
+    };
+    const close = (_: unknown, error?: SystemError) => {
+      reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
+      this.onClose(error);
+    };
+    const tls = { serverName: hostname, ca: authorities, rejectUnauthorized: !isInsecure };
+    this.records = new RecordWatch();
+    const socket = { ...TLS_HANDLERS, handshake, close };
+    this.socket = this.socket?.upgradeTLS<Connection>({ data: this, tls, socket })[1];
+    await promise;
   }
 
   /** Sends all of it, or as much as the server takes before it answers. @throws TransferError */
@@ -1080,18 +1187,39 @@ export class Delivery {
 
 const SOCKET_HANDLERS: Bun.SocketHandler<Connection> = {
   open: (socket) => socket.data.onOpen(socket),
-  data: (socket, bytes) => socket.data.onData(bytes),
+  data: (socket, bytes) => socket.data.onBytes(bytes),
   drain: (socket) => socket.data.onDrain(),
   end: (socket) => socket.data.onEnd(),
-  close: (socket, error) => socket.data.onClose(error),
+  close: (socket, error) => socket.data.onBytesClose(error),
   error: (socket, error) => socket.data.onClose(error),
   connectError() {}, // the promise of Bun.connect is rejected too
 };
 
-/** @throws TransferError "resolve", "connect" or "timeout" */
-async function connect(url: URL, clock: Clock): Promise<Connection> {
+/** What comes through TLS, where there is TLS. */
+const TLS_HANDLERS: Bun.SocketHandler<Connection> = {
+  data: (socket, bytes) => socket.data.onData(bytes),
+  drain: (socket) => socket.data.onDrain(),
+  end: (socket) => socket.data.onEnd(),
+  error: (socket, error) => socket.data.onClose(error),
+};
+
+/** Not a certificate that is not trusted, but a peer that speaks no TLS, or not ours. */
+const isTlsFault = ({ code = "" }: SystemError) => /^(EPROTO|ECONN|ERR_SSL)/.test(code);
+
+/** The authorities that are believed, as PEM texts. @throws TransferError "usage" */
+async function readAuthorities(file: string | undefined): Promise<string[]> {
+  if (file === undefined) return getCACertificates("system");
+  const unreadable = (error: SystemError) => {
+    throw new TransferError("usage", `cannot read ${file}: ${error.code}`);
+  };
+  return [await readFile(file, "utf8").catch(unreadable)];
+}
+
+/** @throws TransferError "resolve", "connect", "timeout", "tls" or "certificate" */
+async function connect(url: URL, clock: Clock, trust: Trust): Promise<Connection> {
   const hostname = url.hostname.replace(/^\[(.*)\]$/, "$1");
-  const port = Number(url.port || 80);
+  const isSecure = url.protocol === "https:";
+  const port = Number(url.port || (isSecure ? 443 : 80));
   const connection = new Connection(clock);
   const { promise: late, reject } = Promise.withResolvers<never>();
   const cancel = clock.startTimer("connectMs", (seconds) => `no connection to ${url.host} within ${seconds} s`, reject);
@@ -1099,6 +1227,8 @@ async function connect(url: URL, clock: Clock): Promise<Connection> {
     // Half-open: the server's FIN must not stop us from sending, nor hide what it sent before.
     const options = { hostname, port, allowHalfOpen: true, data: connection, socket: SOCKET_HANDLERS };
     await Promise.race([late, Bun.connect(options)]);
+    if (isSecure)
+      await Promise.race([late, connection.secure(hostname, await readAuthorities(trust.authoritiesFile), trust)]);
     return connection;
   } catch (error) {
     connection.close();
@@ -1133,7 +1263,7 @@ export async function transfer(request: Request, session: Session): Promise<Endi
   const reader = new ResponseReader(request.method);
   let connection: Connection | undefined;
   try {
-    connection = await connect(request.url, clock);
+    connection = await connect(request.url, clock, job.trust);
     const bytesToSend = formatRequest(request, delivery.held);
     if (job.isVerbose) tellLines("> ", bytesToSend);
     session.wasSent = true;
@@ -1150,7 +1280,7 @@ export async function transfer(request: Request, session: Session): Promise<Endi
       session.progress.show(delivery.held);
       requireWellFormed(reader);
     }
-    if (!reader.isComplete) reader.end();
+    if (!reader.isComplete) reader.end(connection.endsInOrder);
     requireComplete(reader);
     if (reader.head !== undefined) await finishResponse(reader.head, session);
     return { action: "done" };
@@ -1224,7 +1354,8 @@ async function followRedirects(session: Session): Promise<Ending | TransferError
     const ending = await transfer(request, session);
     if (ending instanceof TransferError || ending.action === "done") return ending;
     const url = URL.parse(ending.location, request.url);
-    if (url?.protocol !== "http:") return new TransferError("url", `cannot follow the redirect to ${ending.location}`);
+    if (url === null || !isSpoken(url))
+      return new TransferError("url", `cannot follow the redirect to ${ending.location}`);
     request = redirect(request, ending.status, url);
   }
   return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
@@ -1267,6 +1398,8 @@ Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
       --max-time S         seconds for everything (no limit)
       --max-size BYTES     of the content (no limit)
       --sha256 HEX         what the content must be
+      --cacert FILE        believe these authorities (PEM) instead of the system's
+  -k, --insecure           believe anybody
   -s, --silent             print nothing on stderr but errors
   -v, --verbose            print the heads that are sent and received on stderr
   -h, --help               print this text
@@ -1276,8 +1409,8 @@ FILE is either absent, as it was, or whole. A transfer that broke off leaves FIL
 FILE.part.json, from which the same command goes on. Exit codes are curl's: 0 whole response,
 2 wrong usage, 3 URL, 6 cannot resolve, 7 cannot connect, 8 not HTTP, 18 partial, 22 status
 (with -o any but 2xx, otherwise 400 and above), 23 cannot write, 28 timeout, 33 wrong range,
-47 redirects, 52 no answer, 55 cannot send, 56 cannot receive, 63 too large; and 29 where the
-content is not what a digest says, 130 after Ctrl-C.
+35 no TLS, 47 redirects, 52 no answer, 55 cannot send, 56 cannot receive, 60 certificate not
+trusted, 63 too large; and 29 where the content is not what a digest says, 130 after Ctrl-C.
 `;
 
 const writeAsync = promisify(write);
@@ -1579,6 +1712,8 @@ const FLAGS = {
   "max-time": STRING,
   "max-size": STRING,
   sha256: STRING,
+  cacert: STRING,
+  insecure: flag("k"),
   silent: flag("s"),
   verbose: flag("v"),
   help: flag("h"),
@@ -1628,9 +1763,15 @@ export function parseCommandLine(args: string[]): CommandLine {
     fields: (values.header ?? []).map(parseField),
     content: undefined,
   };
+  const trust: Trust = { authoritiesFile: values.cacert, isInsecure: values.insecure ?? false };
   const { silent: isSilent = false, verbose: isVerbose = false } = values;
   const show = values.help ? "help" : values.version ? "version" : "";
-  return { show, job: { request, policy, timeouts, sha256: sha256.toLowerCase(), isSilent, isVerbose }, data, output };
+  return {
+    show,
+    job: { request, policy, timeouts, trust, sha256: sha256.toLowerCase(), isSilent, isVerbose },
+    data,
+    output,
+  };
 }
 
 function parseFlags(args: string[]) {
@@ -1676,13 +1817,16 @@ function parseField(line: string): [name: string, value: string] {
   return [name, trimOws(bytes.slice(name.length + 1))];
 }
 
+const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
+
 /** As in curl, "http://" may be left out. @throws TransferError "url" */
 export function parseUrl(text: string): URL {
   const withScheme = /^[a-z][a-z0-9+.-]*:\/\//i.test(text) ? text : `http://${text}`;
   // URL.parse drops tabs and line ends, and encodes spaces: what is left would not be what was asked for.
   const url = /[\0-\x20\x7f]/.test(text) ? null : URL.parse(withScheme);
   if (url === null) throw new TransferError("url", `not a URL: ${JSON.stringify(text)}`);
-  if (url.protocol !== "http:") throw new TransferError("url", `only http:// is spoken here, not ${url.protocol}//`);
+  if (!isSpoken(url))
+    throw new TransferError("url", `only http:// and https:// are spoken here, not ${url.protocol}//`);
   if (url.username !== "" || url.password !== "")
     throw new TransferError("url", "a URL with a user name is not supported");
   return url;

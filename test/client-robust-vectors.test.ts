@@ -72,7 +72,7 @@ const READ_MS_MAX = 2000;
 
 /** The outcome as the program decides it; "waiting" where it would go on to receive. */
 function outcomeOf(reader: ResponseReader, closes: boolean): Outcome | "waiting" {
-  if (closes && !reader.isComplete && reader.fault === "") reader.end();
+  if (closes && !reader.isComplete && reader.fault === "") reader.end(true);
   if (!closes && !reader.isComplete && reader.fault === "") return "waiting";
   try {
     requireWellFormed(reader);

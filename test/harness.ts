@@ -135,13 +135,22 @@ export async function startPython(code: string, args: string[] = []) {
   return { ...server, port: Number(server.match[1]), [Symbol.asyncDispose]: server[Symbol.asyncDispose] };
 }
 
-/** Makes a certificate for localhost that signs itself, in the folder: cert.pem and key.pem. */
-export async function makeCertificate(folder: string): Promise<{ cert: string; key: string }> {
+/** Makes a certificate that signs itself, by default for localhost, in the folder: cert.pem and key.pem. */
+export async function makeCertificate(folder: string, names = "DNS:localhost,IP:127.0.0.1") {
   const [cert, key] = [join(folder, "cert.pem"), join(folder, "key.pem")];
-  const names = "subjectAltName=DNS:localhost,IP:127.0.0.1";
   const curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
   const files = ["-keyout", key, "-out", cert];
-  const made = await run(["openssl", "req", "-x509", ...curve, "-subj", "/CN=localhost", "-addext", names, ...files]);
+  const made = await run([
+    "openssl",
+    "req",
+    "-x509",
+    ...curve,
+    "-subj",
+    "/CN=localhost",
+    "-addext",
+    `subjectAltName=${names}`,
+    ...files,
+  ]);
   if (made.exitCode !== 0) throw new Error(made.stderr);
   return { cert, key };
 }

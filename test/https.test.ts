@@ -1,0 +1,125 @@
+/** client-robust.ts over TLS: against server.ts, and python's ssl for what a server should not do. */
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import { createHash } from "node:crypto";
+import { EXIT_CODES, RecordWatch } from "../client-robust.ts";
+import {
+  command,
+  hasTool,
+  makeCertificate,
+  run,
+  runProgram,
+  startPython,
+  startServer,
+  temporaryFolder,
+  VARIANTS,
+} from "./harness.ts";
+
+setDefaultTimeout(30_000);
+
+/** Answers each connection over TLS with an HTTP/1.0 response of `size` bytes, and closes in the way of `end`. */
+const CLOSING = `
+import socket, ssl, struct, sys
+cert, key, version, size, end = sys.argv[1:6]
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(cert, key)
+context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, version)
+s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(5); print(s.getsockname()[1], flush=True)
+while True:
+    c, _ = s.accept()
+    try:
+        t = context.wrap_socket(c, server_side=True)
+        t.recv(65536)
+        t.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n" + b"x" * int(size))
+        if end == "in order": t.unwrap()
+        t.close()
+    except OSError: pass`;
+
+describe.each(VARIANTS)("client-robust over TLS (%s)", (variant) => {
+  const get = (...args: string[]) => runProgram("client-robust", variant, ["--retry", "0", "-o", "-", ...args]);
+
+  test.concurrent.if(hasTool("openssl"))(
+    "believes whom it is told to believe, and says what is wrong with anybody else",
+    async () => {
+      await using folder = await temporaryFolder();
+      const { cert, key } = await makeCertificate(folder.path);
+      await using server = await startServer(variant, ["--log", "off", "--tls-cert", cert, "--tls-key", key]);
+      const trusted = await get("--cacert", cert, server.url);
+      expect([trusted.stdout, trusted.stderr, trusted.exitCode]).toEqual(["Hello, World!", "", 0]);
+      const unknown = await get(server.url);
+      expect(unknown.stderr).toBe("Error: the certificate of localhost is not trusted: self signed certificate\n");
+      expect([unknown.stdout, unknown.exitCode]).toEqual(["", EXIT_CODES.certificate]);
+      const misnamed = await get("--cacert", cert, server.url.replace("localhost", "127.0.0.2"));
+      expect(misnamed.exitCode).toBe(EXIT_CODES.connect); // nobody listens there
+      expect((await get("-k", server.url)).stdout).toBe("Hello, World!");
+      expect((await get("--cacert", "/nowhere", server.url)).exitCode).toBe(EXIT_CODES.usage);
+    },
+  );
+
+  test.concurrent.if(hasTool("openssl"))("takes no certificate for another name", async () => {
+    await using folder = await temporaryFolder();
+    const { cert, key } = await makeCertificate(folder.path, "DNS:other.test");
+    await using server = await startServer(variant, ["--log", "off", "--tls-cert", cert, "--tls-key", key]);
+    const { stdout, stderr, exitCode } = await get("--cacert", cert, server.url);
+    expect(stderr).toMatch(/^Error: the certificate of localhost is not trusted: .*other\.test\n$/);
+    expect([stdout, exitCode]).toEqual(["", EXIT_CODES.certificate]);
+  });
+
+  test.concurrent("a server without TLS is one line and exit 35", async () => {
+    await using server = await startServer(variant, ["--log", "off"]);
+    const { stderr, exitCode } = await get(server.url.replace("http:", "https:"));
+    expect(stderr).toMatch(/^Error: no TLS with localhost: .+\n$/);
+    expect(exitCode).toBe(EXIT_CODES.tls);
+  });
+
+  for (const version of ["TLSv1_2", "TLSv1_3"])
+    test.concurrent.if(hasTool("openssl"))(
+      `${version}: an end that nobody has announced is not the end of the content`,
+      async () => {
+        await using folder = await temporaryFolder();
+        const { cert, key } = await makeCertificate(folder.path);
+        // Two bytes make a record of the length that the alert has.
+        for (const size of ["0", "2", "100000"]) {
+          await using orderly = await startPython(CLOSING, [cert, key, version, size, "in order"]);
+          const whole = await get("--cacert", cert, `https://localhost:${orderly.port}/`);
+          expect([whole.stdout.length, whole.exitCode]).toEqual([Number(size), 0]);
+          await using cut = await startPython(CLOSING, [cert, key, version, size, "cut off"]);
+          const part = await get("--cacert", cert, `https://localhost:${cut.port}/`);
+          expect([part.stdout.length, part.exitCode]).toEqual([Number(size), EXIT_CODES.partial]);
+        }
+      },
+    );
+
+  test.concurrent.if(hasTool("openssl"))("40 MB come whole, through a reader that is slow at first", async () => {
+    await using folder = await temporaryFolder();
+    const { cert, key } = await makeCertificate(folder.path);
+    await using server = await startPython(CLOSING, [cert, key, "TLSv1_3", "40000000", "in order"]);
+    const argv = [
+      ...(await command("client-robust", variant)),
+      "-o",
+      "-",
+      "--cacert",
+      cert,
+      `https://localhost:${server.port}/`,
+    ];
+    const { stdout } = await run(["bash", "-c", '"$@" | (sleep 0.5; sha256sum)', "bash", ...argv]);
+    expect(stdout.split(" ")[0]).toBe(createHash("sha256").update(Buffer.alloc(40_000_000, "x")).digest("hex"));
+  });
+});
+
+test("RecordWatch tells an alert from content of the same length, however the records are split", () => {
+  const record = (type: number, length: number) =>
+    Buffer.from([type, 3, 3, length >> 8, length & 255, ...Buffer.alloc(length)]);
+  const [content, alert, alert12] = [record(23, 17 + 2), record(23, 19), record(21, 26)];
+  const ends = (last: Buffer, plaintext: number, cut: number) => {
+    const watch = new RecordWatch();
+    watch.take(record(22, 300));
+    watch.take(Buffer.concat([content, last]).subarray(0, cut));
+    if (cut < content.length + last.length) watch.take(Buffer.concat([content, last]).subarray(cut));
+    watch.noteContent(plaintext);
+    return watch.endsInOrder;
+  };
+  const whole = content.length + alert.length;
+  expect([ends(alert, 2, whole), ends(content, 4, whole)]).toEqual([true, false]);
+  expect([ends(alert12, 2, 1000), ends(alert12, 2, 30)]).toEqual([true, true]);
+  for (let cut = content.length; cut < whole; cut++) expect(ends(alert, 0, cut)).toBeTrue();
+});
