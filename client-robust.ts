@@ -24,11 +24,8 @@
  *  9 Command line           flags, where the content goes
  * 10 Main
  */
-import { createHash, type Hash } from "node:crypto";
-import { createReadStream, write, writeSync } from "node:fs";
+import { createReadStream, fstatSync, write, writeSync } from "node:fs";
 import { type FileHandle, open, readFile, realpath, rename, stat, unlink, writeFile } from "node:fs/promises";
-import { getCACertificates } from "node:tls";
-import { isatty } from "node:tty";
 import { parseArgs, promisify } from "node:util";
 
 // ═══ 1 Limits and defaults ═══════════════════════════════════════════════════════════════════════
@@ -51,6 +48,8 @@ export const LIMITS = Object.freeze({
   /** The first retry waits up to a second, the next up to two, then four …, but never more than a minute. */
   backoffFirstMs: 1000,
   backoffMaxMs: 60_000,
+  /** The disk is told to begin after so much. */
+  syncEveryBytes: 67_108_864,
   /** As curl. */
   redirectsMax: 50,
   /** The progress line: not for what is done at once, and not more often than an eye can follow. */
@@ -1105,7 +1104,7 @@ export class Delivery {
   held: Held;
   /** The most that was ever held: only what goes beyond it is progress. */
   private best: number;
-  private hash: Hash | undefined;
+  private hash: Bun.CryptoHasher | undefined;
   /** Bytes of the response under way that are held already. */
   private skip = 0;
   private expectedDigest = "";
@@ -1116,7 +1115,7 @@ export class Delivery {
   ) {
     this.held = sink.found;
     this.best = this.held.bytes;
-    if (job.sha256 !== "" && this.held.bytes === 0) this.hash = createHash("sha256");
+    if (job.sha256 !== "" && this.held.bytes === 0) this.hash = new Bun.CryptoHasher("sha256");
   }
 
   /** True once after more has come than ever before. */
@@ -1140,7 +1139,7 @@ export class Delivery {
     this.expectedDigest =
       /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/.exec(fieldValues(head, "repr-digest").join(","))?.[1] ?? "";
     if ((this.job.sha256 !== "" || this.expectedDigest !== "") && this.held.bytes === 0)
-      this.hash = createHash("sha256");
+      this.hash = new Bun.CryptoHasher("sha256");
     await this.sink.start(head, this.held);
   }
 
@@ -1208,7 +1207,7 @@ const isTlsFault = ({ code = "" }: SystemError) => /^(EPROTO|ECONN|ERR_SSL)/.tes
 
 /** The authorities that are believed, as PEM texts. @throws TransferError "usage" */
 async function readAuthorities(file: string | undefined): Promise<string[]> {
-  if (file === undefined) return getCACertificates("system");
+  if (file === undefined) return process.getBuiltinModule("node:tls").getCACertificates("system");
   const unreadable = (error: SystemError) => {
     throw new TransferError("usage", `cannot read ${file}: ${error.code}`);
   };
@@ -1415,12 +1414,23 @@ trusted, 63 too large; and 29 where the content is not what a digest says, 130 a
 
 const writeAsync = promisify(write);
 
-/** Writes all of it, and waits while there is no room. @throws TransferError "write" */
-async function writeAll(fd: number, bytes: Uint8Array, position: number | null = null): Promise<void> {
+/**
+ * Writes all of it. What may block for as long as somebody else likes (a pipe, a terminal) is written by another
+ * thread, so that deadlines go on here; a file or a device takes bytes sooner than a thread can be asked to.
+ * @param position in the file; null goes on where the last write ended
+ * @throws TransferError "write"
+ */
+async function writeAll(
+  fd: number,
+  bytes: Uint8Array,
+  mayBlock: boolean,
+  position: number | null = null,
+): Promise<void> {
   for (let written = 0; written < bytes.length;) {
+    const at = position === null ? null : position + written;
     try {
-      const at = position === null ? null : position + written;
-      written += (await writeAsync(fd, bytes, written, bytes.length - written, at)).bytesWritten;
+      if (mayBlock) written += (await writeAsync(fd, bytes, written, bytes.length - written, at)).bytesWritten;
+      else written += writeSync(fd, bytes, written, bytes.length - written, at);
     } catch (error) {
       if ((error as SystemError).code !== "EAGAIN")
         throw explainSystemError(error as SystemError, "write", "cannot write"); // node:fs throws SystemErrors
@@ -1429,13 +1439,25 @@ async function writeAll(fd: number, bytes: Uint8Array, position: number | null =
   }
 }
 
+/** Pipes, sockets and terminals are emptied by others, at their own pace. */
+function mayBlock(fd: number): boolean {
+  const found = fstatSync(fd);
+  return !found.isFile() && (!found.isCharacterDevice() || isTerminal(fd));
+}
+
+/** node:tty takes longer to load than a small transfer takes: it is asked only about what may be a terminal. */
+function isTerminal(fd: number): boolean {
+  return fstatSync(fd).isCharacterDevice() && process.getBuiltinModule("node:tty").isatty(fd);
+}
+
 /** Prints the whole response, or its content alone (-o -). What is printed cannot be taken back. */
 class StdoutSink implements Sink {
   readonly found = NOTHING;
   /** The head that is still to be printed: with the first content, when it can no longer be another's. */
   private head = "";
   private hasPrinted = false;
-  private readonly isTerminal = isatty(1);
+  private readonly isTerminal = isTerminal(1);
+  private readonly mayBlock = mayBlock(1);
   private readonly textDecoder = new TextDecoder();
 
   constructor(private readonly isContentOnly: boolean) {}
@@ -1446,7 +1468,7 @@ class StdoutSink implements Sink {
 
   async write(content: Uint8Array): Promise<void> {
     await this.printHead();
-    await (this.isContentOnly ? writeAll(1, content) : this.print(content));
+    await (this.isContentOnly ? writeAll(1, content, this.mayBlock) : this.print(content));
   }
 
   async startOver(): Promise<void> {
@@ -1473,10 +1495,11 @@ class StdoutSink implements Sink {
 
   /** A terminal gets text, and nothing of it moves the cursor; all else gets the bytes as they came. */
   private async print(bytes: Uint8Array): Promise<void> {
-    if (!this.isTerminal) return writeAll(1, bytes);
+    if (!this.isTerminal) return writeAll(1, bytes, this.mayBlock);
     if (bytes.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
-    await writeAll(1, new TextEncoder().encode(printable(this.textDecoder.decode(bytes, { stream: true }))));
+    const text = printable(this.textDecoder.decode(bytes, { stream: true }));
+    await writeAll(1, new TextEncoder().encode(text), this.mayBlock);
   }
 }
 
@@ -1487,7 +1510,7 @@ class DeviceSink extends StdoutSink {
   }
 
   override write(content: Uint8Array): Promise<void> {
-    return writeAll(this.handle.fd, content);
+    return writeAll(this.handle.fd, content, mayBlock(this.handle.fd));
   }
 }
 
@@ -1507,6 +1530,9 @@ class FileSink implements Sink {
   private position = 0;
   private etag = "";
   private isFinished = false;
+  private syncedTo = 0;
+  /** The sync that goes on beside the transfer. Should it fail, the one at the end will too. */
+  private syncing: Promise<void> | undefined;
   private readonly partPath: string;
   private readonly statePath: string;
 
@@ -1545,15 +1571,25 @@ class FileSink implements Sink {
 
   async write(content: Uint8Array): Promise<void> {
     if (this.handle === undefined) return;
-    await writeAll(this.handle.fd, content, this.position);
+    await writeAll(this.handle.fd, content, false, this.position);
     this.position += content.length;
+    if (this.position - this.syncedTo >= LIMITS.syncEveryBytes) this.startSync(this.handle);
+  }
+
+  /** Lets the disk begin while the network goes on: to sync all of it at the end would take as long again. */
+  private startSync(handle: FileHandle): void {
+    this.syncedTo = this.position;
+    this.syncing ??= handle
+      .datasync()
+      .catch(() => {})
+      .finally(() => (this.syncing = undefined));
   }
 
   async startOver(): Promise<void> {
     await attemptToWrite(this.partPath, async () => {
       await this.saveState({ url: this.url, etag: "", total: null, pid: process.pid });
       await this.handle?.truncate(0);
-      this.position = 0;
+      this.position = this.syncedTo = 0;
     });
   }
 
@@ -1569,13 +1605,14 @@ class FileSink implements Sink {
   }
 
   async digest(): Promise<string> {
-    const hash = createHash("sha256");
+    const hash = new Bun.CryptoHasher("sha256");
     for await (const bytes of createReadStream(this.partPath)) hash.update(bytes);
     return hash.digest("hex");
   }
 
   /** Keeps a part that a later run can go on from, and nothing else. */
   async close(): Promise<string> {
+    await this.syncing;
     await this.handle?.close();
     this.handle = undefined;
     if (this.isFinished) return "";
@@ -1669,7 +1706,7 @@ class ProgressLine {
   private isOnScreen = false;
 
   constructor(isSilent: boolean) {
-    this.isShown = !isSilent && isatty(2);
+    this.isShown = !isSilent && isTerminal(2);
   }
 
   show({ bytes, total }: Held): void {
@@ -1863,7 +1900,7 @@ async function main(): Promise<number> {
   try {
     const { show, job, data, output } = parseCommandLine(process.argv.slice(2));
     if (show !== "") {
-      await writeAll(1, new TextEncoder().encode(show === "help" ? HELP : `client-robust ${VERSION}\n`));
+      await writeAll(1, new TextEncoder().encode(show === "help" ? HELP : `client-robust ${VERSION}\n`), mayBlock(1));
       return EXIT_CODES.ok;
     }
     const request = { ...job.request, content: await readData(data) };

@@ -1,14 +1,15 @@
 /**
- * Measures the programs beside their peers, in one run: `bun run bench server`.
+ * Measures the programs beside their peers, in one run: `bun run bench server`, `bun run bench client`.
  *
  * Rounds are interleaved (each peer once, then each again), so that what else the machine does falls on all of them;
  * of the rounds the median counts. The load generator has one core, the server the other. `--rounds N`,
  * `--seconds S` a measurement, `--write` puts the table into bench/README.md.
  */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
+import { build } from "../.ci/build.ts";
 
 interface Peer {
   readonly name: string;
@@ -94,7 +95,7 @@ async function startPeer(name: string, argv: (port: number) => string[]): Promis
   throw new Error(`${name} does not answer`);
 }
 
-function nginxConfiguration(port: number): string {
+function nginxConfiguration(port: number, location = 'location / { return 200 "Hello, World!"; }'): string {
   const file = join(folder, "nginx.conf");
   const paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map((name) => `${name}_temp_path ${folder};`);
   writeFileSync(
@@ -102,7 +103,7 @@ function nginxConfiguration(port: number): string {
     `daemon off; master_process off; pid ${folder}/pid; error_log /dev/null;
     events { worker_connections 1024; }
     http { access_log off; keepalive_requests 1000000000; ${paths.join(" ")} default_type text/plain;
-      server { listen 127.0.0.1:${port}; location / { return 200 "Hello, World!"; } } }`,
+      server { listen 127.0.0.1:${port}; ${location} } }`,
   );
   return file;
 }
@@ -189,17 +190,93 @@ async function benchServer(rounds: number, seconds: number): Promise<string> {
   return table.join("\n");
 }
 
+// ── the client ──
+
+const LARGE = 2 ** 31;
+
+/** The seconds that a command takes. */
+async function time(argv: string[], stdout: Bun.BunFile): Promise<number> {
+  const start = performance.now();
+  const child = Bun.spawn(argv, { stdin: "ignore", stdout, stderr: "ignore" });
+  const exitCode = await child.exited;
+  if (exitCode !== 0) throw new Error(`${argv.join(" ")}: exit ${exitCode}`);
+  return (performance.now() - start) / 1000;
+}
+
+/** The clients, each with its command line for a target and, where it takes one, a file to save to. */
+async function makeClients(port: number): Promise<Record<string, (target: string, file?: string) => string[]>> {
+  const floor = join(folder, "floor-client");
+  Bun.spawnSync(["cc", "-O2", "-o", floor, join(import.meta.dir, "floor-client.c")]);
+  await build(folder);
+  const url = (target: string) => `http://127.0.0.1:${port}${target}`;
+  return {
+    floor: (target) => [floor, String(port), target],
+    "client-robust": (target, file = "-") => [join(folder, "client-robust"), "-o", file, url(target)],
+    curl: (target, file = "-") => ["curl", "-s", "-o", file, url(target)],
+  };
+}
+
+/** Where the content goes: the command line becomes one that puts it there. */
+const SINKS: Readonly<Record<string, (argv: (file?: string) => string[], file: string) => [string[], Bun.BunFile]>> = {
+  "2 GiB to /dev/null": (argv) => [argv(), Bun.file("/dev/null")],
+  "2 GiB through a pipe": (argv) => [["sh", "-c", '"$@" | cat', "sh", ...argv()], Bun.file("/dev/null")],
+  "2 GiB to a file": (argv, file) => [argv(file), Bun.file(file)],
+  "13 bytes, start to exit": (argv) => [argv(), Bun.file("/dev/null")],
+};
+
+async function benchClient(rounds: number): Promise<string> {
+  const port = freePort();
+  const file = join(folder, "downloaded");
+  writeFileSync(join(folder, "small"), "Hello, World!");
+  writeFileSync(join(folder, "large"), "");
+  truncateSync(join(folder, "large"), LARGE); // sparse: takes no room on the disk
+  const nginx = Bun.spawn(["nginx", "-c", nginxConfiguration(port, `root ${folder}; sendfile on;`)], {
+    stderr: "ignore",
+  });
+  const clients = await makeClients(port);
+  const table = ["| download | client | time ÷ floor | time ÷ curl | spread |", "| --- | --- | ---: | ---: | ---: |"];
+  try {
+    for (const [name, sink] of Object.entries(SINKS)) {
+      const isSmall = name.startsWith("13");
+      const samples = new Map<string, number[]>(Object.keys(clients).map((client) => [client, []]));
+      for (let round = 0; round < (isSmall ? 20 * rounds : rounds); round++)
+        for (const [client, argvFor] of Object.entries(clients)) {
+          rmSync(file, { force: true });
+          const argv = (path?: string) => argvFor(isSmall ? "/small" : "/large", path);
+          // The floor knows only stdout; the others open the file themselves.
+          const [command, stdout] = client === "floor" ? sink(() => argv(), file) : sink(argv, file);
+          samples.get(client)?.push(await time(command, client === "floor" ? stdout : Bun.file("/dev/null")));
+        }
+      const seconds = (client: string) => median(samples.get(client) ?? []);
+      for (const [client, all] of samples) {
+        const ratios = [seconds(client) / seconds("floor"), seconds(client) / seconds("curl")].map((ratio) =>
+          ratio.toFixed(2),
+        );
+        table.push(`| ${name} | ${client} | ${ratios.join(" | ")} | ±${spread(all)} % |`);
+      }
+    }
+  } finally {
+    nginx.kill();
+    await nginx.exited;
+  }
+  return table.join("\n");
+}
+
 async function main(): Promise<void> {
   const string = { type: "string" } as const;
   const options = { rounds: string, seconds: string, write: { type: "boolean" } } as const;
   const { values, positionals } = parseArgs({ options, allowPositionals: true });
-  if (positionals.join() !== "server") throw new Error("what is there to measure: server");
-  const table = await benchServer(Number(values.rounds ?? 5), Number(values.seconds ?? 2));
+  const [subject = ""] = positionals;
+  if (subject !== "server" && subject !== "client") throw new Error("what is there to measure: server, client");
+  const rounds = Number(values.rounds ?? 5);
+  const table =
+    subject === "server" ? await benchServer(rounds, Number(values.seconds ?? 2)) : await benchClient(rounds);
   console.log(table);
   if (!values.write) return;
   const file = join(import.meta.dir, "README.md");
   const text = readFileSync(file, "utf8");
-  writeFileSync(file, text.replace(/(<!-- server -->\n)[^]*(<!-- end server -->)/, `$1\n${table}\n\n$2`));
+  const place = new RegExp(`(<!-- ${subject} -->\\n)[^]*(<!-- end ${subject} -->)`);
+  writeFileSync(file, text.replace(place, `$1\n${table}\n\n$2`));
 }
 
 if (import.meta.main)

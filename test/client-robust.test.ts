@@ -6,6 +6,7 @@ import {
   command,
   freePort,
   hasTool,
+  measureResidentMiB,
   run,
   runProgram,
   startNginx,
@@ -253,13 +254,10 @@ print(n, child.wait())`;
       const file = openSync(`${folder.path}/large`, "w");
       ftruncateSync(file, size); // sparse: takes no room on the disk
       closeSync(file);
-      await Bun.write(`${folder.path}/small`, "small");
       await using nginx = await startNginx(folder.path);
       const argv = await command("client-robust", variant);
-      const small = await run([...argv, "-o", "/dev/null", `${nginx.url}/small`]);
-      const large = await run([...argv, "-o", "/dev/null", `${nginx.url}/large`]);
-      expect([small.exitCode, large.exitCode]).toEqual([0, 0]);
-      expect((large.maxRSS - small.maxRSS) / 2 ** 20).toBeLessThan(96);
+      // The engine lets garbage lie about for a while: some 80 MiB are usual, and a tenth of the content would be more.
+      expect(await measureResidentMiB([...argv, "-o", "-", `${nginx.url}/large`])).toBeLessThan(128);
       const bash = (script: string) => run(["bash", "-c", script, "bash", ...argv]);
       const counted = await bash(`"$@" -o - ${nginx.url}/large | wc -c; echo \${PIPESTATUS[*]}`);
       expect([counted.stdout, counted.stderr]).toEqual([`${size}\n0 0\n`, ""]);

@@ -57,7 +57,19 @@ export async function run(argv: string[], options: Options = {}) {
   await using _ = child;
   const text = (stream: typeof child.stdout) => (stream instanceof ReadableStream ? new Response(stream).text() : "");
   const [printed, stderr, exitCode] = await Promise.all([text(child.stdout), text(child.stderr), child.exited]);
-  return { stdout: printed, stderr, exitCode, maxRSS: child.resourceUsage()?.maxRSS ?? 0 };
+  return { stdout: printed, stderr, exitCode };
+}
+
+/**
+ * Runs a command to its end, and tells the most memory that it had resident, in MiB. A process counts the memory of the
+ * one that it was forked from as its own, so that must be a small one.
+ */
+export async function measureResidentMiB(argv: string[]): Promise<number> {
+  const code =
+    "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)";
+  const { stdout, stderr } = await run(["python3", "-c", code, ...argv]);
+  if (!/^\d+\n$/.test(stdout)) throw new Error(stderr);
+  return Number(stdout) / 1024;
 }
 
 /** Runs one of the programs to its end. */
