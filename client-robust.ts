@@ -24,9 +24,8 @@
  *  9 Command line           flags, where the content goes
  * 10 Main
  */
-import { createReadStream, fstatSync, write, writeSync } from "node:fs";
-import { type FileHandle, open, readFile, realpath, rename, stat, unlink, writeFile } from "node:fs/promises";
-import { parseArgs, promisify } from "node:util";
+import * as fs from "node:fs";
+import { parseArgs } from "node:util";
 
 // ═══ 1 Limits and defaults ═══════════════════════════════════════════════════════════════════════
 
@@ -673,7 +672,7 @@ export function printable(text: string): string {
 /** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
 export function tell(line: string): void {
   try {
-    writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
@@ -1206,12 +1205,13 @@ const TLS_HANDLERS: Bun.SocketHandler<Connection> = {
 const isTlsFault = ({ code = "" }: SystemError) => /^(EPROTO|ECONN|ERR_SSL)/.test(code);
 
 /** The authorities that are believed, as PEM texts. @throws TransferError "usage" */
-async function readAuthorities(file: string | undefined): Promise<string[]> {
+function readAuthorities(file: string | undefined): string[] {
   if (file === undefined) return process.getBuiltinModule("node:tls").getCACertificates("system");
-  const unreadable = (error: SystemError) => {
-    throw new TransferError("usage", `cannot read ${file}: ${error.code}`);
-  };
-  return [await readFile(file, "utf8").catch(unreadable)];
+  try {
+    return [fs.readFileSync(file, "utf8")];
+  } catch (error) {
+    throw new TransferError("usage", `cannot read ${file}: ${(error as SystemError).code}`); // node:fs throws those
+  }
 }
 
 /** @throws TransferError "resolve", "connect", "timeout", "tls" or "certificate" */
@@ -1227,7 +1227,7 @@ async function connect(url: URL, clock: Clock, trust: Trust): Promise<Connection
     const options = { hostname, port, allowHalfOpen: true, data: connection, socket: SOCKET_HANDLERS };
     await Promise.race([late, Bun.connect(options)]);
     if (isSecure)
-      await Promise.race([late, connection.secure(hostname, await readAuthorities(trust.authoritiesFile), trust)]);
+      await Promise.race([late, connection.secure(hostname, readAuthorities(trust.authoritiesFile), trust)]);
     return connection;
   } catch (error) {
     connection.close();
@@ -1412,7 +1412,14 @@ FILE.part.json, from which the same command goes on. Exit codes are curl's: 0 wh
 trusted, 63 too large; and 29 where the content is not what a digest says, 130 after Ctrl-C.
 `;
 
-const writeAsync = promisify(write);
+/** @returns how many bytes were written */
+function writeInThread(fd: number, bytes: Uint8Array, from: number, position: number | null): Promise<number> {
+  const { promise, resolve, reject } = Promise.withResolvers<number>();
+  fs.write(fd, bytes, from, bytes.length - from, position, (error, written) =>
+    error ? reject(error) : resolve(written),
+  );
+  return promise;
+}
 
 /**
  * Writes all of it. What may block for as long as somebody else likes (a pipe, a terminal) is written by another
@@ -1429,8 +1436,8 @@ async function writeAll(
   for (let written = 0; written < bytes.length;) {
     const at = position === null ? null : position + written;
     try {
-      if (mayBlock) written += (await writeAsync(fd, bytes, written, bytes.length - written, at)).bytesWritten;
-      else written += writeSync(fd, bytes, written, bytes.length - written, at);
+      if (mayBlock) written += await writeInThread(fd, bytes, written, at);
+      else written += fs.writeSync(fd, bytes, written, bytes.length - written, at);
     } catch (error) {
       if ((error as SystemError).code !== "EAGAIN")
         throw explainSystemError(error as SystemError, "write", "cannot write"); // node:fs throws SystemErrors
@@ -1441,13 +1448,13 @@ async function writeAll(
 
 /** Pipes, sockets and terminals are emptied by others, at their own pace. */
 function mayBlock(fd: number): boolean {
-  const found = fstatSync(fd);
+  const found = fs.fstatSync(fd);
   return !found.isFile() && (!found.isCharacterDevice() || isTerminal(fd));
 }
 
 /** node:tty takes longer to load than a small transfer takes: it is asked only about what may be a terminal. */
 function isTerminal(fd: number): boolean {
-  return fstatSync(fd).isCharacterDevice() && process.getBuiltinModule("node:tty").isatty(fd);
+  return fs.fstatSync(fd).isCharacterDevice() && process.getBuiltinModule("node:tty").isatty(fd);
 }
 
 /** Prints the whole response, or its content alone (-o -). What is printed cannot be taken back. */
@@ -1505,12 +1512,12 @@ class StdoutSink implements Sink {
 
 /** What is not a regular file, such as a device or a pipe, is written to and never replaced. */
 class DeviceSink extends StdoutSink {
-  constructor(private readonly handle: FileHandle) {
+  constructor(private readonly fd: number) {
     super(true);
   }
 
   override write(content: Uint8Array): Promise<void> {
-    return writeAll(this.handle.fd, content, mayBlock(this.handle.fd));
+    return writeAll(this.fd, content, mayBlock(this.fd));
   }
 }
 
@@ -1526,13 +1533,12 @@ interface PartState {
 /** Saves the content: it grows in FILE.part, which becomes FILE when it is whole and on the disk. */
 class FileSink implements Sink {
   found = NOTHING;
-  private handle: FileHandle | undefined;
+  /** Of FILE.part; -1 where it is not open. */
+  private fd = -1;
   private position = 0;
   private etag = "";
   private isFinished = false;
   private syncedTo = 0;
-  /** The sync that goes on beside the transfer. Should it fail, the one at the end will too. */
-  private syncing: Promise<void> | undefined;
   private readonly partPath: string;
   private readonly statePath: string;
 
@@ -1545,123 +1551,120 @@ class FileSink implements Sink {
   }
 
   /** Finds out what is there already. @throws TransferError "write" */
-  static async open(path: string, url: URL): Promise<FileSink | DeviceSink> {
-    return attemptToWrite(path, async () => {
+  static open(path: string, url: URL): FileSink | DeviceSink {
+    return attemptToWrite(path, () => {
+      const found = fs.statSync(path, { throwIfNoEntry: false });
+      if (found !== undefined && !found.isFile()) return new DeviceSink(fs.openSync(path, "w"));
       // A link goes on pointing to where it did: what it points to is what gets replaced.
-      const target = await realpath(path).catch(() => path);
-      const isReplaceable = await stat(target).then(
-        (found) => found.isFile(),
-        () => true,
-      );
-      if (!isReplaceable) return new DeviceSink(await open(target, "w"));
-      const sink = new FileSink(target, url.href);
-      await sink.claim();
+      const sink = new FileSink(found === undefined ? path : fs.realpathSync(path), url.href);
+      sink.claim();
       return sink;
     });
   }
 
   async start(_: ResponseHead, held: Held): Promise<void> {
     this.etag = held.etag;
-    await attemptToWrite(this.partPath, async () => {
-      this.handle ??= await open(this.partPath, this.position > 0 ? "r+" : "w");
+    attemptToWrite(this.partPath, () => {
+      this.openPart();
       // Before the first byte: whatever happens from here on, the state tells whose bytes these are.
-      await this.saveState({ url: this.url, etag: held.etag, total: held.total ?? null, pid: process.pid });
+      this.saveState({ url: this.url, etag: held.etag, total: held.total ?? null, pid: process.pid });
     });
   }
 
   async write(content: Uint8Array): Promise<void> {
-    if (this.handle === undefined) return;
-    await writeAll(this.handle.fd, content, false, this.position);
+    await writeAll(this.fd, content, false, this.position);
     this.position += content.length;
-    if (this.position - this.syncedTo >= LIMITS.syncEveryBytes) this.startSync(this.handle);
-  }
-
-  /** Lets the disk begin while the network goes on: to sync all of it at the end would take as long again. */
-  private startSync(handle: FileHandle): void {
+    if (this.position - this.syncedTo < LIMITS.syncEveryBytes) return;
+    // Lets the disk begin while the network goes on: all of it at the end would take as long again. Should it fail,
+    // the sync at the end will too.
     this.syncedTo = this.position;
-    this.syncing ??= handle
-      .datasync()
-      .catch(() => {})
-      .finally(() => (this.syncing = undefined));
+    fs.fdatasync(this.fd, () => {});
   }
 
   async startOver(): Promise<void> {
-    await attemptToWrite(this.partPath, async () => {
-      await this.saveState({ url: this.url, etag: "", total: null, pid: process.pid });
-      await this.handle?.truncate(0);
-      this.position = this.syncedTo = 0;
+    attemptToWrite(this.partPath, () => {
+      this.saveState({ url: this.url, etag: "", total: null, pid: process.pid });
+      if (this.fd >= 0) fs.ftruncateSync(this.fd, 0);
+      [this.position, this.syncedTo, this.etag] = [0, 0, ""];
     });
   }
 
   async finish(): Promise<void> {
-    await attemptToWrite(this.path, async () => {
-      this.handle ??= await open(this.partPath, this.position > 0 ? "r+" : "w");
-      await this.handle.truncate(this.position);
-      await this.handle.sync();
-      await rename(this.partPath, this.path);
-      await unlink(this.statePath);
+    attemptToWrite(this.path, () => {
+      this.openPart();
+      fs.ftruncateSync(this.fd, this.position);
+      fs.fsyncSync(this.fd);
+      fs.renameSync(this.partPath, this.path);
+      fs.unlinkSync(this.statePath);
       this.isFinished = true;
     });
   }
 
   async digest(): Promise<string> {
-    const hash = new Bun.CryptoHasher("sha256");
-    for await (const bytes of createReadStream(this.partPath)) hash.update(bytes);
-    return hash.digest("hex");
+    return attemptToWrite(this.partPath, () => {
+      const hash = new Bun.CryptoHasher("sha256");
+      const piece = new Uint8Array(1_048_576);
+      const fd = fs.openSync(this.partPath, "r");
+      for (let length = 0; (length = fs.readSync(fd, piece)) > 0;) hash.update(piece.subarray(0, length));
+      fs.closeSync(fd);
+      return hash.digest("hex");
+    });
   }
 
   /** Keeps a part that a later run can go on from, and nothing else. */
   async close(): Promise<string> {
-    await this.syncing;
-    await this.handle?.close();
-    this.handle = undefined;
     if (this.isFinished) return "";
     if (this.position > 0 && this.etag !== "") {
-      const { total } = await this.readState();
-      await this.saveState({ url: this.url, etag: this.etag, total, pid: 0 });
+      this.saveState({ ...this.readState(), url: this.url, etag: this.etag, pid: 0 });
       return `Kept ${this.position} bytes in ${this.partPath}: the same command goes on from there`;
     }
-    await unlink(this.partPath).catch(() => {});
-    await unlink(this.statePath).catch(() => {});
+    fs.rmSync(this.partPath, { force: true });
+    fs.rmSync(this.statePath, { force: true });
     return "";
+  }
+
+  private openPart(): void {
+    if (this.fd < 0) this.fd = fs.openSync(this.partPath, this.position > 0 ? "r+" : "w");
   }
 
   /**
    * Makes the part ours: two processes that write one file would make a third of it. The state file is created by
    * one only; one that was left by a process which is no more is taken away by one only, as a rename succeeds once.
    */
-  private async claim(): Promise<void> {
-    const ours: PartState = { url: this.url, etag: "", total: null, pid: process.pid };
-    const isFree = () => writeFile(this.statePath, JSON.stringify(ours), { flag: "wx" }).then(() => true);
-    const isTaken = (error: SystemError) => {
-      if (error.code !== "EEXIST") throw error;
-      return false;
-    };
-    if (await isFree().catch(isTaken)) return;
-    const state = await this.readState();
+  private claim(): void {
+    if (this.createState()) return;
+    const state = this.readState();
     if (isAlive(state.pid)) throw new TransferError("write", `process ${state.pid} is writing ${this.partPath}`);
     const taken = `${this.statePath}.${process.pid}`;
-    await rename(this.statePath, taken);
-    if (!(await isFree().catch(isTaken)))
-      throw new TransferError("write", `another process is writing ${this.partPath}`);
-    await unlink(taken);
+    fs.renameSync(this.statePath, taken);
+    if (!this.createState()) throw new TransferError("write", `another process is writing ${this.partPath}`);
+    fs.unlinkSync(taken);
     if (state.url !== this.url || state.etag === "") return;
-    const size = await stat(this.partPath).then(
-      (found) => (found.isFile() ? found.size : 0),
-      () => 0,
-    );
+    const part = fs.statSync(this.partPath, { throwIfNoEntry: false });
     const total = state.total ?? undefined;
-    if (size === 0 || size > (total ?? size)) return;
-    this.found = { bytes: size, etag: state.etag, total };
-    [this.position, this.etag] = [size, state.etag];
-    await this.saveState({ ...state, pid: process.pid });
+    if (part === undefined || !part.isFile() || part.size === 0 || part.size > (total ?? part.size)) return;
+    this.found = { bytes: part.size, etag: state.etag, total };
+    [this.position, this.syncedTo, this.etag] = [part.size, part.size, state.etag];
+    this.saveState({ ...state, pid: process.pid });
+  }
+
+  /** False where somebody has one. */
+  private createState(): boolean {
+    const ours: PartState = { url: this.url, etag: "", total: null, pid: process.pid };
+    try {
+      fs.writeFileSync(this.statePath, JSON.stringify(ours), { flag: "wx" });
+      return true;
+    } catch (error) {
+      if ((error as SystemError).code !== "EEXIST") throw error; // node:fs throws SystemErrors
+      return false;
+    }
   }
 
   /** What cannot be read says nothing, and nobody is writing. */
-  private async readState(): Promise<PartState> {
-    const nothing: PartState = { url: "", etag: "", total: null, pid: 0 };
+  private readState(): PartState {
     try {
-      const { url, etag, total, pid } = JSON.parse(await readFile(this.statePath, "utf8")) as Record<string, unknown>;
+      const text = fs.readFileSync(this.statePath, "utf8");
+      const { url, etag, total, pid } = JSON.parse(text) as Record<string, unknown>; // each is checked
       return {
         url: typeof url === "string" ? url : "",
         etag: typeof etag === "string" ? strongEtag({ fields: [["etag", etag]] }) : "",
@@ -1669,12 +1672,12 @@ class FileSink implements Sink {
         pid: Number.isSafeInteger(pid) ? Number(pid) : 0,
       };
     } catch {
-      return nothing;
+      return { url: "", etag: "", total: null, pid: 0 };
     }
   }
 
-  private async saveState(state: PartState): Promise<void> {
-    await writeFile(this.statePath, JSON.stringify(state));
+  private saveState(state: PartState): void {
+    fs.writeFileSync(this.statePath, JSON.stringify(state));
   }
 }
 
@@ -1688,9 +1691,9 @@ function isAlive(pid: number): boolean {
   }
 }
 
-async function attemptToWrite<T>(path: string, step: () => Promise<T>): Promise<T> {
+function attemptToWrite<T>(path: string, step: () => T): T {
   try {
-    return await step();
+    return step();
   } catch (error) {
     if (error instanceof TransferError) throw error;
     throw explainSystemError(error as SystemError, "write", `cannot write ${path}`); // node:fs throws SystemErrors
@@ -1717,11 +1720,11 @@ class ProgressLine {
     this.shownAt = now;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / (now - this.startedAt)) * 1000;
-    writeSync(2, `\r${formatProgress(bytes, total, bytesPerSecond)}\x1b[K`);
+    fs.writeSync(2, `\r${formatProgress(bytes, total, bytesPerSecond)}\x1b[K`);
   }
 
   clear(): void {
-    if (this.isOnScreen) writeSync(2, "\r\x1b[K");
+    if (this.isOnScreen) fs.writeSync(2, "\r\x1b[K");
     this.isOnScreen = false;
   }
 }
@@ -1905,7 +1908,7 @@ async function main(): Promise<number> {
     }
     const request = { ...job.request, content: await readData(data) };
     const isFile = output !== undefined && output !== "-";
-    const sink = isFile ? await FileSink.open(output, request.url) : new StdoutSink(output === "-");
+    const sink = isFile ? FileSink.open(output, request.url) : new StdoutSink(output === "-");
     if (sink instanceof FileSink) keepPartOnSignals(sink);
     const canStartOver = sink instanceof FileSink;
     return await download({ ...job, request, policy: { ...job.policy, canStartOver } }, sink);

@@ -15,7 +15,7 @@
  *
  * client-robust.ts is this program made right. The sections are numbered as in the larger scripts.
  */
-import { writeSync } from "node:fs";
+import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
 import { parseArgs } from "node:util";
 
@@ -52,7 +52,7 @@ export function printable(text: string): string {
 /** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
 export function tell(line: string): void {
   try {
-    writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
@@ -100,10 +100,10 @@ async function main(): Promise<number> {
   try {
     const { help, version, host, port, target } = parseCommandLine(process.argv.slice(2));
     exitCode = 1;
-    if (help || version) writeSync(1, help ? HELP : `client ${VERSION}\n`);
+    if (help || version) fs.writeSync(1, help ? HELP : `client ${VERSION}\n`);
     else {
       const response = await exchange(host, port, formatRequest(host, port, target));
-      writeSync(1, `${printable(new TextDecoder().decode(response))}\n`);
+      fs.writeSync(1, `${printable(new TextDecoder().decode(response))}\n`);
     }
     return 0;
   } catch (error) {

@@ -23,7 +23,7 @@
  *  9 Command line           flags, signals, the ready line
  * 10 Main
  */
-import { readFileSync, write, writeSync } from "node:fs";
+import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
 import { parseArgs } from "node:util";
 
@@ -980,7 +980,7 @@ export function printable(text: string): string {
 /** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
 export function tell(line: string): void {
   try {
-    writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
@@ -1596,7 +1596,7 @@ class Log {
   }
 
   private writeBytes(bytes: Uint8Array): void {
-    write(1, bytes, (error, written) => {
+    fs.write(1, bytes, (error, written) => {
       if (error?.code === "EAGAIN") return void setTimeout(() => this.writeBytes(bytes), SWEEP_MS);
       // stdout is closed or its disk is full: the log goes nowhere, the server goes on.
       const rest = error === null ? bytes.subarray(written) : NO_BYTES;
@@ -1698,7 +1698,7 @@ const usageError = (message: string) => new StartError(`${message} (see server -
 
 function readPem(path: string): string {
   try {
-    return readFileSync(path, "utf8");
+    return fs.readFileSync(path, "utf8");
   } catch (error) {
     throw new StartError(`cannot read ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
   }
