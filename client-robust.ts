@@ -192,7 +192,9 @@ const [HTAB, LF, CR, SP] = [0x09, 0x0a, 0x0d, 0x20];
 
 /** The class of the bytes that a pattern matches, taken as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
-  return Uint8Array.from({ length: 256 }, (_, byte) => (pattern.test(String.fromCharCode(byte)) ? 1 : 0));
+  const members = new Uint8Array(256);
+  for (let byte = 0; byte < 256; byte++) if (pattern.test(String.fromCharCode(byte))) members[byte] = 1;
+  return members;
 }
 
 /** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
@@ -1452,9 +1454,15 @@ function mayBlock(fd: number): boolean {
   return !found.isFile() && (!found.isCharacterDevice() || isTerminal(fd));
 }
 
+/** On Linux, the devices of major number 1 are /dev/null, /dev/full and their like. */
+const MEMORY_DEVICES = 1;
+
 /** node:tty takes longer to load than a small transfer takes: it is asked only about what may be a terminal. */
 function isTerminal(fd: number): boolean {
-  return fs.fstatSync(fd).isCharacterDevice() && process.getBuiltinModule("node:tty").isatty(fd);
+  const found = fs.fstatSync(fd);
+  return (
+    found.isCharacterDevice() && found.rdev >> 8 !== MEMORY_DEVICES && process.getBuiltinModule("node:tty").isatty(fd)
+  );
 }
 
 /** Prints the whole response, or its content alone (-o -). What is printed cannot be taken back. */

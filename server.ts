@@ -210,7 +210,9 @@ const [HTAB, LF, CR, SP] = [0x09, 0x0a, 0x0d, 0x20];
 
 /** The class of the bytes that a pattern matches, taken as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
-  return Uint8Array.from({ length: 256 }, (_, byte) => (pattern.test(String.fromCharCode(byte)) ? 1 : 0));
+  const members = new Uint8Array(256);
+  for (let byte = 0; byte < 256; byte++) if (pattern.test(String.fromCharCode(byte))) members[byte] = 1;
+  return members;
 }
 
 /** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
