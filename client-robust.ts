@@ -748,8 +748,9 @@ export function judgeHead(head: ResponseHead, held: Held, policy: Policy, isLast
   }
   const isResuming = held.bytes > 0;
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
-  if (status === 206)
-    return isResuming ? judgePart(head, held, policy) : unparsable("it is a part, and the whole was asked for");
+  if (status === 206 && isResuming) return judgePart(head, held, policy);
+  if (status === 206 && policy.keepsOnlyContent)
+    return failed("range", "the server sent a part of the content, unasked");
   if (status === 416 && isResuming) return judgeUnsatisfiable(head, held, policy);
   if (PASSING_STATUSES.has(status) && !isLastTry) return failed("status", describeStatus(head), parseRetryAfter(head));
   const isSuccess = status >= 200 && status <= 299;
@@ -763,9 +764,12 @@ function judgeWhole(head: ResponseHead, held: Held, policy: Policy): Verdict {
   const decision = decideFraming(head, policy.method);
   const total = "framing" in decision && typeof decision.framing === "number" ? decision.framing : undefined;
   if (total !== undefined && total > policy.sizeMax) return tooLarge(policy);
-  const isSame = held.bytes > 0 && etag !== "" && etag === held.etag;
-  if (held.bytes === 0 || isSame)
-    return { action: "deliver", from: 0, startsOver: false, held: { ...held, etag, total } };
+  // What an earlier response said of this version still holds: its length, if this one does not tell any.
+  const isSame = etag !== "" && etag === held.etag && (total ?? held.total) === (held.total ?? total);
+  if (held.bytes === 0 || isSame) {
+    const known = { ...held, etag, total: total ?? (isSame ? held.total : undefined) };
+    return { action: "deliver", from: 0, startsOver: false, held: known };
+  }
   if (!policy.canStartOver) return failed("partial", CHANGED, 0, true);
   return { action: "deliver", from: 0, startsOver: true, held: { bytes: 0, etag, total } };
 }
@@ -807,7 +811,6 @@ const failed = (outcome: Outcome, message: string, retryAfterMs = 0, isFinal = f
   action: "fail",
   failure: new TransferError(outcome, message, { retryAfterMs, isFinal }),
 });
-const unparsable = (fault: string) => failed("unparsable", `the response is malformed: ${fault}`);
 const tooLarge = ({ sizeMax }: Policy) => failed("tooLarge", `the content is larger than ${sizeMax} bytes`);
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${reasonPhrase}`.trimEnd();
@@ -887,7 +890,7 @@ const backoffMs = (failures: number) => Math.min(LIMITS.backoffMaxMs, LIMITS.bac
  * | can not pass (no such host, 404, malformed, disk full) | give up |
  * | the method is not idempotent, and the request was sent | give up |
  * | no retries are left, or no time for the wait | give up |
- * | what is held has no strong validator, or is not what the server has | start over, if that is possible |
+ * | what is held has no strong validator, or for the second time is not what the server has | start over, if that is possible |
  * | anything else | go on from what is held |
  */
 export function decideNext(attempt: Attempt, held: Held, policy: Policy, random: () => number): Decision {
@@ -898,8 +901,9 @@ export function decideNext(attempt: Attempt, held: Held, policy: Policy, random:
   if (failures > policy.retries) return giveUp(policy.retries > 0 ? `after ${failures} attempts` : "");
   const afterMs = Math.max(failure.retryAfterMs, random() * backoffMs(failures));
   if (attempt.elapsedMs + afterMs > policy.retryMaxMs) return giveUp("no time is left for another attempt");
-  const startsOver =
-    held.bytes > 0 && (held.etag === "" || failure.outcome === "range" || failure.outcome === "digest");
+  // A part that does not fit may be a slip of something on the way: what is held is given up the second time.
+  const isMisfit = failure.outcome === "digest" || (failure.outcome === "range" && failures > 1);
+  const startsOver = held.bytes > 0 && (held.etag === "" || isMisfit);
   if (startsOver && !policy.canStartOver) return giveUp("what is printed cannot be continued exactly");
   return { action: "retry", afterMs, startsOver };
 }
@@ -1100,6 +1104,9 @@ export class Clock {
   }
 }
 
+/** Repr-Digest is a dictionary of byte sequences (RFC 9530 §3, RFC 8941 §3.2); of its algorithms SHA-256 is read. */
+const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
+
 /** What is held of the content across all attempts, and what it adds up to. */
 export class Delivery {
   held: Held;
@@ -1136,9 +1143,10 @@ export class Delivery {
     if (verdict.startsOver) await this.startOver();
     this.held = verdict.held;
     this.skip = this.held.bytes - verdict.from;
-    // RFC 9530 §3: of the whole representation, in a 206 too.
-    this.expectedDigest =
-      /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/.exec(fieldValues(head, "repr-digest").join(","))?.[1] ?? "";
+    // RFC 9530 §3: of the whole representation, in a 206 too. What an earlier response said of this version holds.
+    if (this.held.bytes === 0) this.expectedDigest = "";
+    const [, digest] = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(",")) ?? [];
+    this.expectedDigest = digest ?? this.expectedDigest;
     if ((this.job.sha256 !== "" || this.expectedDigest !== "") && this.held.bytes === 0)
       this.hash = new Bun.CryptoHasher("sha256");
     await this.sink.start(head, this.held);

@@ -86,7 +86,8 @@ describe("judgeHead", () => {
   });
 
   test("takes no part where the whole was asked for", () => {
-    expect(judge(head(206, PART))).toBe("unparsable");
+    expect(judge(head(206, PART))).toBe("range");
+    expect(judge(head(206, PART), NOTHING, { keepsOnlyContent: false })).toBe("deliver from 0"); // printed as it is
   });
 
   test("goes on within a 200 of the same version, and starts over within one of another", () => {
@@ -95,6 +96,14 @@ describe("judgeHead", () => {
     expect(judge(head(200, { ETag: 'W/"a"' }), HELD)).toBe("start over");
     expect(judge(head(200), HELD)).toBe("start over");
     expect(judge(head(200, { ETag: '"b"' }), HELD, { canStartOver: false })).toBe("final partial");
+    expect(judge(head(200, { ETag: '"a"', "Content-Length": "99" }), HELD)).toBe("start over");
+  });
+
+  test("remembers what an earlier response said of the same version", () => {
+    const verdict = judgeHead(head(200, { ETag: '"a"' }), HELD, POLICY, false);
+    expect(verdict).toMatchObject({ action: "deliver", held: { total: 100, bytes: 40 } });
+    const fresh = judgeHead(head(200, { ETag: '"a"' }), { ...HELD, bytes: 0, etag: '"b"' }, POLICY, false);
+    expect(fresh).toMatchObject({ action: "deliver", held: { total: undefined, etag: '"a"' } });
   });
 
   test("believes a 416 only where it names the length and the version that are held", () => {
@@ -173,7 +182,8 @@ describe("decideNext", () => {
     expect(decide("partial", HELD)).toBe("go on within 1000");
     expect(decide("partial", nameless)).toBe("start over within 1000");
     expect(decide("partial", nameless, {}, { canStartOver: false })).toBe("give up");
-    expect(decide("range", HELD)).toBe("start over within 1000");
+    expect(decide("range", HELD)).toBe("go on within 1000");
+    expect(decide("range", HELD, { failures: 2 })).toBe("start over within 2000");
     expect(decide("digest", HELD)).toBe("start over within 1000");
   });
 });
