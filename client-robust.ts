@@ -779,7 +779,7 @@ const CHANGED = "the content has changed since its first part was printed, which
 /** RFC 9110 §14.4: Content-Range = "bytes" SP first "-" last "/" complete-length; "*" where that is not known. */
 const CONTENT_RANGE = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i;
 
-/** A part is used only if it is exactly what is missing, of the version that is held. */
+/** A part is used only if it begins where what is held ends, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
   const values = fieldValues(head, "content-range");
   const [, first, last, complete] = CONTENT_RANGE.exec(values.length === 1 ? (values[0] ?? "") : "") ?? [];
@@ -787,14 +787,16 @@ function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
   const decision = decideFraming(head, policy.method);
   const length = "framing" in decision && typeof decision.framing === "number" ? decision.framing : undefined;
   const from = resumeFrom(held);
-  const isWhatIsMissing =
+  const isWhatFollows =
     Number(first) === from &&
     total !== undefined &&
     total === (held.total ?? total) &&
-    Number(last) === total - 1 &&
-    (length ?? total - from) === total - from &&
+    // RFC 9110 §15.3.7: it may be less than what was asked for; the next attempt gets the rest.
+    Number(last) >= from &&
+    Number(last) < total &&
+    (length ?? Number(last) - from + 1) === Number(last) - from + 1 &&
     (fieldValues(head, "etag").length === 0 || strongEtag(head) === held.etag);
-  if (!isWhatIsMissing) return failed("range", "the server sent another part than the one that is missing");
+  if (!isWhatFollows) return failed("range", "the server sent another part than the one that is missing");
   if (total > policy.sizeMax) return tooLarge(policy);
   return { action: "deliver", from, startsOver: false, held: { ...held, total } };
 }
@@ -1167,6 +1169,11 @@ export class Delivery {
   /** The response has ended in order: is the content whole, and what the digests say? @throws TransferError */
   async finish(): Promise<void> {
     const { bytes, total } = this.held;
+    if (this.skip > 0)
+      throw new TransferError(
+        "partial",
+        `the response is not complete: of ${bytes} bytes that it had, ${this.skip} are missing`,
+      );
     if (total !== undefined && bytes !== total)
       throw new TransferError("partial", `the response is not complete: ${bytes} of ${total} bytes of content came`);
     await this.verify();

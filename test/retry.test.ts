@@ -66,7 +66,8 @@ describe("judgeHead", () => {
     { ...PART, ETag: 'W/"a"' },
     { ...PART, "Content-Range": "bytes 41-99/100" },
     { ...PART, "Content-Range": "bytes 0-99/100" },
-    { ...PART, "Content-Range": "bytes 40-98/100" },
+    { ...PART, "Content-Range": "bytes 40-98/100" }, // which is one byte less than the Content-Length
+    { ...PART, "Content-Range": "bytes 40-39/100", "Content-Length": "0" },
     { ...PART, "Content-Range": "bytes 40-100/101" },
     { ...PART, "Content-Range": "bytes */100" },
     { ...PART, "Content-Range": "40-99/100" },
@@ -88,6 +89,12 @@ describe("judgeHead", () => {
   test("takes no part where the whole was asked for", () => {
     expect(judge(head(206, PART))).toBe("range");
     expect(judge(head(206, PART), NOTHING, { keepsOnlyContent: false })).toBe("deliver from 0"); // printed as it is
+  });
+
+  test("takes less than it has asked for, as RFC 9110 §15.3.7 lets a server send", () => {
+    expect(judge(head(206, { ...PART, "Content-Range": "bytes 40-49/100", "Content-Length": "10" }), HELD)).toBe(
+      "deliver from 40",
+    );
   });
 
   test("goes on within a 200 of the same version, and starts over within one of another", () => {
@@ -288,6 +295,37 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
     ]);
     expect(origin.requests[1]).toContain('\r\nIf-Range: "a"\r\n');
   });
+
+  test.concurrent("gets the rest of a part that is less than what it has asked for", async () => {
+    const less = (request: string): Answer => {
+      const from = Number(/bytes=(\d+)-/.exec(request)?.[1]);
+      const fields = `Content-Range: bytes ${from}-${from + 99}/${CONTENT.length}\r\nETag: "a"\r\nContent-Length: 100`;
+      return {
+        bytes: Buffer.concat([
+          Buffer.from(`HTTP/1.1 206 Partial Content\r\n${fields}\r\n\r\n`),
+          CONTENT.subarray(from, from + 100),
+        ]),
+      };
+    };
+    using origin = scripted([serving({ cut: 9000 }), less, serving()]);
+    const { content, exitCode } = await save(origin.url);
+    expect([exitCode, content?.equals(CONTENT)]).toEqual([0, true]);
+    expect(origin.requests[2]).toContain("\r\nRange: bytes=9100-\r\n");
+  });
+
+  test.concurrent(
+    "a version that is shorter than it was is no version: what ends in order too soon is not the whole",
+    async () => {
+      const unknownLength = (bytes: number) =>
+        raw(
+          `HTTP/1.1 200 OK\r\nETag: "a"\r\nTransfer-Encoding: chunked\r\n\r\n${bytes.toString(16)}\r\n${CONTENT.subarray(0, bytes)}\r\n`,
+        );
+      const ended = (bytes: number) => () => ({ bytes: `${unknownLength(bytes)().bytes}0\r\n\r\n` });
+      using origin = scripted([unknownLength(9000), ended(5000), serving()]);
+      const { content, exitCode } = await save(origin.url);
+      expect([exitCode, content?.equals(CONTENT)]).toEqual([0, true]);
+    },
+  );
 
   test.concurrent("never mixes two versions: a changed file is fetched anew", async () => {
     const newer = Buffer.from(CONTENT.toString().toUpperCase().replaceAll("\n", ";"));
