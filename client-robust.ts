@@ -98,8 +98,9 @@ export interface Sink {
   write(content: Uint8Array): Promise<void>;
   /** Throws away what was written. */
   startOver(): Promise<void>;
-  /** The whole has been written; reads it again where somebody wants to know what is there. */
+  /** The whole has been written: it may be shown as such. */
   finish(): Promise<void>;
+  /** SHA-256 in hex of all that was written, where it can be read again. */
   digest(): Promise<string | undefined>;
   /** Whatever happened, this is called last. @returns how to go on, where that is possible */
   close(): Promise<string>;
