@@ -15,6 +15,7 @@ import { mkdirSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { binaries, command, temporaryFolder, VARIANTS } from "./harness.ts";
+import { Random } from "./random.ts";
 
 const CONCURRENT = 40;
 /** Who takes longer for one transfer is killed. */
@@ -27,24 +28,6 @@ const ARRIVAL_MS = 20;
 const FAULTS_MAX = 6;
 /** Of ours, on average, over the size of the file, where the origin has strong ETags. */
 const FETCHED_MAX = 1.6;
-
-/** mulberry32: quick, and good from any seed. */
-class Random {
-  constructor(private state: number) {}
-  below(limit: number): number {
-    this.state = (this.state + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(this.state ^ (this.state >>> 15), 1 | this.state);
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
-    return ((mixed ^ (mixed >>> 14)) >>> 0) % limit;
-  }
-  once = (times: number) => this.below(times) === 0;
-  pick = <T>(list: readonly T[]) => list[this.below(list.length)] as T; // in range: no list is empty
-  bytes(length: number): Buffer {
-    const words = new Uint32Array(Math.ceil(length / 4));
-    for (let i = 0; i < words.length; i++) words[i] = this.below(2 ** 32);
-    return Buffer.from(words.buffer, 0, length);
-  }
-}
 
 // ── the origin ──
 

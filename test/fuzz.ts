@@ -11,6 +11,7 @@ import { parseArgs } from "node:util";
 import { isMainThread, Worker, workerData } from "node:worker_threads";
 import { Connection, type Limits, LIMITS, type LogFormat, Server, TextSite, type Transport } from "../server.ts";
 import { binaries, exchange, startServer, type Variant, VARIANTS } from "./harness.ts";
+import { Random } from "./random.ts";
 import { parseMessage, readVectors } from "./vector.ts";
 
 const FINDINGS_MAX = 5;
@@ -20,20 +21,6 @@ const HANG_MS = 20_000;
 const GROWTH_KIB_MAX = 16_384;
 const BATCH = 250;
 const CONCURRENT = 32;
-
-/** mulberry32: quick, and good from any seed. */
-class Random {
-  constructor(private state: number) {}
-  below(limit: number): number {
-    this.state = (this.state + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(this.state ^ (this.state >>> 15), 1 | this.state);
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
-    return ((mixed ^ (mixed >>> 14)) >>> 0) % limit;
-  }
-  once = (times: number) => this.below(times) === 0;
-  pick = <T>(list: readonly T[]) => list[this.below(list.length)] as T; // in range: no list is empty
-  several = <T>(most: number, make: () => T) => Array.from({ length: this.below(most + 1) }, make);
-}
 
 // ── inputs ──
 
