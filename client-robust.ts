@@ -861,6 +861,8 @@ export interface Attempt {
   readonly wasSent: boolean;
   /** Attempts that failed one after the other, this one included, none of which brought content further. */
   readonly failures: number;
+  /** Of the attempt before this one; "ok" where there was none. */
+  readonly outcomeBefore: Outcome;
   /** Since the first attempt. */
   readonly elapsedMs: number;
 }
@@ -905,7 +907,7 @@ export function decideNext(attempt: Attempt, held: Held, policy: Policy, random:
   const afterMs = Math.max(failure.retryAfterMs, random() * backoffMs(failures));
   if (attempt.elapsedMs + afterMs > policy.retryMaxMs) return giveUp("no time is left for another attempt");
   // A part that does not fit may be a slip of something on the way: what is held is given up the second time.
-  const isMisfit = failure.outcome === "digest" || (failure.outcome === "range" && failures > 1);
+  const isMisfit = failure.outcome === "digest" || (failure.outcome === "range" && attempt.outcomeBefore === "range");
   const startsOver = held.bytes > 0 && (held.etag === "" || isMisfit);
   if (startsOver && !policy.canStartOver) return giveUp("what is printed cannot be continued exactly");
   return { action: "retry", afterMs, startsOver };
@@ -1267,6 +1269,7 @@ interface Session {
   readonly clock: Clock;
   readonly progress: ProgressLine;
   failures: number;
+  outcomeBefore: Outcome;
   /** The request has been sent, in part at least. */
   wasSent: boolean;
 }
@@ -1350,7 +1353,15 @@ function asFailure(error: unknown, reader: ResponseReader): TransferError {
 export async function download(job: Job, sink: Sink): Promise<number> {
   const progress = new ProgressLine(job.isSilent);
   const clock = new Clock(job.timeouts);
-  const session: Session = { job, delivery: new Delivery(sink, job), clock, progress, failures: 0, wasSent: false };
+  const session: Session = {
+    job,
+    delivery: new Delivery(sink, job),
+    clock,
+    progress,
+    failures: 0,
+    outcomeBefore: "ok",
+    wasSent: false,
+  };
   try {
     for (;;) {
       const ending = await followRedirects(session);
@@ -1382,7 +1393,9 @@ async function followRedirects(session: Session): Promise<Ending | TransferError
 async function prepareRetry(failure: TransferError, session: Session): Promise<number | undefined> {
   const { job, delivery, clock, progress } = session;
   session.failures = delivery.takeProgress() ? 1 : session.failures + 1;
-  const attempt = { failure, wasSent: session.wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
+  const { wasSent, failures, outcomeBefore } = session;
+  const attempt = { failure, wasSent, failures, outcomeBefore, elapsedMs: clock.elapsedMs };
+  session.outcomeBefore = failure.outcome;
   const decision = decideNext(attempt, delivery.held, job.policy, Math.random);
   progress.clear();
   if (decision.action === "give-up") {

@@ -150,7 +150,7 @@ function decide(
   policy: Partial<Policy> = {},
 ): string {
   const failure = attempt.failure ?? new TransferError(outcome, "");
-  const all: Attempt = { failure, wasSent: true, failures: 1, elapsedMs: 0, ...attempt };
+  const all: Attempt = { failure, wasSent: true, failures: 1, outcomeBefore: "ok", elapsedMs: 0, ...attempt };
   const decision = decideNext(all, held, { ...POLICY, ...policy }, () => 1);
   if (decision.action === "give-up") return "give up";
   return `${decision.startsOver ? "start over" : "go on"} within ${decision.afterMs}`;
@@ -189,8 +189,8 @@ describe("decideNext", () => {
     expect(decide("partial", HELD)).toBe("go on within 1000");
     expect(decide("partial", nameless)).toBe("start over within 1000");
     expect(decide("partial", nameless, {}, { canStartOver: false })).toBe("give up");
-    expect(decide("range", HELD)).toBe("go on within 1000");
-    expect(decide("range", HELD, { failures: 2 })).toBe("start over within 2000");
+    expect(decide("range", HELD, { failures: 2, outcomeBefore: "partial" })).toBe("go on within 2000");
+    expect(decide("range", HELD, { failures: 3, outcomeBefore: "range" })).toBe("start over within 4000");
     expect(decide("digest", HELD)).toBe("start over within 1000");
   });
 });
@@ -324,6 +324,21 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
       using origin = scripted([unknownLength(9000), ended(5000), serving()]);
       const { content, exitCode } = await save(origin.url);
       expect([exitCode, content?.equals(CONTENT)]).toEqual([0, true]);
+    },
+  );
+
+  test.concurrent(
+    "keeps what it holds when one part does not fit, and starts over when the next does not either",
+    async () => {
+      const fields = 'Content-Range: bytes 0-9/10\r\nETag: "a"\r\nContent-Length: 10';
+      const misfit = raw(`HTTP/1.1 206 Partial Content\r\n${fields}\r\n\r\n0123456789`);
+      const ranges = (requests: string[]) => requests.map((request) => /bytes=\d+-/.exec(request)?.[0]);
+      using once = scripted([serving({ cut: 9000 }), misfit, serving()]);
+      expect((await save(once.url)).content?.equals(CONTENT)).toBeTrue();
+      expect(ranges(once.requests)).toEqual([undefined, "bytes=9000-", "bytes=9000-"]);
+      using twice = scripted([serving({ cut: 9000 }), misfit, misfit, serving()]);
+      expect((await save(twice.url)).content?.equals(CONTENT)).toBeTrue();
+      expect(ranges(twice.requests)).toEqual([undefined, "bytes=9000-", "bytes=9000-", undefined]);
     },
   );
 
