@@ -754,8 +754,8 @@ export function judgeHead(head: ResponseHead, held: Held, policy: Policy, isLast
     return failed("range", "the server sent a part of the content, unasked");
   if (status === 416 && isResuming) return judgeUnsatisfiable(head, held, policy);
   if (PASSING_STATUSES.has(status) && !isLastTry) return failed("status", describeStatus(head), parseRetryAfter(head));
-  const isSuccess = status >= 200 && status <= 299;
-  if (!isSuccess && (policy.keepsOnlyContent || isResuming)) return failed("status", describeStatus(head), 0, true);
+  if (!isSuccess(head) && (policy.keepsOnlyContent || isResuming))
+    return failed("status", describeStatus(head), 0, true);
   return judgeWhole(head, held, policy);
 }
 
@@ -815,6 +815,8 @@ const failed = (outcome: Outcome, message: string, retryAfterMs = 0, isFinal = f
   failure: new TransferError(outcome, message, { retryAfterMs, isFinal }),
 });
 const tooLarge = ({ sizeMax }: Policy) => failed("tooLarge", `the content is larger than ${sizeMax} bytes`);
+/** RFC 9110 §15.3: 2xx. */
+const isSuccess = ({ status }: ResponseHead) => status >= 200 && status < 300;
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${reasonPhrase}`.trimEnd();
 
@@ -918,9 +920,9 @@ export function decideNext(attempt: Attempt, held: Held, policy: Policy, random:
  * neither the page of an error nor that of a redirect shall pass for the content of the URL.
  * @throws TransferError "status"
  */
-export function requireSuccess({ status, reasonPhrase }: ResponseHead, keepsOnlyContent: boolean): void {
-  if (keepsOnlyContent ? status >= 200 && status < 300 : status < 400) return;
-  throw new TransferError("status", `the server answered ${status} ${reasonPhrase}`.trimEnd(), { isFinal: true });
+export function requireSuccess(head: ResponseHead, keepsOnlyContent: boolean): void {
+  if (keepsOnlyContent ? isSuccess(head) : head.status < 400) return;
+  throw new TransferError("status", describeStatus(head), { isFinal: true });
 }
 
 /** @throws TransferError "unparsable" */

@@ -913,17 +913,17 @@ export function prepareResponse(status: number, fields: Record<string, string>, 
 
 const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
 
-/** The answer to a request that is refused. It repeats nothing of what the peer sent. */
-export const rejectionResponse = (rejection: Rejection): Response =>
-  prepareResponse(REJECTIONS[rejection][0], TEXT_FIELDS, `${REJECTIONS[rejection][1]}\n`);
-
 const REJECTION_RESPONSES = new Map<Rejection, Response>();
 
-/** Made at the first use and kept: an attacker shall not cost more than an ordinary peer. */
+/**
+ * The answer to a request that is refused. It repeats nothing of what the peer sent. Made at the first use and kept: an
+ * attacker shall not cost more than an ordinary peer.
+ */
 function responseTo(rejection: Rejection): Response {
   const known = REJECTION_RESPONSES.get(rejection);
   if (known !== undefined) return known;
-  const made = rejectionResponse(rejection);
+  const [status, explanation] = REJECTIONS[rejection];
+  const made = prepareResponse(status, TEXT_FIELDS, `${explanation}\n`);
   REJECTION_RESPONSES.set(rejection, made);
   return made;
 }
