@@ -169,14 +169,16 @@ export class TransferError extends Error {
   readonly isFinal: boolean;
   /** True where a line on stderr would only disturb: `| head` has what it wanted. */
   readonly isQuiet: boolean;
+  /** True where the response was whole, but only a part of what is missing: the server is in order, and has more. */
+  readonly isPart: boolean;
 
   constructor(
     readonly outcome: Outcome,
     message: string,
-    { retryAfterMs = 0, isFinal = false, isQuiet = false } = {},
+    { retryAfterMs = 0, isFinal = false, isQuiet = false, isPart = false } = {},
   ) {
     super(message);
-    [this.retryAfterMs, this.isFinal, this.isQuiet] = [retryAfterMs, isFinal, isQuiet];
+    [this.retryAfterMs, this.isFinal, this.isQuiet, this.isPart] = [retryAfterMs, isFinal, isQuiet, isPart];
   }
 }
 
@@ -897,6 +899,7 @@ const backoffMs = (failures: number) => Math.min(LIMITS.backoffMaxMs, LIMITS.bac
  * | can not pass (no such host, 404, malformed, disk full) | give up |
  * | the method is not idempotent, and the request was sent | give up |
  * | no retries are left, or no time for the wait | give up |
+ * | the response was whole, but only a part of what is missing | ask for the next part at once |
  * | what is held has no strong validator, or for the second time is not what the server has | start over, if that is possible |
  * | anything else | go on from what is held |
  */
@@ -906,7 +909,9 @@ export function decideNext(attempt: Attempt, held: Held, policy: Policy, random:
   if (!PASSING_OUTCOMES.has(failure.outcome) || failure.isFinal) return giveUp("");
   if (attempt.wasSent && !IDEMPOTENT_METHODS.has(policy.method)) return giveUp("");
   if (failures > policy.retries) return giveUp(policy.retries > 0 ? `after ${failures} attempts` : "");
-  const afterMs = Math.max(failure.retryAfterMs, random() * backoffMs(failures));
+  // RFC 9110 §15.3.7: a part may be less than what was asked for. Nothing is wrong, so the next is asked for at once.
+  const backoff = failure.isPart && failures === 1 ? 0 : random() * backoffMs(failures);
+  const afterMs = Math.max(failure.retryAfterMs, backoff);
   if (attempt.elapsedMs + afterMs > policy.retryMaxMs) return giveUp("no time is left for another attempt");
   // A part that does not fit may be a slip of something on the way: what is held is given up the second time.
   const isMisfit = failure.outcome === "digest" || (failure.outcome === "range" && attempt.outcomeBefore === "range");
@@ -953,6 +958,15 @@ export function explainSystemError(error: SystemError, outcome: Outcome, doing: 
 }
 
 // ═══ 7 Connection ════════════════════════════════════════════════════════════════════════════════
+
+/**
+ * Gives the memory of received bytes that nobody needs any more back at once. The collector would let some 50 MiB of
+ * them pile up first, and each piece would be written to memory that no cache has seen before.
+ */
+function release(bytes: Uint8Array): void {
+  const { buffer } = bytes;
+  if (buffer instanceof ArrayBuffer && buffer.byteLength === bytes.length) buffer.transfer(0);
+}
 
 /** A socket turned from events into steps: send, receive, receive …, close. */
 export class Connection {
@@ -1180,7 +1194,9 @@ export class Delivery {
         `the response is not complete: of ${bytes} bytes that it had, ${this.skip} are missing`,
       );
     if (total !== undefined && bytes !== total)
-      throw new TransferError("partial", `the response is not complete: ${bytes} of ${total} bytes of content came`);
+      throw new TransferError("partial", `the response is a part: ${bytes} of ${total} bytes are here`, {
+        isPart: true,
+      });
     await this.verify();
     await this.sink.finish();
   }
@@ -1299,6 +1315,7 @@ export async function transfer(request: Request, session: Session): Promise<Endi
         if (ending !== undefined) return ending;
       }
       await delivery.write(content);
+      release(bytes);
       session.progress.show(delivery.held);
       requireWellFormed(reader);
     }
@@ -1653,9 +1670,11 @@ class FileSink implements Sink {
   /** Keeps a part that a later run can go on from, and nothing else. */
   async close(): Promise<string> {
     if (this.isFinished) return "";
-    if (this.position > 0 && this.etag !== "") {
+    // What a full disk has taken of a piece is content too.
+    const kept = this.fd < 0 ? this.position : fs.fstatSync(this.fd).size;
+    if (kept > 0 && this.etag !== "") {
       this.saveState({ ...this.readState(), url: this.url, etag: this.etag, pid: 0 });
-      return `Kept ${this.position} bytes in ${this.partPath}: the same command goes on from there`;
+      return `Kept ${kept} bytes in ${this.partPath}: the same command goes on from there`;
     }
     fs.rmSync(this.partPath, { force: true });
     fs.rmSync(this.statePath, { force: true });
@@ -1676,8 +1695,14 @@ class FileSink implements Sink {
     if (isAlive(state.pid)) throw new TransferError("write", `process ${state.pid} is writing ${this.partPath}`);
     const taken = `${this.statePath}.${process.pid}`;
     fs.renameSync(this.statePath, taken);
-    if (!this.createState()) throw new TransferError("write", `another process is writing ${this.partPath}`);
-    fs.unlinkSync(taken);
+    try {
+      if (!this.createState()) throw new TransferError("write", `another process is writing ${this.partPath}`);
+      fs.unlinkSync(taken);
+    } catch (error) {
+      if (error instanceof TransferError) fs.unlinkSync(taken);
+      else fs.renameSync(taken, this.statePath); // the disk is full: a later run can still go on
+      throw error;
+    }
     if (state.url !== this.url || state.etag === "") return;
     const part = fs.statSync(this.partPath, { throwIfNoEntry: false });
     const total = state.total ?? undefined;
@@ -1694,8 +1719,9 @@ class FileSink implements Sink {
       fs.writeFileSync(this.statePath, JSON.stringify(ours), { flag: "wx" });
       return true;
     } catch (error) {
-      if ((error as SystemError).code !== "EEXIST") throw error; // node:fs throws SystemErrors
-      return false;
+      if ((error as SystemError).code === "EEXIST") return false; // node:fs throws SystemErrors
+      fs.rmSync(this.statePath, { force: true }); // a full disk has room for its name alone
+      throw error;
     }
   }
 
@@ -1715,8 +1741,11 @@ class FileSink implements Sink {
     }
   }
 
+  /** In place: a disk that is full still has room for what is there. */
   private saveState(state: PartState): void {
-    fs.writeFileSync(this.statePath, JSON.stringify(state));
+    const text = JSON.stringify(state);
+    fs.writeFileSync(this.statePath, text, { flag: "r+" });
+    fs.truncateSync(this.statePath, Buffer.byteLength(text));
   }
 }
 

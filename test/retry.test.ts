@@ -15,7 +15,7 @@ import {
   type ResponseHead,
   TransferError,
 } from "../client-robust.ts";
-import { command, runProgram, temporaryFolder, Transcript, VARIANTS } from "./harness.ts";
+import { command, run, runProgram, temporaryFolder, Transcript, VARIANTS } from "./harness.ts";
 
 // Most of the time nothing happens here: what waits for its retry waits beside the others.
 setDefaultTimeout(30_000);
@@ -157,6 +157,12 @@ function decide(
 }
 
 describe("decideNext", () => {
+  test("asks for the next part at once where the last one was whole, as long as parts bring something", () => {
+    const failure = new TransferError("partial", "", { isPart: true });
+    expect(decide("partial", HELD, { failure })).toBe("go on within 0");
+    expect(decide("partial", HELD, { failure, failures: 2 })).toBe("go on within 2000");
+  });
+
   test("waits up to a second, then two, four …, and a minute at the most", () => {
     const waits = [1, 2, 3, 4, 20].map((failures) => decide("receive", NOTHING, { failures }, { retries: 99 }));
     expect(waits).toEqual([1000, 2000, 4000, 8000, 60_000].map((wait) => `go on within ${wait}`));
@@ -268,6 +274,18 @@ const raw =
   (text: string, end: NonNullable<Answer["end"]> = "fin") =>
   () => ({ bytes: text, end });
 
+/** Whether this machine lets us have a small disk of our own; the limit on the size of a file does for the rest. */
+const canMount = Bun.spawnSync([
+  "unshare",
+  "--map-root-user",
+  "--mount",
+  "mount",
+  "-t",
+  "tmpfs",
+  "tmpfs",
+  "/mnt",
+]).success;
+
 describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) => {
   const get = (...args: string[]) => runProgram("client-robust", variant, args);
 
@@ -307,10 +325,15 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
         ]),
       };
     };
-    using origin = scripted([serving({ cut: 9000 }), less, serving()]);
-    const { content, exitCode } = await save(origin.url);
+    using origin = scripted([serving({ cut: 9000 }), less, less, serving()]);
+    const { content, exitCode, stderr } = await save(origin.url);
     expect([exitCode, content?.equals(CONTENT)]).toEqual([0, true]);
     expect(origin.requests[2]).toContain("\r\nRange: bytes=9100-\r\n");
+    // Only the first response was broken; the parts were in order, and the next is asked for at once.
+    expect([...stderr.matchAll(/^Retry in (\S+) s: the response is a part/gm)].map(([, wait]) => wait)).toEqual([
+      "0.0",
+      "0.0",
+    ]);
   });
 
   test.concurrent(
@@ -542,5 +565,47 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
     const { exitCode } = await get("-o", `${folder.path}/file`, origin.url);
     expect(exitCode).toBe(process.getuid?.() === 0 ? EXIT_CODES.ok : EXIT_CODES.write);
     chmodSync(folder.path, 0o700);
+  });
+
+  test.concurrent(
+    "a file that can grow no more is one line and exit 23; what it has is kept, and gone on from",
+    async () => {
+      using origin = scripted([serving()]);
+      await using folder = await temporaryFolder();
+      const file = `${folder.path}/file`;
+      const argv = [...(await command("client-robust", variant)), "-o", file, origin.url];
+      // A limit of 8 KiB a file, of which the shell would make a signal that kills: it is ignored.
+      const limited = await run(["bash", "-c", 'trap "" XFSZ; ulimit -f 8; exec "$@"', "bash", ...argv]);
+      expect(limited.exitCode).toBe(EXIT_CODES.write);
+      expect(limited.stderr).toMatch(/^Error: cannot write: EFBIG\nKept 8192 bytes in /);
+      expect(readdirSync(folder.path).toSorted()).toEqual(["file.part", "file.part.json"]);
+      const again = await run(argv);
+      expect([again.exitCode, readFileSync(file).equals(CONTENT)]).toEqual([0, true]);
+      expect(origin.requests.at(-1)).toContain("\r\nRange: bytes=8192-\r\n");
+    },
+  );
+
+  test.if(canMount).concurrent("what fitted on a full disk is kept, by a run that finds it full, too", async () => {
+    using origin = scripted([serving()]);
+    await using folder = await temporaryFolder();
+    const argv = [...(await command("client-robust", variant)), "-s", "-o", "file", origin.url];
+    const steps = `cd "$1" && mount -t tmpfs -o size=16k tmpfs . && cd "$1" && shift
+      "$@"; echo $?; ls
+      head -c 16k /dev/zero >full; "$@"; echo $?; ls; rm full
+      mount -o remount,size=1m . && "$@"; echo $?; ls; sha256sum <file`;
+    const { stdout } = await run([
+      "unshare",
+      "--map-root-user",
+      "--mount",
+      "bash",
+      "-c",
+      steps,
+      "bash",
+      folder.path,
+      ...argv,
+    ]);
+    const part = "file.part\nfile.part.json\n";
+    expect(stdout).toBe(`23\n${part}23\n${part}full\n0\nfile\n${SHA256}  -\n`);
+    expect(origin.requests.at(-1)).toMatch(/\r\nRange: bytes=[1-9]\d+-\r\n/);
   });
 });
