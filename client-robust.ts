@@ -843,12 +843,15 @@ export function redirect(request: Request, status: number, url: URL): Request {
 
 const SECRET_FIELDS: ReadonlySet<string> = new Set(["authorization", "cookie", "host", "proxy-authorization"]);
 
+// ── shared: sizes ──
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
 
+/** "1.2 MiB" */
 function formatBytes(bytes: number): string {
   const power = Math.min(UNITS.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
   return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${UNITS[power]}`;
 }
+// ── end shared ──
 
 /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
 export function formatProgress(bytes: number, total: number | undefined, bytesPerSecond: number): string {

@@ -3,21 +3,21 @@
  * server.ts: stage 1, an HTTP/1.1 server written by hand on a TCP socket.
  *
  *     bun server.ts                        # listens on http://localhost:8888
- *     bun server.ts --port 0 --text Hi     # on a free port, with another answer
+ *     bun server.ts --root .               # the same, but serves the files below this folder
  *     curl -v http://localhost:8888/data   # in a second terminal
  *
  * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for
  * one request; here the bytes may come one at a time or a hundred requests at once, and every
  * message is held to RFC 9112 before it is answered: what is not HTTP gets 400 and a close.
  *
- * Left out: files (so far), compression, virtual hosts, HTTP/2. It is no reverse proxy.
+ * Left out: uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
  *
  *  1 Limits and defaults    what is bounded, by how much, and why
  *  2 Types                  the words that the rest is written in
  *  3 Errors                 every reason to refuse a message, and the status it gets
  *  4 Parsing                bytes → request head, bytes → content (pure)
  *  5 Formatting             response → bytes, request → log line (pure)
- *  6 Application            request → response (pure): the part to change in a copy
+ *  6 Application            request → response: the part to change in a copy; then files
  *  7 Connection             what is read, what is still to write, what has a deadline
  *  8 Sockets                listen, and six handlers that call section 7
  *  9 Command line           flags, signals, the ready line
@@ -25,6 +25,7 @@
  */
 import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
+import { join, sep } from "node:path";
 import { parseArgs } from "node:util";
 
 // ═══ 1 Limits and defaults ═══════════════════════════════════════════════════════════════════════
@@ -66,6 +67,10 @@ const BOUNDS = {
   /** After our last byte we read and drop what the peer still sends, so that no reset destroys it. */
   lingerTimeoutMs: [5000, "ms to wait for the peer's end after ours"],
   lingerBytesMax: [16_777_216, "bytes to drop while we wait for it"],
+  /** A name takes some 300 bytes of a page. Of a folder with more, the rest can still be fetched by name. */
+  listingEntriesMax: [10_000, "names in the listing of a folder"],
+  /** A digest is asked for, never demanded: half as long as impatient clients wait for the first byte. */
+  digestTimeoutMs: [10_000, "ms that an answer waits for the digest of its file; then it goes without"],
   /** Requests under way when the server is told to stop get this long. */
   graceMs: [10_000, "ms for requests under way when told to stop"],
 } as const satisfies Record<string, readonly [value: number, meaning: string]>;
@@ -78,6 +83,19 @@ export const LIMITS = Object.freeze(
   Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // fromEntries too
 );
 
+/** What is read of a file and written to a socket at once. */
+const PIECE_BYTES = 262_144;
+/** So many pieces for one connection; then the others have their turn. */
+const PIECES_PER_TURN = 16;
+/** A file up to this size is read at once, and goes out together with its head. */
+const SMALL_FILE_BYTES_MAX = 65_536;
+/** Files that stay open until the next sweep, so that those which many ask for are not opened each time. */
+const RECENT_FILES_MAX = 256;
+/** Digests that are remembered, and that may be waited for, with some 200 bytes each. */
+const DIGESTS_KEPT_MAX = 4096;
+const DIGESTS_PENDING_MAX = 64;
+/** Two changes of a file within one tick of the kernel's clock leave it with one time: 10 ms at the most. */
+const CLOCK_TICK_MS = 10;
 /** How often deadlines are looked at: one sweep costs less than a timer for each connection. */
 const SWEEP_MS = 250;
 /** On stop, requests that idle peers have already sent arrive within this time and are served. */
@@ -107,6 +125,43 @@ export interface Response {
   /** status-line and field-lines, ending in `Date: `. */
   readonly head: Uint8Array;
   readonly content: Uint8Array;
+  /** Content that is read while it is sent, instead of `content`. Whoever has it closes it. */
+  readonly file?: FilePart;
+}
+
+/** What a server serves. */
+export interface Site {
+  /** The answer to a request whose content has been read. It may come later: then nothing else is read meanwhile. */
+  respond(request: RequestHead): Response | Promise<Response>;
+  /** The answer that no content will change: who asks with Expect before it sends some is told at once. */
+  refuse(request: RequestHead): Response | undefined;
+  /** Called a few times a second: what was kept for a moment can go. */
+  sweep?(): void;
+}
+
+/** The version of a file: two that have one entity-tag are the same, byte by byte. */
+export interface FileVersion {
+  readonly size: number;
+  /** Strong (RFC 9110 §8.8.3). */
+  readonly etag: string;
+  /** In milliseconds since 1970, whole seconds: all that Last-Modified can say. */
+  readonly lastModified: number;
+  /** So fresh that another change could go unseen: its tag is good for one response. */
+  readonly isFresh: boolean;
+}
+
+/** The bytes from `from` up to, but not including, `to`. */
+export interface ByteRange {
+  readonly from: number;
+  readonly to: number;
+}
+
+/** A line of a listing. */
+export interface ListingEntry {
+  readonly name: string;
+  readonly isFolder: boolean;
+  readonly size: number;
+  readonly modified: Date;
 }
 
 /** What section 7 needs of a socket; Bun's sockets have it. */
@@ -123,9 +178,10 @@ export interface Transport {
 
 /**
  * reading-head → reading-content → reading-head …, and from either:
+ * responding (an answer takes longer than this turn) → reading-head …, or
  * finishing (the last answer is not all written) → lingering (it is; FIN is sent) → closed.
  */
-type ConnectionState = "reading-head" | "reading-content" | "finishing" | "lingering" | "closed";
+type ConnectionState = "reading-head" | "reading-content" | "responding" | "finishing" | "lingering" | "closed";
 
 /** What a connection waits for: each has its own timeout. */
 type Awaited = "head" | "idle" | "content" | "write" | "linger";
@@ -163,6 +219,11 @@ export const REJECTIONS = Object.freeze({
   "trailer-too-large": [431, "the trailer section is too large"],
   "trailer-forbidden": [400, "a field that is not allowed in a trailer section"],
   expectation: [417, "only the expectation 100-continue is known here"],
+  path: [400, "no path of a file: it has .., a backslash, NUL, an encoded slash or what is not UTF-8"],
+  forbidden: [403, "the server may not read this"],
+  "not-found": [404, "there is no such file here"],
+  precondition: [412, "the file is not in the version that the request is about"],
+  "too-many-files": [503, "too many files are open, try again later"],
   incomplete: [400, "the connection ended inside the request"],
   timeout: [408, "the request did not arrive in time"],
   internal: [500, "the server failed"],
@@ -173,11 +234,18 @@ export type Rejection = keyof typeof REJECTIONS;
 const REASON_PHRASES: Readonly<Record<number, string>> = Object.freeze({
   200: "OK",
   204: "No Content",
+  206: "Partial Content",
+  301: "Moved Permanently",
+  304: "Not Modified",
   400: "Bad Request",
+  403: "Forbidden",
+  404: "Not Found",
   405: "Method Not Allowed",
   408: "Request Timeout",
+  412: "Precondition Failed",
   413: "Content Too Large",
   414: "URI Too Long",
+  416: "Range Not Satisfiable",
   417: "Expectation Failed",
   431: "Request Header Fields Too Large",
   500: "Internal Server Error",
@@ -525,13 +593,18 @@ export class RequestHead {
     return latin1(this.bytes, this.base, this.base + this.length);
   }
 
-  /** The value of the first field of this name (in lower case), or undefined. For few and rare looks. */
-  fieldValue(name: string): string | undefined {
+  /** All fields by name, in lower case. RFC 9110 §5.3: lines of one name are one list. */
+  fields(): Map<string, string> {
+    const fields = new Map<string, string>();
     for (const line of this.text.trimStart().split("\r\n").slice(1)) {
       const colon = line.indexOf(":");
-      if (line.slice(0, colon).toLowerCase() === name) return trimOws(line.slice(colon + 1));
+      if (colon < 0) continue;
+      const name = line.slice(0, colon).toLowerCase();
+      const value = trimOws(line.slice(colon + 1));
+      const before = fields.get(name);
+      fields.set(name, before === undefined ? value : `${before}, ${value}`);
     }
-    return undefined;
+    return fields;
   }
 }
 
@@ -895,20 +968,101 @@ const FORBIDDEN_TRAILERS: ReadonlySet<string> = new Set(
   ),
 );
 
+/** The path of a request-target (RFC 3986 §3.3), taken apart. */
+export interface TargetPath {
+  /** Decoded, none of them empty. */
+  readonly segments: readonly string[];
+  /** It ends in a slash: it is about a folder. */
+  readonly isFolder: boolean;
+  /** "?" and what follows; "" where there is none. */
+  readonly query: string;
+}
+
+/** What no name of a file may have: elsewhere than here these lead to other folders. On Windows ":" names streams. */
+const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]|^\.\.$/ : /[\0/\\]|^\.\.$/;
+
+/**
+ * Takes the path of a request-target apart. It is decoded once, and nothing in it is resolved: who sends ".." has not
+ * done it himself, and wants to get somewhere else. Slashes in a row count as one, so that no path starts with "//".
+ * @returns undefined where no file can have this path
+ */
+export function parseTargetPath(requestTarget: string): TargetPath | undefined {
+  const [, path = "", query = ""] = /^(?:https?:\/\/[^/?]*)?([^?]*)(.*)$/i.exec(requestTarget) ?? [];
+  try {
+    const segments = path
+      .split("/")
+      .filter((segment) => segment !== "")
+      .map(decodeURIComponent);
+    if (segments.some((segment) => NO_FILE_NAME.test(segment))) return undefined;
+    return { segments, isFolder: path === "" || path.endsWith("/"), query };
+  } catch {
+    return undefined; // decodeURIComponent: not UTF-8
+  }
+}
+
+/**
+ * The one range that is asked for (RFC 9110 §14.1.2).
+ * @returns "unsatisfiable" where nothing of it is there; undefined where it is to be ignored: another unit, not to the
+ * letter, or several ranges, for which a server may send the whole (§14.2)
+ */
+export function parseRange(value: string, size: number): ByteRange | "unsatisfiable" | undefined {
+  const [, first, last] = /^bytes=[ \t]*(\d*)-(\d*)[ \t]*$/i.exec(value) ?? [];
+  if (first === undefined || last === undefined || (first === "" && last === "")) return undefined;
+  if (first === "") {
+    if (Number(last) === 0) return "unsatisfiable";
+    // Of an empty file the last bytes are the whole, and Content-Range has no way to say so.
+    return size === 0 ? undefined : { from: Math.max(0, size - Number(last)), to: size };
+  }
+  if (last !== "" && Number(last) < Number(first)) return undefined;
+  if (Number(first) >= size) return "unsatisfiable";
+  return { from: Number(first), to: last === "" ? size : Math.min(size, Number(last) + 1) };
+}
+
+const IMF_FIXDATE = /^[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) (\d{4}) (\d\d:\d\d:\d\d) GMT$/;
+const RFC850_DATE = /^[A-Z][a-z]+day, (\d\d)-([A-Z][a-z]{2})-(\d\d) (\d\d:\d\d:\d\d) GMT$/;
+const ASCTIME_DATE = /^[A-Z][a-z]{2} ([A-Z][a-z]{2}) ([ \d]\d) (\d\d:\d\d:\d\d) (\d{4})$/;
+
+/** RFC 9110 §5.6.7: HTTP-date, in the form that is sent today or in one of the two that have been. NaN where it is none. */
+export function parseHttpDate(text: string, now = Date.now()): number {
+  const [, asctimeMonth = "", asctimeDay = "", asctimeTime = "", asctimeYear = ""] = ASCTIME_DATE.exec(text) ?? [];
+  const [, day = asctimeDay.replace(" ", "0"), month = asctimeMonth, year = asctimeYear, time = asctimeTime] =
+    IMF_FIXDATE.exec(text) ?? RFC850_DATE.exec(text) ?? [];
+  // Two digits are the year that is not more than 50 years ahead.
+  const century = new Date(now).getUTCFullYear() + 50 - Number(year);
+  const wholeYear = year.length === 2 ? String(Number(year) + 100 * Math.floor(century / 100)) : year;
+  const date = new Date(`${day} ${month} ${wholeYear} ${time} GMT`);
+  // The 31st of February is none, and Date takes it for one of March.
+  const isDate =
+    !Number.isNaN(date.getTime()) && date.toUTCString().endsWith(`${day} ${month} ${wholeYear} ${time} GMT`);
+  return isDate ? date.getTime() : Number.NaN;
+}
+
+/** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. */
+export function wantsSha256(wantReprDigest: string): boolean {
+  const last = [...wantReprDigest.matchAll(/(?:^|,)[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/g)].at(-1);
+  return Number(last?.[1] ?? 0) > 0;
+}
+
 // ═══ 5 Formatting ════════════════════════════════════════════════════════════════════════════════
 
+const NO_BYTES = new Uint8Array(0);
 const encoder = new TextEncoder();
 const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const CONTINUE = encoder.encode("HTTP/1.1 100 Continue\r\n\r\n");
 
+/** status-line and field-lines, up to the Date. */
+function formatHead(status: number, fields: Record<string, string>): Uint8Array {
+  const lines = Object.entries(fields).map(([name, value]) => `${name}: ${value}\r\n`);
+  return encoder.encode(`HTTP/1.1 ${status} ${REASON_PHRASES[status] ?? ""}\r\n${lines.join("")}Date: `);
+}
+
 /** The part of a response that does not change. Content-Length is added where content may follow. */
 export function prepareResponse(status: number, fields: Record<string, string>, content = ""): Response {
   const bytes = encoder.encode(content);
-  // RFC 9110 §8.6: no Content-Length in a 1xx or 204 response.
-  const all = status === 204 ? fields : { ...fields, "Content-Length": String(bytes.length) };
-  const lines = Object.entries(all).map(([name, value]) => `${name}: ${value}\r\n`);
-  const head = `HTTP/1.1 ${status} ${REASON_PHRASES[status] ?? ""}\r\n${lines.join("")}Date: `;
-  return { status, head: encoder.encode(head), content: bytes };
+  // RFC 9110 §8.6 and §15.4.5: no Content-Length in a 1xx or 204 response, and none of another content in a 304.
+  const hasLength = status !== 204 && status !== 304;
+  const all = hasLength ? { ...fields, "Content-Length": String(bytes.length) } : fields;
+  return { status, head: formatHead(status, all), content: bytes };
 }
 
 const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
@@ -987,6 +1141,73 @@ export function tell(line: string): void {
 }
 // ── end shared ──
 
+// ── shared: sizes ──
+const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
+
+/** "1.2 MiB" */
+function formatBytes(bytes: number): string {
+  const power = Math.min(UNITS.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${UNITS[power]}`;
+}
+// ── end shared ──
+
+const LISTING_STYLE = `
+:root { color-scheme: light dark; }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.25rem; overflow-wrap: anywhere; }
+ul { list-style: none; margin: 0; padding: 0; }
+li { display: flex; flex-wrap: wrap; gap: 0 1.5rem; border-top: 1px solid #8884; }
+a { flex: 1 1 18rem; padding: .4rem 0; overflow-wrap: anywhere; text-decoration: none; }
+a:hover, a:focus { text-decoration: underline; }
+span, time, p { padding: .4rem 0; opacity: .7; font-variant-numeric: tabular-nums; white-space: nowrap; }
+span { min-width: 6em; text-align: right; }
+@media (max-width: 36rem) { a { flex-basis: 100%; padding-bottom: 0; } span { min-width: 0; } }
+`;
+
+/** Folders first; then "file9" before "file10". */
+const compareNames = new Intl.Collator("en", { numeric: true }).compare;
+
+/** A text of a peer's or of a file's, as content of an HTML page. */
+const escapeText = (text: string) => Bun.escapeHTML(printable(text));
+
+/**
+ * The page that shows what is in a folder. Links are relative and start with "./", so that no name is taken for a
+ * scheme or a host, and the page works behind a proxy that puts the folder elsewhere.
+ * @param segments the path of the folder
+ * @param unlisted how many names there are besides the entries
+ */
+export function formatListing(segments: readonly string[], entries: readonly ListingEntry[], unlisted: number): string {
+  const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compareNames(a.name, b.name));
+  const items = sorted.map(formatListingEntry);
+  if (segments.length > 0) items.unshift('<li><a href="../">../</a></li>');
+  const path = escapeText(["", ...segments, ""].join("/"));
+  const more = unlisted > 0 ? `<p>and ${unlisted} more</p>\n` : "";
+  return `<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>${path}</title>
+<style>${LISTING_STYLE}</style>
+</head>
+<body>
+<h1><bdi>${path}</bdi></h1>
+<ul>
+${items.join("\n")}
+</ul>
+${more}</body>
+</html>
+`;
+}
+
+function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): string {
+  const slash = isFolder ? "/" : "";
+  const link = `<a href="./${encodeURIComponent(name).replaceAll("'", "%27")}${slash}"><bdi>${escapeText(name)}</bdi>${slash}</a>`;
+  const time = modified.toISOString();
+  const length = isFolder ? "" : `<span title="${size} bytes">${formatBytes(size)}</span>`;
+  return `<li>${link}${length}<time datetime="${time}">${time.slice(0, 16).replace("T", " ")}</time></li>`;
+}
+
 /** A request as it was received, with an empty line after it: what the tutorial's server prints. */
 export function formatRequestLog(head: RequestHead, content: Uint8Array, contentLength: number): string {
   const headBytes = head.bytes.subarray(head.base, head.base + head.length);
@@ -1002,15 +1223,16 @@ export function formatAccessLog(head: RequestHead, address: string, date: Date, 
       ? text.replace(/[^\x20\x21\x23-\x5b\x5d-\x7e]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`)
       : "-";
   const [, day, month, year, time] = date.toUTCString().split(" ");
-  const referer = quote(head.fieldValue("referer"));
-  const userAgent = quote(head.fieldValue("user-agent"));
+  const fields = head.fields();
+  const referer = quote(fields.get("referer"));
+  const userAgent = quote(fields.get("user-agent"));
   return `${address} - - [${day}/${month}/${year}:${time} +0000] "${quote(head.requestLine)}" ${status} ${bytes} "${referer}" "${userAgent}"\n`;
 }
 
 // ═══ 6 Application ═══════════════════════════════════════════════════════════════════════════════
 
 /** The answers of text mode, formatted once: all of them but the text are known beforehand. */
-export class TextSite {
+export class TextSite implements Site {
   readonly text: Response;
   readonly options = prepareResponse(204, { Allow: "GET, HEAD, POST, OPTIONS" });
   readonly notAllowed = prepareResponse(
@@ -1023,11 +1245,20 @@ export class TextSite {
   constructor(text: string) {
     this.text = prepareResponse(200, TEXT_FIELDS, text);
   }
+
+  respond(request: RequestHead): Response {
+    return respond(request, this);
+  }
+
+  refuse(request: RequestHead): Response | undefined {
+    const response = this.respond(request);
+    return response.status >= 400 ? response : undefined;
+  }
 }
 
 /**
  * Maps a request to its response. **In a copy of this file, this is the function to change**: look
- * at `request.method`, `request.requestTarget` and `request.fieldValue("…")`, and return what
+ * at `request.method`, `request.requestTarget` and `request.fields()`, and return what
  * {@link prepareResponse} makes. It is called once the content has been read; it must not wait.
  */
 export function respond(request: RequestHead, site: TextSite): Response {
@@ -1051,9 +1282,452 @@ export function respond(request: RequestHead, site: TextSite): Response {
   }
 }
 
-// ═══ 7 Connection ════════════════════════════════════════════════════════════════════════════════
+// ── files ──
 
-const NO_BYTES = new Uint8Array(0);
+/** entity-tag (RFC 9110 §8.8.3) */
+const ENTITY_TAG = /(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g;
+
+/** Is the tag on the list? The list may be "*", which any version is on. Weakly, `W/` counts for nothing (§8.8.3.2). */
+function isListed(list: string, etag: string, isWeakly: boolean): boolean {
+  if (list === "*") return true;
+  const tags: readonly string[] = list.match(ENTITY_TAG) ?? [];
+  return tags.includes(etag) || (isWeakly && tags.includes(`W/${etag}`));
+}
+
+/**
+ * Evaluates the conditional fields of a GET or HEAD in the order of RFC 9110 §13.2.2.
+ * @returns the status that ends it; undefined where the request is to be answered
+ */
+export function evaluateConditions(fields: ReadonlyMap<string, string>, version: FileVersion): 304 | 412 | undefined {
+  /** NaN, which compares with nothing, where there is none. */
+  const date = (name: string) => (fields.has(name) ? parseHttpDate(fields.get(name) ?? "") : Number.NaN);
+  // Step 1, and step 2 only without it.
+  const ifMatch = fields.get("if-match");
+  if (ifMatch !== undefined) {
+    if (!isListed(ifMatch, version.etag, false)) return 412;
+  } else if (version.lastModified > date("if-unmodified-since")) return 412;
+  // Step 3, and step 4 only without it.
+  const ifNoneMatch = fields.get("if-none-match");
+  if (ifNoneMatch !== undefined) return isListed(ifNoneMatch, version.etag, true) ? 304 : undefined;
+  return version.lastModified <= date("if-modified-since") ? 304 : undefined;
+}
+
+/** Step 5: RFC 9110 §13.1.5. A date counts only where the file cannot have changed again within its second. */
+function mayTakePart(ifRange: string | undefined, version: FileVersion, now: number): boolean {
+  if (ifRange === undefined || ifRange === version.etag) return true;
+  return parseHttpDate(ifRange) === version.lastModified && now - version.lastModified >= 1000;
+}
+
+/** What of a file is to be sent; "unsatisfiable" if it has none of what was asked for. */
+export function decideRange(
+  method: Method,
+  fields: ReadonlyMap<string, string>,
+  version: FileVersion,
+  now: number,
+): ByteRange | "unsatisfiable" | undefined {
+  const range = fields.get("range");
+  // RFC 9110 §14.2: Range means nothing but in a GET.
+  if (method !== "GET" || range === undefined || !mayTakePart(fields.get("if-range"), version, now)) return undefined;
+  return parseRange(range, version.size);
+}
+
+/** Two versions within one tick of the clock look the same: what is so fresh gets a tag that nothing else has. */
+let freshVersions = 0;
+
+const changedAt = ({ ctimeNs }: fs.BigIntStats) => Number(ctimeNs / 1_000_000n);
+
+function versionOf(stats: fs.BigIntStats, now: number): FileVersion {
+  const { size, ino, mtimeNs, ctimeNs } = stats;
+  // The time of the last change goes in, too: anybody can set that of the last modification.
+  const parts = [mtimeNs, size, ino, ctimeNs].map((part) => part.toString(16));
+  const isFresh = Math.abs(now - changedAt(stats)) <= CLOCK_TICK_MS;
+  if (isFresh) parts.push(`${now}.${freshVersions++}`);
+  // RFC 9110 §8.8.2.1: never later than Date.
+  const modified = Math.min(Number(mtimeNs / 1_000_000n), now);
+  const lastModified = Math.floor(modified / 1000) * 1000;
+  return { size: Number(size), etag: `"${parts.join("-")}"`, lastModified, isFresh };
+}
+
+/** The media type by the name's extension. All text is taken for UTF-8. */
+function typeOf(path: string): string {
+  const { type } = Bun.file(path);
+  return type.startsWith("text/") && !type.includes("charset") ? `${type};charset=utf-8` : type;
+}
+
+/** Whatever a browser makes of a file, it shall be what its type says. */
+const FILE_FIELDS = { "X-Content-Type-Options": "nosniff" };
+
+/** A file or a folder that was found below the root. It is closed when the last of its holders has closed it. */
+class OpenFile {
+  readonly isFolder: boolean;
+  readonly version: FileVersion;
+  private knownFields: Record<string, string> | undefined;
+  private holders = 1;
+
+  constructor(
+    readonly fd: number,
+    /** As it was asked for, links and all; and without them. */
+    readonly path: string,
+    readonly realPath: string,
+    private readonly stats: fs.BigIntStats,
+  ) {
+    this.isFolder = stats.isDirectory();
+    this.version = versionOf(stats, Date.now());
+  }
+
+  hold(): this {
+    this.holders++;
+    return this;
+  }
+
+  close(): void {
+    if (--this.holders === 0) fs.closeSync(this.fd);
+  }
+
+  /** Has nothing been written to it since it was opened? */
+  isUnchanged(): boolean {
+    const { size, mtimeNs } = fs.fstatSync(this.fd, { bigint: true });
+    return size === this.stats.size && mtimeNs === this.stats.mtimeNs;
+  }
+
+  /** Does its path still lead to this file, in this version? */
+  isCurrent(): boolean {
+    const { dev, ino, size, mtimeNs, ctimeNs } = this.stats;
+    try {
+      const found = fs.statSync(this.path, { bigint: true });
+      const isOne = found.dev === dev && found.ino === ino;
+      return isOne && found.size === size && found.mtimeNs === mtimeNs && found.ctimeNs === ctimeNs;
+    } catch {
+      return false;
+    }
+  }
+
+  /** What a response says of it, whatever part it sends. */
+  get fields(): Record<string, string> {
+    const { etag, lastModified } = this.version;
+    this.knownFields ??= {
+      "Content-Type": typeOf(this.path),
+      "Accept-Ranges": "bytes",
+      ETag: etag,
+      "Last-Modified": new Date(lastModified).toUTCString(),
+      ...FILE_FIELDS,
+    };
+    return this.knownFields;
+  }
+}
+
+/** Content that is read while it is sent: bytes of a file, of which no piece is kept. */
+export class FilePart {
+  constructor(
+    private readonly file: OpenFile,
+    private readonly range: ByteRange,
+    private at = range.from,
+  ) {}
+
+  get left(): number {
+    return this.range.to - this.at;
+  }
+
+  get sent(): number {
+    return this.at - this.range.from;
+  }
+
+  /** Reads the bytes that come next. False where these are not, or may not be, what the head has promised. */
+  read(piece: Uint8Array, length: number): boolean {
+    try {
+      for (let read = 0; read < length;) {
+        const more = fs.readSync(this.file.fd, piece, read, length - read, this.at + read);
+        if (more === 0) return false;
+        read += more;
+      }
+      // Looked at before the last byte goes out, so that nothing which has changed can pass for a whole.
+      return length < this.left || this.file.isUnchanged();
+    } catch {
+      return false; // the disk fails
+    }
+  }
+
+  /** So many of them are sent. */
+  advance(length: number): void {
+    this.at += length;
+  }
+
+  close(): void {
+    this.file.close();
+  }
+}
+
+/** Lets everybody else have a turn. */
+const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
+
+/** SHA-256 digests of files, for Repr-Digest (RFC 9530 §3): one at a time is computed, and the last ones are remembered. */
+class Digests {
+  private readonly known = new Map<string, string>();
+  private readonly pending = new Map<string, Promise<string | undefined>>();
+  private last: Promise<unknown> = Promise.resolve();
+
+  /** In base64; undefined where there is none: the file changes, or too many others are being computed. */
+  find(file: OpenFile): string | undefined | Promise<string | undefined> {
+    const key = `${file.realPath} ${file.version.etag}`;
+    const known = this.known.get(key);
+    if (known !== undefined) this.remember(key, known);
+    return known ?? this.pending.get(key) ?? this.start(key, file);
+  }
+
+  private start(key: string, file: OpenFile): Promise<string | undefined> | undefined {
+    if (this.pending.size >= DIGESTS_PENDING_MAX) return undefined;
+    file.hold();
+    const computed = this.last.then(() => computeDigest(file));
+    const found = computed
+      .catch(() => undefined) // it cannot be read: sending it will tell
+      .then((digest) => {
+        file.close();
+        this.pending.delete(key);
+        if (digest !== undefined) this.remember(key, digest);
+        return digest;
+      });
+    this.last = found;
+    this.pending.set(key, found);
+    return found;
+  }
+
+  private remember(key: string, digest: string): void {
+    this.known.delete(key);
+    this.known.set(key, digest);
+    const [oldest] = this.known.keys();
+    if (this.known.size > DIGESTS_KEPT_MAX && oldest !== undefined) this.known.delete(oldest);
+  }
+}
+
+async function computeDigest(file: OpenFile): Promise<string | undefined> {
+  const hash = new Bun.CryptoHasher("sha256");
+  const piece = new Uint8Array(Math.min(PIECE_BYTES, file.version.size));
+  const { size } = file.version;
+  for (let at = 0; at < size;) {
+    const length = fs.readSync(file.fd, piece, 0, Math.min(piece.length, size - at), at);
+    if (length === 0) return undefined;
+    hash.update(piece.subarray(0, length));
+    at += length;
+    await nextTurn();
+  }
+  return file.isUnchanged() ? hash.digest("base64") : undefined;
+}
+
+/**
+ * Where an open file really is. Linux knows that of the very file; elsewhere the path is resolved once more, and who can
+ * change links below the root between the two could get at a file that we may read.
+ */
+function realPathOf(fd: number, path: string): string {
+  return process.platform === "linux" ? fs.readlinkSync(`/proc/self/fd/${fd}`) : fs.realpathSync(path);
+}
+
+const isBelow = (root: string, realPath: string) =>
+  realPath === root || realPath.startsWith(root.endsWith(sep) ? root : root + sep);
+
+/** What a failed system call means to who asked for a file. */
+function rejectionFor(error: unknown): Rejection {
+  const { code } = error as { code?: string }; // node:fs throws SystemErrors
+  if (code === "EACCES" || code === "EPERM") return "forbidden";
+  if (code === "EMFILE" || code === "ENFILE") return "too-many-files";
+  return code === "EIO" || code === undefined ? "internal" : "not-found";
+}
+
+/** Opens what is at a path, if it is a file or a folder, and is below the root even when all links are followed. */
+function openBelow(root: string, path: string): OpenFile | Rejection {
+  let fd = -1;
+  try {
+    // Only what is one of them is opened: to open a device or a FIFO may already do something.
+    const found = fs.statSync(path, { throwIfNoEntry: false });
+    if (found === undefined || !(found.isFile() || found.isDirectory())) return "not-found";
+    // It may have become another by now: then this does not block, and what was opened is looked at again.
+    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
+    const realPath = realPathOf(fd, path);
+    const stats = fs.fstatSync(fd, { bigint: true });
+    if (!isBelow(root, realPath) || !(stats.isFile() || stats.isDirectory())) return "not-found";
+    const file = new OpenFile(fd, path, realPath, stats);
+    fd = -1;
+    return file;
+  } catch (error) {
+    return rejectionFor(error);
+  } finally {
+    if (fd >= 0) fs.closeSync(fd);
+  }
+}
+
+/** Names in a folder that are neither hidden nor impossible in a request. */
+const isServed = (name: string) => !name.startsWith(".") && !NO_FILE_NAME.test(name);
+
+/** Looks at a name in a folder. @returns undefined where a request for it would find nothing */
+function lookAt(root: string, folder: string, found: fs.Dirent): ListingEntry | undefined {
+  try {
+    const path = join(folder, found.name);
+    if (found.isSymbolicLink() && !isBelow(root, fs.realpathSync(path))) return undefined;
+    const stats = fs.statSync(path);
+    if (!stats.isFile() && !stats.isDirectory()) return undefined;
+    return { name: found.name, isFolder: stats.isDirectory(), size: stats.size, modified: stats.mtime };
+  } catch {
+    return undefined; // it has gone, or its link leads nowhere
+  }
+}
+
+const NOT_ALLOWED_HERE = prepareResponse(405, { ...TEXT_FIELDS, Allow: "GET, HEAD" }, "method not allowed\n");
+const NOT_IMPLEMENTED = prepareResponse(501, TEXT_FIELDS, "no such method here\n");
+
+/** Does a head have a field that decides what of a file is sent? Most do not, and need not be looked at closely. */
+const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
+const NO_FIELDS: ReadonlyMap<string, string> = new Map();
+
+/** The files below a folder, as they are at this moment: nothing of them is remembered but digests. */
+export class FileSite implements Site {
+  private readonly digests = new Digests();
+  /** What was asked for since the last sweep, by path. */
+  private readonly recent = new Map<string, OpenFile>();
+  private lastListing: Promise<unknown> = Promise.resolve();
+  private listingFields: Record<string, string> | undefined;
+
+  /** @param root its real path */
+  constructor(
+    private readonly root: string,
+    private readonly limits: Limits,
+  ) {}
+
+  refuse({ method }: RequestHead): Response | undefined {
+    if (method === "GET" || method === "HEAD") return undefined;
+    return method === "" ? NOT_IMPLEMENTED : NOT_ALLOWED_HERE;
+  }
+
+  respond(request: RequestHead): Response | Promise<Response> {
+    const refusal = this.refuse(request);
+    if (refusal !== undefined) return refusal;
+    const path = parseTargetPath(request.requestTarget);
+    if (path === undefined) return responseTo("path");
+    if (!path.segments.every(isServed)) return responseTo("not-found");
+    const found = this.find(join(this.root, ...path.segments));
+    if (typeof found === "string") return responseTo(found);
+    try {
+      if (found.isFolder) return this.respondFolder(request, path, found);
+      return path.isFolder ? responseTo("not-found") : this.respondFile(request, found);
+    } finally {
+      found.close();
+    }
+  }
+
+  sweep(): void {
+    for (const file of this.recent.values()) file.close();
+    this.recent.clear();
+  }
+
+  /** Opens what is at a path, unless it is open: then its version tells whether it is still there. */
+  private find(path: string): OpenFile | Rejection {
+    const known = this.recent.get(path);
+    if (known?.isCurrent()) return known.hold();
+    const found = openBelow(this.root, path);
+    if (typeof found === "string" || found.isFolder || found.version.isFresh) return found;
+    if (this.recent.size === RECENT_FILES_MAX) this.sweep();
+    this.recent.get(path)?.close();
+    this.recent.set(path, found.hold());
+    return found;
+  }
+
+  private respondFolder(request: RequestHead, path: TargetPath, folder: OpenFile): Response | Promise<Response> {
+    if (!path.isFolder) {
+      const location = `/${path.segments.map(encodeURIComponent).join("/")}/${path.query}`;
+      return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
+    }
+    const index = this.find(join(folder.realPath, "index.html"));
+    if (index === "not-found") return this.list(path.segments, folder.hold());
+    if (typeof index === "string") return responseTo(index);
+    try {
+      return index.isFolder ? this.list(path.segments, folder.hold()) : this.respondFile(request, index);
+    } finally {
+      index.close();
+    }
+  }
+
+  /** One listing at a time: a folder may be large. */
+  private list(segments: readonly string[], folder: OpenFile): Promise<Response> {
+    const listing = this.lastListing.then(() => this.formatFolder(segments, folder));
+    this.lastListing = listing.then(
+      () => folder.close(),
+      () => folder.close(),
+    );
+    return listing.catch((error: unknown) => responseTo(rejectionFor(error)));
+  }
+
+  private async formatFolder(segments: readonly string[], folder: OpenFile): Promise<Response> {
+    // The very folder that was opened, wherever its path leads by now.
+    const path = process.platform === "linux" ? `/proc/self/fd/${folder.fd}` : folder.realPath;
+    const found = await fs.promises.readdir(path, { withFileTypes: true });
+    const served = found.filter(({ name }) => isServed(name));
+    const entries: ListingEntry[] = [];
+    for (const [i, entry] of served.slice(0, this.limits.listingEntriesMax).entries()) {
+      const line = lookAt(this.root, path, entry);
+      if (line !== undefined) entries.push(line);
+      if (i % 256 === 255) await nextTurn();
+    }
+    const unlisted = Math.max(0, served.length - this.limits.listingEntriesMax);
+    return prepareResponse(200, this.fieldsOfListing(), formatListing(segments, entries, unlisted));
+  }
+
+  /** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
+  private fieldsOfListing(): Record<string, string> {
+    const style = new Bun.CryptoHasher("sha256").update(LISTING_STYLE).digest("base64");
+    const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
+    this.listingFields ??= {
+      "Content-Type": "text/html; charset=utf-8",
+      "Content-Security-Policy": policy,
+      ...FILE_FIELDS,
+    };
+    return this.listingFields;
+  }
+
+  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
+    const { version } = file;
+    const fields = HAS_CONDITIONS.test(request.text) ? request.fields() : NO_FIELDS;
+    const status = evaluateConditions(fields, version);
+    if (status === 412) return responseTo("precondition");
+    const validators = { ETag: version.etag, "Last-Modified": file.fields["Last-Modified"] ?? "" };
+    if (status === 304) return prepareResponse(304, validators);
+    const range = decideRange(request.method, fields, version, Date.now());
+    if (range === "unsatisfiable") {
+      const explained = { ...TEXT_FIELDS, "Content-Range": `bytes */${version.size}`, ...validators };
+      return prepareResponse(416, explained, "the file has none of these bytes\n");
+    }
+    const part = new FilePart(file.hold(), range ?? { from: 0, to: version.size });
+    const send = (digest?: string) => sendPart(request.method, file, range, part, digest);
+    const want = fields.get("want-repr-digest");
+    if (want === undefined || !wantsSha256(want)) return send();
+    const digest = this.digests.find(file);
+    if (!(digest instanceof Promise)) return send(digest);
+    return Promise.race([digest, Bun.sleep(this.limits.digestTimeoutMs).then(() => undefined)]).then(send);
+  }
+}
+
+/** The response with a part of a file: what is small is read now, what is not while it is sent. */
+function sendPart(
+  method: Method,
+  file: OpenFile,
+  range: ByteRange | undefined,
+  part: FilePart,
+  digest: string | undefined,
+): Response {
+  const status = range === undefined ? 200 : 206;
+  const length = part.left;
+  const head = formatHead(status, {
+    ...file.fields,
+    ...(range && { "Content-Range": `bytes ${range.from}-${range.to - 1}/${file.version.size}` }),
+    ...(digest !== undefined && { "Repr-Digest": `sha-256=:${digest}:` }),
+    "Content-Length": String(length),
+  });
+  if (method !== "HEAD" && length > SMALL_FILE_BYTES_MAX) return { status, head, content: NO_BYTES, file: part };
+  const content = method === "HEAD" ? NO_BYTES : new Uint8Array(length);
+  // Where it has just changed, it is sent like a large one: and that is where it is cut off.
+  if (!part.read(content, content.length)) return { status, head, content: NO_BYTES, file: part };
+  part.close();
+  return { status, head, content };
+}
+
+// ═══ 7 Connection ════════════════════════════════════════════════════════════════════════════════
 
 /** What the connections of a server have in common. */
 export class Server {
@@ -1065,13 +1739,15 @@ export class Server {
   /** Bytes that the buffers of all connections hold. */
   waitingBytes = 0;
   isStopping = false;
+  /** What is read of files on its way to a socket: one piece at a time, so one buffer is enough. */
+  readonly piece = new Uint8Array(PIECE_BYTES);
   /** Called once the server was told to stop and the last connection has gone. */
   onEmpty = () => {};
   /** Milliseconds, not of the day: the time of the last sweep, exact enough for deadlines. */
   now = performance.now();
 
   constructor(
-    readonly site: TextSite,
+    readonly site: Site,
     readonly logFormat: LogFormat,
     readonly log: (text: string) => void,
     readonly limits: Limits = LIMITS,
@@ -1090,6 +1766,7 @@ export class Server {
   sweep(): void {
     this.now = performance.now();
     this.output.setDate(new Date());
+    this.site.sweep?.();
     for (const connection of this.connections) if (connection.deadline < this.now) connection.onDeadline();
   }
 
@@ -1106,6 +1783,21 @@ export class Server {
   }
 }
 
+/** What a log entry tells of a request: its head, the octets of its content, the first of them, and what it got. */
+interface Logged {
+  readonly head: RequestHead;
+  readonly contentBytes: number;
+  readonly content: Uint8Array;
+  readonly status: number;
+}
+
+/** An answer that is sent bit by bit. */
+interface Answering {
+  readonly file: FilePart;
+  readonly closes: boolean;
+  readonly logged: Logged;
+}
+
 /** One peer: what it has sent and we have not used, what we have formatted and it has not taken. */
 export class Connection {
   deadline: number;
@@ -1119,6 +1811,8 @@ export class Connection {
   /** The request under way, when its head or its content is incomplete. */
   private head: RequestHead | null = null;
   private content: ContentReader | null = null;
+  /** The answer under way, when its content is a file. */
+  private answering: Answering | null = null;
   private peerHasFinished = false;
   private lingeredBytes = 0;
   /** What of the server's `waitingBytes` is ours. */
@@ -1141,6 +1835,10 @@ export class Connection {
   }
 
   onData(bytes: Uint8Array): void {
+    if (this.state === "responding") {
+      this.retain(bytes, 0, bytes.length);
+      return this.weigh();
+    }
     if (!this.isReading()) return this.drop(bytes.length);
     const isFirst = this.retainedLength === 0;
     if (!isFirst || this.hasUnsent()) this.retain(bytes, 0, bytes.length);
@@ -1150,12 +1848,17 @@ export class Connection {
 
   /** The kernel has room again. */
   onDrain(): void {
-    if (!this.hasUnsent() || !this.send(this.unsent, this.unsent.length) || this.hasUnsent()) return;
-    this.transport.resume();
-    if (this.state === "finishing") return this.linger();
-    this.serve(this.retained, this.retainedLength);
-    this.weigh();
-    if (this.peerHasFinished) this.onEnd();
+    if (!this.hasUnsent()) return this.onTurn();
+    if (!this.send(this.unsent, this.unsent.length) || this.hasUnsent()) return;
+    if (this.answering !== null) this.sendFile(this.answering);
+    this.goOn();
+  }
+
+  /** It is our turn to send more of a file. */
+  onTurn(): void {
+    if (this.answering === null) return;
+    this.sendFile(this.answering);
+    this.goOn();
   }
 
   /** The peer has sent its FIN: no more requests, but it may well wait for answers. */
@@ -1170,6 +1873,7 @@ export class Connection {
 
   onClose(): void {
     this.state = "closed";
+    this.endAnswer();
     this.retained = this.unsent = NO_BYTES;
     this.weigh();
     this.server.remove(this);
@@ -1215,6 +1919,10 @@ export class Connection {
       // More of the bytes can be used only if the output was full and the kernel took all of it.
       if (at === from || at === to || this.hasUnsent() || !this.isReading()) break;
     }
+    if (this.state === "responding") {
+      this.keep(bytes, at, to);
+      return void this.transport.pause();
+    }
     if (!this.isReading()) return;
     this.keep(bytes, at, to);
     this.awaitNext(
@@ -1258,13 +1966,12 @@ export class Connection {
 
   private startContent(head: RequestHead, hasContent: boolean): void {
     this.state = "reading-content";
-    // The head outlives the read that brought it. (Buffer's own slice would not copy.)
-    [head.bytes, head.base] = [new Uint8Array(head.bytes.subarray(head.base, head.base + head.length)), 0];
+    this.outlive(head);
     this.content = new ContentReader(head.contentLength, this.server.limits, this.server.logFormat === "request");
     if (head.contentLength > this.server.limits.contentBytesMax) return this.answerRejection("content-too-large");
     if (!head.expectsContinue) return;
     // RFC 9110 §10.1.1: who asks before it sends is told at once where the answer will be no.
-    if (respond(head, this.server.site).status >= 400) return this.answer(head, 0, NO_BYTES);
+    if (this.server.site.refuse(head) !== undefined) return this.answer(head, 0, NO_BYTES);
     if (!hasContent) this.server.output.append(CONTINUE);
   }
 
@@ -1282,30 +1989,52 @@ export class Connection {
   // ── answering ──
 
   private answer(head: RequestHead, contentBytes: number, content: Uint8Array): void {
-    let response: Response;
+    let response: Response | Promise<Response>;
     try {
-      response = respond(head, this.server.site);
+      response = this.server.site.respond(head);
     } catch (error) {
-      tell(`Error: ${error}`);
-      response = responseTo("internal");
+      response = this.fail(error);
     }
-    const closes = response.status >= 400 || !head.keepsAlive || this.server.isStopping;
-    this.sendResponse(
-      head,
-      response,
-      closes ? "close" : head.minorVersion === 0 ? "keep-alive" : "",
-      contentBytes,
-      content,
-    );
-    this.state = closes ? "finishing" : "reading-head";
+    if (!(response instanceof Promise)) return this.sendResponse(head, response, contentBytes, content);
+    const kept = this.outlive(head);
+    this.head = this.content = null;
+    this.state = "responding";
+    this.awaits = "";
+    response
+      .catch((error: unknown) => this.fail(error))
+      .then((response) => this.onResponse(kept, response, contentBytes, content));
+  }
+
+  /** A fault of ours ends this request, and touches no other. */
+  private fail(error: unknown): Response {
+    tell(`Error: ${error}`);
+    return responseTo("internal");
+  }
+
+  /** The answer that took its time is here. */
+  private onResponse(head: RequestHead, response: Response, contentBytes: number, content: Uint8Array): void {
+    if (this.state !== "responding") return void response.file?.close();
+    const { output } = this.server;
+    output.length = 0;
+    // What the kernel has not taken of earlier answers comes first.
+    output.append(this.unsent);
+    this.unsent = NO_BYTES;
+    this.sendResponse(head, response, contentBytes, content);
+    if (this.flush()) this.goOn();
+  }
+
+  /** The head outlives the read that brought it. (Buffer's own slice would not copy.) */
+  private outlive(head: RequestHead): RequestHead {
+    if (head === this.server.spareHead) this.server.spareHead = new RequestHead(this.server.limits);
+    [head.bytes, head.base] = [new Uint8Array(head.bytes.subarray(head.base, head.base + head.length)), 0];
+    return head;
   }
 
   /** Refuses what is under way. After a fault nobody knows where a next request would start. */
   private answerRejection(rejection: Rejection): void {
     const { wireBytes, logged } = this.content ?? { wireBytes: 0, logged: NO_BYTES };
     const head = this.head ?? new RequestHead(this.server.limits);
-    this.sendResponse(head, responseTo(rejection), "close", wireBytes, logged);
-    this.state = "finishing";
+    this.sendResponse(head, responseTo(rejection), wireBytes, logged);
   }
 
   /** As answerRejection, where no read is being served. */
@@ -1315,24 +2044,63 @@ export class Connection {
     this.flush();
   }
 
-  private sendResponse(
-    head: RequestHead,
-    response: Response,
-    option: ConnectionOption,
-    contentBytes: number,
-    content: Uint8Array,
-  ): void {
-    const { output, logFormat, log } = this.server;
+  private sendResponse(head: RequestHead, response: Response, contentBytes: number, content: Uint8Array): void {
+    const closes = response.status >= 400 || !head.keepsAlive || this.server.isStopping;
+    const option = closes ? "close" : head.minorVersion === 0 ? "keep-alive" : "";
     // RFC 9110 §9.3.2 and §15.3.5: no content for HEAD and in a 204, whatever the fields say.
     const withContent = head.method !== "HEAD" && response.status !== 204;
-    output.appendResponse(response, option, withContent);
-    if (logFormat === "request" && head.length > 0) log(formatRequestLog(head, content, contentBytes));
-    else if (logFormat === "access") {
-      const sent = withContent ? response.content.length : 0;
-      log(formatAccessLog(head, this.transport.remoteAddress, new Date(), response.status, sent));
-    }
+    this.server.output.appendResponse(response, option, withContent);
     this.head = this.content = null;
     this.awaits = "";
+    const { status, file } = response;
+    if (file === undefined) {
+      this.finishAnswer(closes);
+      return this.log({ head, contentBytes, content, status }, withContent ? response.content.length : 0);
+    }
+    this.state = "responding";
+    this.answering = { file, closes, logged: { head: this.outlive(head), contentBytes, content, status } };
+  }
+
+  private finishAnswer(closes: boolean): void {
+    this.state = closes ? "finishing" : "reading-head";
+  }
+
+  private log({ head, contentBytes, content, status }: Logged, sent: number): void {
+    const { logFormat, log } = this.server;
+    if (logFormat === "request" && head.length > 0) log(formatRequestLog(head, content, contentBytes));
+    else if (logFormat === "access") log(formatAccessLog(head, this.transport.remoteAddress, new Date(), status, sent));
+  }
+
+  /** Sends pieces of a file until the kernel takes no more, others want their turn, or all is sent. */
+  private sendFile({ file }: Answering): void {
+    const { piece } = this.server;
+    for (let pieces = 0; pieces < PIECES_PER_TURN; pieces++) {
+      const length = Math.min(piece.length, file.left);
+      if (!file.read(piece, length)) {
+        tell("Error: a file has changed while it was sent: the connection is cut off");
+        return this.abort();
+      }
+      const written = this.transport.write(piece, 0, length);
+      if (written < 0) return this.abort();
+      file.advance(written);
+      if (written > 0) this.awaits = "";
+      this.awaitNext("write");
+      if (file.left === 0) return this.endAnswer();
+      // What the kernel did not take is read again: nothing of it is kept.
+      if (written < length) return;
+    }
+    setImmediate(() => this.onTurn());
+  }
+
+  /** Nothing more is sent of the answer under way, if there is one. */
+  private endAnswer(): void {
+    const { answering } = this;
+    if (answering === null) return;
+    this.answering = null;
+    this.awaits = "";
+    if (this.state === "responding") this.finishAnswer(answering.closes || this.server.isStopping);
+    this.log(answering.logged, answering.file.sent);
+    answering.file.close();
   }
 
   // ── writing and closing ──
@@ -1344,7 +2112,8 @@ export class Connection {
     if (this.hasUnsent()) {
       this.transport.pause();
       this.awaitNext("write");
-    } else if (this.state === "finishing") this.linger();
+    } else if (this.answering !== null) this.sendFile(this.answering);
+    else if (this.state === "finishing") this.linger();
     return true;
   }
 
@@ -1380,6 +2149,7 @@ export class Connection {
   /** There is nobody to talk to any more, or nobody worth it: no FIN, no answer. */
   private abort(): void {
     this.state = "closed";
+    this.endAnswer();
     this.retained = this.unsent = NO_BYTES;
     this.transport.terminate();
   }
@@ -1407,6 +2177,17 @@ export class Connection {
     if (this.awaits === awaited && awaited !== "content") return;
     this.awaits = awaited;
     this.deadline = this.server.now + this.server.timeoutsMs[awaited];
+  }
+
+  /** What kept us from reading may be over: then goes on with what came meanwhile. */
+  private goOn(): void {
+    if (this.hasUnsent() || this.state === "responding" || this.state === "closed") return;
+    this.transport.resume();
+    if (this.state === "finishing") return this.linger();
+    if (!this.isReading()) return;
+    this.serve(this.retained, this.retainedLength);
+    this.weigh();
+    if (this.peerHasFinished) this.onEnd();
   }
 
   // ── bytes that wait ──
@@ -1623,11 +2404,13 @@ const LIMIT_LINES = LIMIT_NAMES.map((name) => {
 });
 
 export const HELP = `Usage: server [options]
-An HTTP/1.1 server that prints each request and answers it with a text.
+An HTTP/1.1 server that prints each request and answers it with a text, or with a file.
 
   --host HOST      address to listen on (${DEFAULTS.host}: 127.0.0.1 and, where there is one, ::1)
   --port PORT      port to listen on (${DEFAULTS.port}); 0 picks a free one, the ready line tells which
   --text TEXT      the answer to every request-target ("${DEFAULTS.text}")
+  --root DIR       serve the files below DIR instead, for GET and HEAD; names with a leading
+                   dot are not there, nor what links lead to outside of DIR
   --log FORMAT     on stdout: request, each request as received (default);
                    access, a line of the Combined Log Format; or off
   --tls-cert FILE  serve TLS with this certificate (PEM, the chain after it) ...
@@ -1649,6 +2432,8 @@ export interface CommandLine {
   readonly host: string;
   readonly port: number;
   readonly text: string;
+  /** Files below it are served instead of the text. */
+  readonly root: string | undefined;
   readonly log: LogFormat;
   readonly tlsFiles: { readonly cert: string; readonly key: string } | undefined;
   readonly reusePort: boolean;
@@ -1658,21 +2443,31 @@ export interface CommandLine {
 /** @throws StartError that says in one line what is wrong */
 export function parseCommandLine(args: string[], env: Record<string, string | undefined>): CommandLine {
   const { flags, limits } = parseFlags(args);
-  const { log = DEFAULTS.log, text = DEFAULTS.text, "tls-cert": cert, "tls-key": key } = flags;
+  const { log = DEFAULTS.log, text = DEFAULTS.text, root, "tls-cert": cert, "tls-key": key } = flags;
   if (log !== "request" && log !== "access" && log !== "off") throw usageError("--log takes request, access or off");
   const host = (flags.host ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
   if (host === "") throw usageError("--host takes a name or an address");
   const port = parseNumber("--port", flags.port ?? (env["PORT"] || String(DEFAULTS.port)), 65_535);
   if ((cert === undefined) !== (key === undefined)) throw usageError("--tls-cert and --tls-key need each other");
+  if (root !== undefined && flags.text !== undefined) throw usageError("--root and --text exclude each other");
+  if (root === "") throw usageError("--root takes a folder");
   const tlsFiles = cert !== undefined && key !== undefined ? { cert, key } : undefined;
   const show = flags.help ? "help" : flags.version ? "version" : "";
-  return { show, host, port, text, log, tlsFiles, reusePort: flags["reuse-port"] ?? false, limits };
+  return { show, host, port, text, root, log, tlsFiles, reusePort: flags["reuse-port"] ?? false, limits };
 }
 
 function parseFlags(args: string[]) {
   const string = { type: "string" } as const;
   const flag = (short: string) => ({ type: "boolean", short }) as const;
-  const texts = { host: string, port: string, text: string, log: string, "tls-cert": string, "tls-key": string };
+  const texts = {
+    host: string,
+    port: string,
+    text: string,
+    root: string,
+    log: string,
+    "tls-cert": string,
+    "tls-key": string,
+  };
   const switches = { "reuse-port": { type: "boolean" }, help: flag("h"), version: flag("V") } as const;
   const numbers = Object.fromEntries(LIMIT_NAMES.map((name) => [flagOf(name), string]));
   try {
@@ -1706,11 +2501,22 @@ function readPem(path: string): string {
   }
 }
 
+/** The real path of the folder to serve. @throws StartError where it is none, or cannot be read */
+function findRoot(path: string): string {
+  try {
+    fs.readdirSync(path);
+    return fs.realpathSync(path);
+  } catch (error) {
+    throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
+  }
+}
+
 /** Serves until a signal: the first asks, the second insists. */
 function run(commandLine: CommandLine): void {
-  const { text, log: logFormat, tlsFiles, limits } = commandLine;
+  const { text, root, log: logFormat, tlsFiles, limits } = commandLine;
   const log = new Log();
-  const server = new Server(new TextSite(text), logFormat, (entry) => log.print(entry), limits);
+  const site = root === undefined ? new TextSite(text) : new FileSite(findRoot(root), limits);
+  const server = new Server(site, logFormat, (entry) => log.print(entry), limits);
   const tls = tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
   const listeners = listen(server, { ...commandLine, tls });
   setInterval(() => server.sweep(), SWEEP_MS);

@@ -159,7 +159,8 @@ describe("a connection", () => {
 
 test("respond has an answer for every method", () => {
   const { server } = connect();
-  const statusOf = (method: string) => respond(Object.assign(server.spareHead, { method }), server.site).status;
+  const site = new TextSite("Hi");
+  const statusOf = (method: string) => respond(Object.assign(server.spareHead, { method }), site).status;
   expect(["GET", "HEAD", "POST", "OPTIONS", "PUT", "TRACE", ""].map(statusOf)).toEqual([
     200, 200, 200, 204, 405, 405, 501,
   ]);
