@@ -1773,6 +1773,8 @@ export class Server {
   /** Requests under way are answered, idle connections closed. */
   stop(): void {
     this.isStopping = true;
+    // The last sweep may be as long ago as idle connections have time.
+    this.now = performance.now();
     for (const connection of this.connections) connection.onStop();
     if (this.connections.size === 0) this.onEmpty();
   }
