@@ -1424,6 +1424,10 @@ export class FilePart {
     private at = range.from,
   ) {}
 
+  get path(): string {
+    return this.file.path;
+  }
+
   get left(): number {
     return this.range.to - this.at;
   }
@@ -1582,6 +1586,8 @@ export class FileSite implements Site {
   private readonly digests = new Digests();
   /** What was asked for since the last sweep, by path. */
   private readonly recent = new Map<string, OpenFile>();
+  /** Listings that are being made, by the path of the folder, and the last of them. */
+  private readonly listings = new Map<string, Promise<Response>>();
   private lastListing: Promise<unknown> = Promise.resolve();
   private listingFields: Record<string, string> | undefined;
 
@@ -1635,23 +1641,30 @@ export class FileSite implements Site {
       return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
     }
     const index = this.find(join(folder.realPath, "index.html"));
-    if (index === "not-found") return this.list(path.segments, folder.hold());
+    if (index === "not-found") return this.list(path.segments, folder);
     if (typeof index === "string") return responseTo(index);
     try {
-      return index.isFolder ? this.list(path.segments, folder.hold()) : this.respondFile(request, index);
+      return index.isFolder ? this.list(path.segments, folder) : this.respondFile(request, index);
     } finally {
       index.close();
     }
   }
 
-  /** One listing at a time: a folder may be large. */
+  /** A folder may be large: one listing is made at a time, and who asks for it meanwhile gets the same. */
   private list(segments: readonly string[], folder: OpenFile): Promise<Response> {
-    const listing = this.lastListing.then(() => this.formatFolder(segments, folder));
-    this.lastListing = listing.then(
-      () => folder.close(),
-      () => folder.close(),
-    );
-    return listing.catch((error: unknown) => responseTo(rejectionFor(error)));
+    const known = this.listings.get(folder.path);
+    if (known !== undefined) return known;
+    folder.hold();
+    const listing = this.lastListing
+      .then(() => this.formatFolder(segments, folder))
+      .catch((error: unknown) => responseTo(rejectionFor(error)))
+      .finally(() => {
+        folder.close();
+        this.listings.delete(folder.path);
+      });
+    this.listings.set(folder.path, listing);
+    this.lastListing = listing;
+    return listing;
   }
 
   private async formatFolder(segments: readonly string[], folder: OpenFile): Promise<Response> {
@@ -2079,7 +2092,7 @@ export class Connection {
     for (let pieces = 0; pieces < PIECES_PER_TURN; pieces++) {
       const length = Math.min(piece.length, file.left);
       if (!file.read(piece, length)) {
-        tell("Error: a file has changed while it was sent: the connection is cut off");
+        tell(`Error: ${file.path} has changed while it was sent: the connection is cut off`);
         return this.abort();
       }
       const written = this.transport.write(piece, 0, length);
@@ -2114,8 +2127,10 @@ export class Connection {
     if (this.hasUnsent()) {
       this.transport.pause();
       this.awaitNext("write");
-    } else if (this.answering !== null) this.sendFile(this.answering);
-    else if (this.state === "finishing") this.linger();
+      return true;
+    }
+    if (this.answering !== null) this.sendFile(this.answering);
+    if (this.state === "finishing") this.linger();
     return true;
   }
 
