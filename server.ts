@@ -69,7 +69,7 @@ const BOUNDS = {
   lingerBytesMax: [16_777_216, "bytes to drop while we wait for it"],
   /** A name takes some 300 bytes of a page. Of a folder with more, the rest can still be fetched by name. */
   listingEntriesMax: [10_000, "names in the listing of a folder"],
-  /** A digest is asked for, never demanded: half as long as impatient clients wait for the first byte. */
+  /** A digest is asked for, never demanded: a third of the time for which client-robust waits for a byte. */
   digestTimeoutMs: [10_000, "ms that an answer waits for the digest of its file; then it goes without"],
   /** Requests under way when the server is told to stop get this long. */
   graceMs: [10_000, "ms for requests under way when told to stop"],
@@ -1151,17 +1151,43 @@ function formatBytes(bytes: number): string {
 }
 // ── end shared ──
 
+/**
+ * Colours that a browser does not know yet ("light-dark") leave it with its own. Icons are cut out of boxes: a folder
+ * is what ends in a slash. A link covers its whole row, to be hit by a thumb.
+ */
 const LISTING_STYLE = `
-:root { color-scheme: light dark; }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.25rem; overflow-wrap: anywhere; }
-ul { list-style: none; margin: 0; padding: 0; }
-li { display: flex; flex-wrap: wrap; gap: 0 1.5rem; border-top: 1px solid #8884; }
-a { flex: 1 1 18rem; padding: .4rem 0; overflow-wrap: anywhere; text-decoration: none; }
-a:hover, a:focus { text-decoration: underline; }
-span, time, p { padding: .4rem 0; opacity: .7; font-variant-numeric: tabular-nums; white-space: nowrap; }
-span { min-width: 6em; text-align: right; }
-@media (max-width: 36rem) { a { flex-basis: 100%; padding-bottom: 0; } span { min-width: 0; } }
+:root { color-scheme: light dark; --dim: light-dark(#59626d, #9aa3ae); --line: light-dark(#e3e6ea, #2c3036); }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 2rem 1rem; }
+body { color: light-dark(#1c2024, #e4e7ea); background: light-dark(#fff, #14161a); }
+h1 { font-size: 1.25rem; margin: 0; padding: 0 .5rem 1rem; }
+h1, a { overflow-wrap: anywhere; white-space: pre-wrap; }
+ul { list-style: none; margin: 0; padding: 0; border: solid var(--line); border-width: 1px 0; }
+li { display: grid; grid: auto / 1fr 6rem 9rem; gap: 0 1rem; align-items: baseline; align-content: center; }
+li { position: relative; padding: .5rem; }
+li + li { border-top: 1px solid var(--line); }
+li:hover { background: light-dark(#f3f6f9, #1d2025); }
+a { padding-left: 1.75rem; text-decoration: none; color: light-dark(#0a58ca, #8ab8ff); }
+a:visited { color: light-dark(#6b3fa0, #c3a6f2); }
+li:hover a { text-decoration: underline; }
+a::after { content: ""; position: absolute; inset: 0; }
+a:focus-visible { outline: none; }
+a:focus-visible::after { outline: 2px solid; outline-offset: -2px; border-radius: 4px; }
+a::before { content: ""; position: absolute; left: .5rem; top: .75rem; width: 1rem; height: 1rem; background: #8b949e; }
+a::before { clip-path: polygon(12% 0, 60% 0, 88% 28%, 88% 100%, 12% 100%); }
+[href$="/"]::before { background: light-dark(#3b82d6, #6ba6f0); }
+[href$="/"]::before { clip-path: polygon(0 8%, 40% 8%, 52% 22%, 100% 22%, 100% 92%, 0 92%); }
+[href="../"]::before { clip-path: polygon(50% 4%, 96% 50%, 64% 50%, 64% 96%, 36% 96%, 36% 50%, 4% 50%); }
+span, time, p { font-size: .875rem; color: var(--dim); font-variant-numeric: tabular-nums; white-space: nowrap; }
+span { text-align: right; }
+time { grid-column: 3; text-align: right; }
+p { margin: 0; padding: .75rem .5rem; white-space: normal; }
+@media (max-width: 40rem) {
+  body { padding: 1rem .5rem; }
+  li { grid: auto / 1fr auto; min-height: 1.75rem; }
+  a { grid-column: 1 / 3; }
+  time { grid-area: 2 / 1; text-align: left; padding-left: 1.75rem; }
+  span { grid-area: 2 / 2; }
+}
 `;
 
 /** Folders first; then "file9" before "file10". */
@@ -1179,25 +1205,37 @@ const escapeText = (text: string) => Bun.escapeHTML(printable(text));
 export function formatListing(segments: readonly string[], entries: readonly ListingEntry[], unlisted: number): string {
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compareNames(a.name, b.name));
   const items = sorted.map(formatListingEntry);
-  if (segments.length > 0) items.unshift('<li><a href="../">../</a></li>');
+  if (segments.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
   const path = escapeText(["", ...segments, ""].join("/"));
-  const more = unlisted > 0 ? `<p>and ${unlisted} more</p>\n` : "";
   return `<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>${path}</title>
+<title>Index of ${path}</title>
 <style>${LISTING_STYLE}</style>
 </head>
 <body>
+<main>
 <h1><bdi>${path}</bdi></h1>
-<ul>
+<ul role="list">
 ${items.join("\n")}
 </ul>
-${more}</body>
+<p>${formatListingSummary(entries, unlisted)}</p>
+</main>
+</body>
 </html>
 `;
+}
+
+/** What is here, and what is not on the page. */
+function formatListingSummary(entries: readonly ListingEntry[], unlisted: number): string {
+  if (entries.length === 0 && unlisted === 0) return "This folder is empty.";
+  const count = (n: number, what: string) => (n === 0 ? [] : [`${n} ${what}${n === 1 ? "" : "s"}`]);
+  const folders = entries.filter(({ isFolder }) => isFolder).length;
+  const counts = [...count(folders, "folder"), ...count(entries.length - folders, "file")];
+  const more = unlisted > 0 ? [`and ${unlisted} more that the page leaves out`] : [];
+  return `${[...counts, ...more].join(", ")}. Times are in UTC.`;
 }
 
 function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): string {
