@@ -221,9 +221,47 @@ function trimOws(text: string): string {
 // ── end shared ──
 
 // ── shared: chunked ──
-/** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ) */
-const CHUNK_EXT =
-  /^(?:[ \t]*;[ \t]*[!#$%&'*+\-.^_`|~\w]+(?:[ \t]*=[ \t]*(?:[!#$%&'*+\-.^_`|~\w]+|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"))?)*$/;
+type ExtensionState =
+  | "start"
+  | "before-name"
+  | "name"
+  | "after-name"
+  | "before-value"
+  | "token"
+  | "quoted"
+  | "quoted-pair"
+  | "after-quoted"
+  | "after-value";
+type ExtensionByte = "BWS" | ";" | "=" | '"' | "\\" | "tchar" | "other";
+
+const QUOTED_TEXT = { BWS: "quoted", ";": "quoted", "=": "quoted", tchar: "quoted", other: "quoted" } as const;
+
+/**
+ * chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )
+ *
+ * Where each byte leads to, so that nothing of an extension has to be kept. What is not here is a fault.
+ */
+const EXTENSION_STEPS: Readonly<Record<ExtensionState, Readonly<Partial<Record<ExtensionByte, ExtensionState>>>>> = {
+  start: { BWS: "start", ";": "before-name" },
+  "before-name": { BWS: "before-name", tchar: "name" },
+  name: { tchar: "name", BWS: "after-name", "=": "before-value", ";": "before-name" },
+  "after-name": { BWS: "after-name", "=": "before-value", ";": "before-name" },
+  "before-value": { BWS: "before-value", tchar: "token", '"': "quoted" },
+  token: { tchar: "token", BWS: "after-value", ";": "before-name" },
+  quoted: { ...QUOTED_TEXT, "\\": "quoted-pair", '"': "after-quoted" },
+  "quoted-pair": { ...QUOTED_TEXT, "\\": "quoted", '"': "quoted" },
+  "after-quoted": { BWS: "after-value", ";": "before-name" },
+  "after-value": { BWS: "after-value", ";": "before-name" },
+};
+/** The states in which the line may end. */
+const EXTENSION_ENDS: ReadonlySet<ExtensionState> = new Set(["name", "token", "after-quoted"] as const);
+const EXTENSION_BYTES = Array.from({ length: 256 }, (_, byte): ExtensionByte => {
+  const character = String.fromCharCode(byte);
+  if (character === " " || character === "\t") return "BWS";
+  if (character === ";" || character === "=" || character === '"' || character === "\\") return character;
+  return /[!#$%&'*+\-.^_`|~\w]/.test(character) ? "tchar" : "other";
+});
+
 /** field-line = field-name ":" OWS field-value OWS */
 const FIELD_LINE = /^([!#$%&'*+\-.^_`|~\w]+):[\t\x20-\x7e\x80-\xff]*$/;
 
@@ -250,9 +288,17 @@ export class ChunkedDecoder {
   readonly trailerNames: string[] = [];
   private left = 0;
   private sizeDigits = 0;
+  private extension: ExtensionState = "start";
   private extensionBytes = 0;
   private trailerBytes = 0;
-  private line = "";
+  /** The line of the trailer section that is under way: the first `lineLength` of the bytes. */
+  private line = new Uint8Array(0);
+  private lineLength = 0;
+
+  /** Bytes that are kept until there are more. */
+  get heldBytes(): number {
+    return this.line.length;
+  }
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
@@ -316,18 +362,21 @@ export class ChunkedDecoder {
     else if (byte === LF) this.fail("bare-lf");
     else if (byte === SP || byte === HTAB || byte === 0x3b) {
       this.go("extension");
+      this.extension = "start";
       this.takeExtensionByte(byte);
     } else this.fail("chunk-size");
   }
 
   private takeExtensionByte(byte: number): void {
     if (byte === LF) return this.fail("bare-lf");
-    if (byte === CR) return CHUNK_EXT.test(this.line) ? this.go("size-lf") : this.fail("chunk-extension");
+    if (byte === CR) return EXTENSION_ENDS.has(this.extension) ? this.go("size-lf") : this.fail("chunk-extension");
     // All of them together may outweigh the content only by so much, or tiny chunks would keep us busy.
     this.extensionBytes++;
-    if (FIELD_CONTENT[byte] !== 1 || this.extensionBytes > this.limits.chunkExtensionBytesMax + this.announced)
+    const kind = FIELD_CONTENT[byte] === 1 ? EXTENSION_BYTES[byte] : undefined;
+    const next = kind && EXTENSION_STEPS[this.extension][kind];
+    if (next === undefined || this.extensionBytes > this.limits.chunkExtensionBytesMax + this.announced)
       return this.fail("chunk-extension");
-    this.line += String.fromCharCode(byte);
+    this.extension = next;
   }
 
   private endSizeLine(): void {
@@ -339,31 +388,34 @@ export class ChunkedDecoder {
   private takeTrailerByte(byte: number): void {
     this.trailerBytes++;
     if (this.trailerBytes > this.limits.headBytesMax) return this.fail("trailer-too-large");
-    if (byte === LF) return this.endTrailerLine();
+    const isAfterCr = this.lineLength > 0 && this.line[this.lineLength - 1] === CR;
+    if (byte === LF) return isAfterCr ? this.endTrailerLine() : this.fail("bare-lf");
     // CR is only ever the last byte of a line; what else may stand in a line is checked at once.
-    if (this.line.endsWith("\r")) return this.fail("bare-cr");
+    if (isAfterCr) return this.fail("bare-cr");
     if (byte !== CR && FIELD_CONTENT[byte] !== 1) return this.fail("trailer");
-    this.line += String.fromCharCode(byte);
+    if (this.lineLength === this.line.length) {
+      const longer = new Uint8Array(Math.max(64, 2 * this.lineLength));
+      longer.set(this.line);
+      this.line = longer;
+    }
+    this.line[this.lineLength++] = byte;
   }
 
   private endTrailerLine(): void {
-    if (!this.line.endsWith("\r")) return this.fail("bare-lf");
-    const line = this.line.slice(0, -1);
+    const line = latin1(this.line, 0, this.lineLength - 1);
+    this.lineLength = 0;
     if (line === "") return this.go("done");
     const isFold = this.acceptsFolds && /^[ \t]/.test(line) && this.trailerNames.length > 0;
-    if (isFold && FIELD_LINE.test(`x:${line}`)) return this.go("trailer");
+    if (isFold && FIELD_LINE.test(`x:${line}`)) return;
     const name = FIELD_LINE.exec(line)?.[1];
     if (name === undefined) return this.fail("trailer");
     if (this.trailerNames.length === this.limits.fieldLinesMax) return this.fail("trailer-too-large");
     this.trailerNames.push(name.toLowerCase());
-    this.line = "";
   }
 
   private go(state: ChunkedDecoder["state"]): void {
     this.state = state;
-    this.line = "";
-    if (state !== "size") return;
-    this.left = this.sizeDigits = 0;
+    if (state === "size") this.left = this.sizeDigits = 0;
   }
 
   private fail(fault: ChunkedFault): void {
@@ -1684,8 +1736,13 @@ class FileSink implements Sink {
     return "";
   }
 
+  /** A link at its place is not followed, nor is a new part written into what is there: others may put something there. */
   private openPart(): void {
-    if (this.fd < 0) this.fd = fs.openSync(this.partPath, this.position > 0 ? "r+" : "w");
+    if (this.fd >= 0) return;
+    const { O_WRONLY, O_CREAT, O_EXCL, O_NOFOLLOW } = fs.constants;
+    if (this.position === 0) fs.rmSync(this.partPath, { force: true });
+    const flags = O_WRONLY | O_NOFOLLOW | (this.position > 0 ? 0 : O_CREAT | O_EXCL);
+    this.fd = fs.openSync(this.partPath, flags, 0o666);
   }
 
   /**

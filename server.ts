@@ -25,7 +25,7 @@
  */
 import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
-import { join, sep } from "node:path";
+import { dirname, join, sep } from "node:path";
 import { parseArgs } from "node:util";
 
 // ═══ 1 Limits and defaults ═══════════════════════════════════════════════════════════════════════
@@ -35,7 +35,9 @@ export const VERSION = "0.1.0";
 /** Every bound: its default, what it is for the user, and above it why that number. Each is a flag. */
 const BOUNDS = {
   /** Ten thousand idle peers must leave room for others; each costs us 1 to 2 KiB, and the kernel some more. */
-  connectionsMax: [16_384, "connections at once; one more gets 503"],
+  connectionsMax: [16_384, "connections at once, or as many as ulimit -n has room for; one more gets 503"],
+  /** Enough to tell a proxy that it is one too many; in a flood nobody is told. */
+  refusedConnectionsMax: [256, "connections beyond these that still get a 503; the rest is cut off"],
   /** Longest registered method: UPDATEREDIRECTREF, 17. A longer one is none that we know. */
   methodBytesMax: [32, "bytes of a method"],
   /** RFC 9112 §3 asks for at least 8,000; what browsers and proxies send stays below. */
@@ -71,6 +73,10 @@ const BOUNDS = {
   listingEntriesMax: [10_000, "names in the listing of a folder"],
   /** A digest is asked for, never demanded: a third of the time for which client-robust waits for a byte. */
   digestTimeoutMs: [10_000, "ms that an answer waits for the digest of its file; then it goes without"],
+  /** Each holds a file open while it waits. Whoever is one more gets an answer without a digest. */
+  pendingDigestsMax: [64, "digests that may wait to be computed"],
+  /** What many ask for is not opened each time. They are closed a few times a second. */
+  recentFilesMax: [256, "files that stay open for a moment after they were asked for"],
   /** Requests under way when the server is told to stop get this long. */
   graceMs: [10_000, "ms for requests under way when told to stop"],
 } as const satisfies Record<string, readonly [value: number, meaning: string]>;
@@ -89,19 +95,16 @@ const PIECE_BYTES = 262_144;
 const PIECES_PER_TURN = 16;
 /** A file up to this size is read at once, and goes out together with its head. */
 const SMALL_FILE_BYTES_MAX = 65_536;
-/** Files that stay open until the next sweep, so that those which many ask for are not opened each time. */
-const RECENT_FILES_MAX = 256;
-/** Digests that are remembered, and that may be waited for, with some 200 bytes each. */
+/** Digests that are remembered, each with the path of its file. */
 const DIGESTS_KEPT_MAX = 4096;
-const DIGESTS_PENDING_MAX = 64;
 /** Two changes of a file within one tick of the kernel's clock leave it with one time: 10 ms at the most. */
 const CLOCK_TICK_MS = 10;
 /** How often deadlines are looked at: one sweep costs less than a timer for each connection. */
 const SWEEP_MS = 250;
 /** On stop, requests that idle peers have already sent arrive within this time and are served. */
 const STOP_IDLE_MS = 250;
-/** Peers over the limit for whom there is still an answer; the rest are cut off without. */
-const REFUSED_CONNECTIONS_MAX = 256;
+/** What the runtime has open besides: its event loop, its standard streams, listeners, threads. */
+const RUNTIME_DESCRIPTORS = 16;
 /** Of what was sent, the request log shows the start: what the tutorial's one receive would show. */
 const LOGGED_BYTES_MAX = 1024;
 /** Log text that waits for a slow reader of stdout; more is dropped and counted, never waited for. */
@@ -304,9 +307,47 @@ function trimOws(text: string): string {
 // ── end shared ──
 
 // ── shared: chunked ──
-/** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ) */
-const CHUNK_EXT =
-  /^(?:[ \t]*;[ \t]*[!#$%&'*+\-.^_`|~\w]+(?:[ \t]*=[ \t]*(?:[!#$%&'*+\-.^_`|~\w]+|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"))?)*$/;
+type ExtensionState =
+  | "start"
+  | "before-name"
+  | "name"
+  | "after-name"
+  | "before-value"
+  | "token"
+  | "quoted"
+  | "quoted-pair"
+  | "after-quoted"
+  | "after-value";
+type ExtensionByte = "BWS" | ";" | "=" | '"' | "\\" | "tchar" | "other";
+
+const QUOTED_TEXT = { BWS: "quoted", ";": "quoted", "=": "quoted", tchar: "quoted", other: "quoted" } as const;
+
+/**
+ * chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )
+ *
+ * Where each byte leads to, so that nothing of an extension has to be kept. What is not here is a fault.
+ */
+const EXTENSION_STEPS: Readonly<Record<ExtensionState, Readonly<Partial<Record<ExtensionByte, ExtensionState>>>>> = {
+  start: { BWS: "start", ";": "before-name" },
+  "before-name": { BWS: "before-name", tchar: "name" },
+  name: { tchar: "name", BWS: "after-name", "=": "before-value", ";": "before-name" },
+  "after-name": { BWS: "after-name", "=": "before-value", ";": "before-name" },
+  "before-value": { BWS: "before-value", tchar: "token", '"': "quoted" },
+  token: { tchar: "token", BWS: "after-value", ";": "before-name" },
+  quoted: { ...QUOTED_TEXT, "\\": "quoted-pair", '"': "after-quoted" },
+  "quoted-pair": { ...QUOTED_TEXT, "\\": "quoted", '"': "quoted" },
+  "after-quoted": { BWS: "after-value", ";": "before-name" },
+  "after-value": { BWS: "after-value", ";": "before-name" },
+};
+/** The states in which the line may end. */
+const EXTENSION_ENDS: ReadonlySet<ExtensionState> = new Set(["name", "token", "after-quoted"] as const);
+const EXTENSION_BYTES = Array.from({ length: 256 }, (_, byte): ExtensionByte => {
+  const character = String.fromCharCode(byte);
+  if (character === " " || character === "\t") return "BWS";
+  if (character === ";" || character === "=" || character === '"' || character === "\\") return character;
+  return /[!#$%&'*+\-.^_`|~\w]/.test(character) ? "tchar" : "other";
+});
+
 /** field-line = field-name ":" OWS field-value OWS */
 const FIELD_LINE = /^([!#$%&'*+\-.^_`|~\w]+):[\t\x20-\x7e\x80-\xff]*$/;
 
@@ -333,9 +374,17 @@ export class ChunkedDecoder {
   readonly trailerNames: string[] = [];
   private left = 0;
   private sizeDigits = 0;
+  private extension: ExtensionState = "start";
   private extensionBytes = 0;
   private trailerBytes = 0;
-  private line = "";
+  /** The line of the trailer section that is under way: the first `lineLength` of the bytes. */
+  private line = new Uint8Array(0);
+  private lineLength = 0;
+
+  /** Bytes that are kept until there are more. */
+  get heldBytes(): number {
+    return this.line.length;
+  }
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
@@ -399,18 +448,21 @@ export class ChunkedDecoder {
     else if (byte === LF) this.fail("bare-lf");
     else if (byte === SP || byte === HTAB || byte === 0x3b) {
       this.go("extension");
+      this.extension = "start";
       this.takeExtensionByte(byte);
     } else this.fail("chunk-size");
   }
 
   private takeExtensionByte(byte: number): void {
     if (byte === LF) return this.fail("bare-lf");
-    if (byte === CR) return CHUNK_EXT.test(this.line) ? this.go("size-lf") : this.fail("chunk-extension");
+    if (byte === CR) return EXTENSION_ENDS.has(this.extension) ? this.go("size-lf") : this.fail("chunk-extension");
     // All of them together may outweigh the content only by so much, or tiny chunks would keep us busy.
     this.extensionBytes++;
-    if (FIELD_CONTENT[byte] !== 1 || this.extensionBytes > this.limits.chunkExtensionBytesMax + this.announced)
+    const kind = FIELD_CONTENT[byte] === 1 ? EXTENSION_BYTES[byte] : undefined;
+    const next = kind && EXTENSION_STEPS[this.extension][kind];
+    if (next === undefined || this.extensionBytes > this.limits.chunkExtensionBytesMax + this.announced)
       return this.fail("chunk-extension");
-    this.line += String.fromCharCode(byte);
+    this.extension = next;
   }
 
   private endSizeLine(): void {
@@ -422,31 +474,34 @@ export class ChunkedDecoder {
   private takeTrailerByte(byte: number): void {
     this.trailerBytes++;
     if (this.trailerBytes > this.limits.headBytesMax) return this.fail("trailer-too-large");
-    if (byte === LF) return this.endTrailerLine();
+    const isAfterCr = this.lineLength > 0 && this.line[this.lineLength - 1] === CR;
+    if (byte === LF) return isAfterCr ? this.endTrailerLine() : this.fail("bare-lf");
     // CR is only ever the last byte of a line; what else may stand in a line is checked at once.
-    if (this.line.endsWith("\r")) return this.fail("bare-cr");
+    if (isAfterCr) return this.fail("bare-cr");
     if (byte !== CR && FIELD_CONTENT[byte] !== 1) return this.fail("trailer");
-    this.line += String.fromCharCode(byte);
+    if (this.lineLength === this.line.length) {
+      const longer = new Uint8Array(Math.max(64, 2 * this.lineLength));
+      longer.set(this.line);
+      this.line = longer;
+    }
+    this.line[this.lineLength++] = byte;
   }
 
   private endTrailerLine(): void {
-    if (!this.line.endsWith("\r")) return this.fail("bare-lf");
-    const line = this.line.slice(0, -1);
+    const line = latin1(this.line, 0, this.lineLength - 1);
+    this.lineLength = 0;
     if (line === "") return this.go("done");
     const isFold = this.acceptsFolds && /^[ \t]/.test(line) && this.trailerNames.length > 0;
-    if (isFold && FIELD_LINE.test(`x:${line}`)) return this.go("trailer");
+    if (isFold && FIELD_LINE.test(`x:${line}`)) return;
     const name = FIELD_LINE.exec(line)?.[1];
     if (name === undefined) return this.fail("trailer");
     if (this.trailerNames.length === this.limits.fieldLinesMax) return this.fail("trailer-too-large");
     this.trailerNames.push(name.toLowerCase());
-    this.line = "";
   }
 
   private go(state: ChunkedDecoder["state"]): void {
     this.state = state;
-    this.line = "";
-    if (state !== "size") return;
-    this.left = this.sizeDigits = 0;
+    if (state === "size") this.left = this.sizeDigits = 0;
   }
 
   private fail(fault: ChunkedFault): void {
@@ -1241,7 +1296,7 @@ function formatListingSummary(entries: readonly ListingEntry[], unlisted: number
 function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): string {
   const slash = isFolder ? "/" : "";
   const link = `<a href="./${encodeURIComponent(name).replaceAll("'", "%27")}${slash}"><bdi>${escapeText(name)}</bdi>${slash}</a>`;
-  const time = modified.toISOString();
+  const time = Number.isNaN(modified.getTime()) ? "" : modified.toISOString(); // beyond what a calendar has
   const length = isFolder ? "" : `<span title="${size} bytes">${formatBytes(size)}</span>`;
   return `<li>${link}${length}<time datetime="${time}">${time.slice(0, 16).replace("T", " ")}</time></li>`;
 }
@@ -1380,8 +1435,8 @@ function versionOf(stats: fs.BigIntStats, now: number): FileVersion {
   const parts = [mtimeNs, size, ino, ctimeNs].map((part) => part.toString(16));
   const isFresh = Math.abs(now - changedAt(stats)) <= CLOCK_TICK_MS;
   if (isFresh) parts.push(`${now}.${freshVersions++}`);
-  // RFC 9110 §8.8.2.1: never later than Date.
-  const modified = Math.min(Number(mtimeNs / 1_000_000n), now);
+  // RFC 9110 §8.8.2.1: never later than Date. Before 1970 there were no files, but there are such times.
+  const modified = Math.max(0, Math.min(Number(mtimeNs / 1_000_000n), now));
   const lastModified = Math.floor(modified / 1000) * 1000;
   return { size: Number(size), etag: `"${parts.join("-")}"`, lastModified, isFresh };
 }
@@ -1425,6 +1480,7 @@ class OpenFile {
   /** Has nothing been written to it since it was opened? */
   isUnchanged(): boolean {
     const { size, mtimeNs } = fs.fstatSync(this.fd, { bigint: true });
+    // The time of the last change says less here: to move, replace or delete a file changes it too.
     return size === this.stats.size && mtimeNs === this.stats.mtimeNs;
   }
 
@@ -1508,6 +1564,8 @@ class Digests {
   private readonly pending = new Map<string, Promise<string | undefined>>();
   private last: Promise<unknown> = Promise.resolve();
 
+  constructor(private readonly pendingMax: number) {}
+
   /** In base64; undefined where there is none: the file changes, or too many others are being computed. */
   find(file: OpenFile): string | undefined | Promise<string | undefined> {
     const key = `${file.realPath} ${file.version.etag}`;
@@ -1517,7 +1575,7 @@ class Digests {
   }
 
   private start(key: string, file: OpenFile): Promise<string | undefined> | undefined {
-    if (this.pending.size >= DIGESTS_PENDING_MAX) return undefined;
+    if (this.pending.size >= this.pendingMax) return undefined;
     file.hold();
     const computed = this.last.then(() => computeDigest(file));
     const found = computed
@@ -1590,23 +1648,37 @@ function openBelow(root: string, path: string): OpenFile | Rejection {
     fd = -1;
     return file;
   } catch (error) {
-    return rejectionFor(error);
+    const rejection = rejectionFor(error);
+    return rejection === "forbidden" && !isKnownBelow(root, path) ? "not-found" : rejection;
   } finally {
     if (fd >= 0) fs.closeSync(fd);
   }
+}
+
+/** Of what may not be opened: may a peer know that there is something? Not if a link leads there from below the root. */
+function isKnownBelow(root: string, path: string): boolean {
+  for (let at = path; isBelow(root, at); at = dirname(at)) {
+    try {
+      return isBelow(root, fs.realpathSync(at));
+    } catch {} // the folder above it may be looked at, or the one above that
+  }
+  return false;
 }
 
 /** Names in a folder that are neither hidden nor impossible in a request. */
 const isServed = (name: string) => !name.startsWith(".") && !NO_FILE_NAME.test(name);
 
 /** Looks at a name in a folder. @returns undefined where a request for it would find nothing */
-function lookAt(root: string, folder: string, found: fs.Dirent): ListingEntry | undefined {
+function lookAt(root: string, folder: string, name: string): ListingEntry | undefined {
   try {
-    const path = join(folder, found.name);
-    if (found.isSymbolicLink() && !isBelow(root, fs.realpathSync(path))) return undefined;
-    const stats = fs.statSync(path);
+    const path = join(folder, name);
+    let stats = fs.lstatSync(path);
+    if (stats.isSymbolicLink()) {
+      if (!isBelow(root, fs.realpathSync(path))) return undefined;
+      stats = fs.statSync(path);
+    }
     if (!stats.isFile() && !stats.isDirectory()) return undefined;
-    return { name: found.name, isFolder: stats.isDirectory(), size: stats.size, modified: stats.mtime };
+    return { name, isFolder: stats.isDirectory(), size: stats.size, modified: stats.mtime };
   } catch {
     return undefined; // it has gone, or its link leads nowhere
   }
@@ -1621,7 +1693,7 @@ const NO_FIELDS: ReadonlyMap<string, string> = new Map();
 
 /** The files below a folder, as they are at this moment: nothing of them is remembered but digests. */
 export class FileSite implements Site {
-  private readonly digests = new Digests();
+  private readonly digests: Digests;
   /** What was asked for since the last sweep, by path. */
   private readonly recent = new Map<string, OpenFile>();
   /** Listings that are being made, by the path of the folder, and the last of them. */
@@ -1633,7 +1705,9 @@ export class FileSite implements Site {
   constructor(
     private readonly root: string,
     private readonly limits: Limits,
-  ) {}
+  ) {
+    this.digests = new Digests(limits.pendingDigestsMax);
+  }
 
   refuse({ method }: RequestHead): Response | undefined {
     if (method === "GET" || method === "HEAD") return undefined;
@@ -1665,9 +1739,13 @@ export class FileSite implements Site {
   private find(path: string): OpenFile | Rejection {
     const known = this.recent.get(path);
     if (known?.isCurrent()) return known.hold();
-    const found = openBelow(this.root, path);
+    let found = openBelow(this.root, path);
+    if (found === "too-many-files" && this.recent.size > 0) {
+      this.sweep();
+      found = openBelow(this.root, path);
+    }
     if (typeof found === "string" || found.isFolder || found.version.isFresh) return found;
-    if (this.recent.size === RECENT_FILES_MAX) this.sweep();
+    if (this.recent.size >= this.limits.recentFilesMax) this.sweep();
     this.recent.get(path)?.close();
     this.recent.set(path, found.hold());
     return found;
@@ -1679,41 +1757,47 @@ export class FileSite implements Site {
       return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
     }
     const index = this.find(join(folder.realPath, "index.html"));
-    if (index === "not-found") return this.list(path.segments, folder);
+    if (index === "not-found") return this.list(path.segments, folder.path);
     if (typeof index === "string") return responseTo(index);
     try {
-      return index.isFolder ? this.list(path.segments, folder) : this.respondFile(request, index);
+      return index.isFolder ? this.list(path.segments, folder.path) : this.respondFile(request, index);
     } finally {
       index.close();
     }
   }
 
   /** A folder may be large: one listing is made at a time, and who asks for it meanwhile gets the same. */
-  private list(segments: readonly string[], folder: OpenFile): Promise<Response> {
-    const known = this.listings.get(folder.path);
+  private list(segments: readonly string[], path: string): Promise<Response> {
+    const known = this.listings.get(path);
     if (known !== undefined) return known;
-    folder.hold();
     const listing = this.lastListing
-      .then(() => this.formatFolder(segments, folder))
+      .then(() => this.openAndList(segments, path))
       .catch((error: unknown) => responseTo(rejectionFor(error)))
-      .finally(() => {
-        folder.close();
-        this.listings.delete(folder.path);
-      });
-    this.listings.set(folder.path, listing);
+      .finally(() => this.listings.delete(path));
+    this.listings.set(path, listing);
     this.lastListing = listing;
     return listing;
+  }
+
+  /** While it waited, the folder was not kept open: many may wait, and their peers may have gone. */
+  private async openAndList(segments: readonly string[], path: string): Promise<Response> {
+    const folder = openBelow(this.root, path);
+    if (typeof folder === "string") return responseTo(folder);
+    try {
+      return await this.formatFolder(segments, folder);
+    } finally {
+      folder.close();
+    }
   }
 
   private async formatFolder(segments: readonly string[], folder: OpenFile): Promise<Response> {
     // The very folder that was opened, wherever its path leads by now.
     const path = process.platform === "linux" ? `/proc/self/fd/${folder.fd}` : folder.realPath;
-    const found = await fs.promises.readdir(path, { withFileTypes: true });
-    const served = found.filter(({ name }) => isServed(name));
+    const served = (await fs.promises.readdir(path)).filter(isServed);
     const entries: ListingEntry[] = [];
-    for (const [i, entry] of served.slice(0, this.limits.listingEntriesMax).entries()) {
-      const line = lookAt(this.root, path, entry);
-      if (line !== undefined) entries.push(line);
+    for (const [i, name] of served.slice(0, this.limits.listingEntriesMax).entries()) {
+      const entry = lookAt(this.root, path, name);
+      if (entry !== undefined) entries.push(entry);
       if (i % 256 === 255) await nextTurn();
     }
     const unlisted = Math.max(0, served.length - this.limits.listingEntriesMax);
@@ -1883,7 +1967,7 @@ export class Connection {
 
   onOpen(): void {
     const excess = this.server.connections.size - this.server.limits.connectionsMax;
-    if (excess > REFUSED_CONNECTIONS_MAX) this.abort();
+    if (excess > this.server.limits.refusedConnectionsMax) this.abort();
     else if (excess > 0) this.refuse("too-many-connections");
   }
 
@@ -1907,10 +1991,10 @@ export class Connection {
     this.goOn();
   }
 
-  /** It is our turn to send more of a file. */
-  onTurn(): void {
-    if (this.answering === null) return;
-    this.sendFile(this.answering);
+  /** It is our turn to send more of a file, unless all of that has gone out meanwhile. */
+  onTurn(answering = this.answering): void {
+    if (answering === null || answering !== this.answering) return;
+    this.sendFile(answering);
     this.goOn();
   }
 
@@ -2074,6 +2158,7 @@ export class Connection {
     this.unsent = NO_BYTES;
     this.sendResponse(head, response, contentBytes, content);
     if (this.flush()) this.goOn();
+    this.weigh();
   }
 
   /** The head outlives the read that brought it. (Buffer's own slice would not copy.) */
@@ -2125,7 +2210,8 @@ export class Connection {
   }
 
   /** Sends pieces of a file until the kernel takes no more, others want their turn, or all is sent. */
-  private sendFile({ file }: Answering): void {
+  private sendFile(answering: Answering): void {
+    const { file } = answering;
     const { piece } = this.server;
     for (let pieces = 0; pieces < PIECES_PER_TURN; pieces++) {
       const length = Math.min(piece.length, file.left);
@@ -2142,7 +2228,7 @@ export class Connection {
       // What the kernel did not take is read again: nothing of it is kept.
       if (written < length) return;
     }
-    setImmediate(() => this.onTurn());
+    setImmediate(() => this.onTurn(answering));
   }
 
   /** Nothing more is sent of the answer under way, if there is one. */
@@ -2249,7 +2335,7 @@ export class Connection {
 
   /** Keeps account of what all connections hold; who takes it over the limit is cut off. */
   private weigh(): void {
-    const weight = this.retained.length + this.unsent.length;
+    const weight = this.retained.length + this.unsent.length + (this.content?.heldBytes ?? 0);
     if (weight === this.weight) return;
     const { server } = this;
     const isMore = weight > this.weight;
@@ -2320,6 +2406,10 @@ class ContentReader {
       this.isComplete = this.decoder.state === "done";
     }
     return next;
+  }
+
+  get heldBytes(): number {
+    return this.logged.length + (this.decoder?.heldBytes ?? 0);
   }
 
   /** False where the span that ends now brought less than the least rate. */
@@ -2556,6 +2646,30 @@ function readPem(path: string): string {
   }
 }
 
+/** How many files and sockets this process may have open; without end where nobody says. */
+function descriptorsMax(): number {
+  try {
+    return Number(/^Max open files +(\d+)/m.exec(fs.readFileSync("/proc/self/limits", "latin1"))?.[1] ?? Infinity);
+  } catch {
+    return Number.POSITIVE_INFINITY; // not Linux
+  }
+}
+
+/**
+ * Limits that leave a free descriptor for whoever connects. Without one nobody is accepted, nobody is told, and the event
+ * loop turns round and round, as there is somebody to accept.
+ * @param each descriptors that a connection may need
+ */
+export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): Limits {
+  const fit = (limit: number) => Math.min(limit, Math.floor(descriptors / 8));
+  const refusedConnectionsMax = fit(limits.refusedConnectionsMax);
+  const pendingDigestsMax = fit(limits.pendingDigestsMax);
+  const recentFilesMax = fit(limits.recentFilesMax);
+  const left = descriptors - RUNTIME_DESCRIPTORS - refusedConnectionsMax - pendingDigestsMax - recentFilesMax;
+  const connectionsMax = Math.max(1, Math.min(limits.connectionsMax, Math.floor(left / each)));
+  return { ...limits, refusedConnectionsMax, pendingDigestsMax, recentFilesMax, connectionsMax };
+}
+
 /** The real path of the folder to serve. @throws StartError where it is none, or cannot be read */
 function findRoot(path: string): string {
   try {
@@ -2568,7 +2682,8 @@ function findRoot(path: string): string {
 
 /** Serves until a signal: the first asks, the second insists. */
 function run(commandLine: CommandLine): void {
-  const { text, root, log: logFormat, tlsFiles, limits } = commandLine;
+  const { text, root, log: logFormat, tlsFiles } = commandLine;
+  const limits = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
   const log = new Log();
   const site = root === undefined ? new TextSite(text) : new FileSite(findRoot(root), limits);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits);

@@ -2,7 +2,17 @@
 import { describe, expect, test } from "bun:test";
 import * as client from "../client.ts";
 import * as robust from "../client-robust.ts";
-import { Connection, LIMITS, printable, respond, Server, TextSite, type Transport } from "../server.ts";
+import {
+  ChunkedDecoder,
+  Connection,
+  fitLimits,
+  LIMITS,
+  printable,
+  respond,
+  Server,
+  TextSite,
+  type Transport,
+} from "../server.ts";
 
 const GET = Buffer.from("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
 
@@ -218,5 +228,36 @@ describe("client-robust.ts", () => {
     connection.onClose(Object.assign(new Error("reset"), { code: "ECONNRESET" }));
     expect(await connection.receive()).toEqual(Buffer.from("a"));
     expect(connection.receive()).rejects.toThrow("the connection was lost: ECONNRESET");
+  });
+});
+
+describe("fitLimits", () => {
+  test("leaves the limits as they are where there are descriptors enough, or nobody says how many", () => {
+    expect(fitLimits(LIMITS, Number.POSITIVE_INFINITY, 2)).toEqual(LIMITS);
+    expect(fitLimits(LIMITS, 1_048_576, 2)).toEqual(LIMITS);
+  });
+
+  test.each([64, 256, 1024, 20_000])("never lets more be open than %d descriptors allow", (descriptors) => {
+    for (const each of [1, 2] as const) {
+      const limits = fitLimits(LIMITS, descriptors, each);
+      const { connectionsMax, refusedConnectionsMax, pendingDigestsMax, recentFilesMax } = limits;
+      expect(connectionsMax).toBeGreaterThanOrEqual(descriptors / 8);
+      const open = each * connectionsMax + refusedConnectionsMax + pendingDigestsMax + recentFilesMax;
+      expect(open).toBeLessThan(descriptors - 10);
+    }
+  });
+});
+
+describe("ChunkedDecoder", () => {
+  test("keeps nothing of an extension, however long it is", () => {
+    const decoder = new ChunkedDecoder(LIMITS, false);
+    const length = 1_048_576;
+    const start = Buffer.from(`${length.toString(16)}\r\n${"x".repeat(length)}\r\n1;a="`);
+    for (let at = 0; at < start.length;) at = decoder.next(start, at, start.length);
+    const text = Buffer.alloc(length, 'a;=\t\\"');
+    expect(decoder.next(text, 0, length)).toBe(length);
+    expect([decoder.state, decoder.heldBytes]).toEqual(["extension", 0]);
+    decoder.next(Buffer.alloc(8192, "a"), 0, 8192); // more than the content allows
+    expect(decoder.fault).toBe("chunk-extension");
   });
 });

@@ -1,7 +1,16 @@
 /** What client-robust.ts does after a failure: the policy as a table, then against origins that follow a script. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
-import { chmodSync, existsSync, readdirSync, readFileSync } from "node:fs";
+import {
+  chmodSync,
+  existsSync,
+  linkSync,
+  lstatSync,
+  readdirSync,
+  readFileSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import {
   type Attempt,
   decideNext,
@@ -608,4 +617,24 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
     expect(stdout).toBe(`23\n${part}23\n${part}full\n0\nfile\n${SHA256}  -\n`);
     expect(origin.requests.at(-1)).toMatch(/\r\nRange: bytes=[1-9]\d+-\r\n/);
   });
+
+  test.concurrent(
+    "what lies at FILE.part without being a part of ours is neither followed nor written to",
+    async () => {
+      using origin = scripted([serving()]);
+      await using folder = await temporaryFolder();
+      const victim = `${folder.path}/victim`;
+      writeFileSync(victim, "precious");
+      symlinkSync(victim, `${folder.path}/file.part`);
+      const linked = await get("-o", `${folder.path}/file`, origin.url);
+      expect([linked.stderr, linked.exitCode]).toEqual(["", 0]);
+      linkSync(victim, `${folder.path}/other.part`);
+      expect((await get("-o", `${folder.path}/other`, origin.url)).exitCode).toBe(0);
+      expect(readFileSync(victim, "utf8")).toBe("precious");
+      for (const name of ["file", "other"]) {
+        expect(lstatSync(`${folder.path}/${name}`).isFile()).toBeTrue();
+        expect(readFileSync(`${folder.path}/${name}`).equals(CONTENT)).toBeTrue();
+      }
+    },
+  );
 });
