@@ -1,8 +1,9 @@
 /*
  * The floor of a download: connects to 127.0.0.1:PORT, asks for TARGET, and copies all that comes after the head to
- * stdout, 512 KiB at a time. It believes the server in everything and verifies nothing.
+ * stdout, 512 KiB at a time. It believes the server in everything but two: the status has to be 200, and where a
+ * LENGTH is given, so many bytes of content have to come.
  *
- *     cc -O2 -o floor-client floor-client.c && ./floor-client PORT TARGET > FILE
+ *     cc -O2 -o floor-client floor-client.c && ./floor-client PORT TARGET [LENGTH] > FILE
  */
 #include <arpa/inet.h>
 #include <stdio.h>
@@ -36,9 +37,14 @@ int main(int argc, char **argv) {
   buffer[got] = 0;
   char *content = strstr(buffer, "\r\n\r\n"); /* the head comes in one piece from this server */
   if (content == NULL) return 8;
+  if (strncmp(buffer, "HTTP/1.", 7) != 0 || strncmp(buffer + 8, " 200 ", 5) != 0) return 22;
   content += 4;
-  if (put(content, got - (content - buffer))) return perror("write"), 23;
-  while ((got = recv(fd, buffer, sizeof buffer, 0)) > 0)
+  long long received = got - (content - buffer);
+  if (put(content, received)) return perror("write"), 23;
+  while ((got = recv(fd, buffer, sizeof buffer, 0)) > 0) {
+    received += got;
     if (put(buffer, got)) return perror("write"), 23;
-  return got < 0 ? 56 : 0;
+  }
+  if (got < 0) return 56;
+  return argc > 3 && received != atoll(argv[3]) ? 18 : 0;
 }
