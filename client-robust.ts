@@ -933,6 +933,7 @@ export type Decision =
 /** What can pass: the next attempt may well succeed. */
 const PASSING_OUTCOMES: ReadonlySet<Outcome> = new Set([
   "connect",
+  "tls", // a connection that was lost before there was TLS; a peer that does not speak it is final
   "partial",
   "timeout",
   "empty",
@@ -1094,7 +1095,7 @@ export class Connection {
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
       if (isTrusted || (isInsecure && error !== null && !isTlsFault(error))) resolve();
       else if (error === null || isTlsFault(error))
-        reject(new TransferError("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`));
+        reject(new TransferError("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal: true }));
       else reject(new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`));
     };
     const close = (_: unknown, error?: SystemError) => {

@@ -1558,11 +1558,10 @@ export class FilePart {
 /** Lets everybody else have a turn. */
 const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
-/** SHA-256 digests of files, for Repr-Digest (RFC 9530 §3): one at a time is computed, and the last ones are remembered. */
+/** SHA-256 digests of files, for Repr-Digest (RFC 9530 §3): they are computed in turns, and the last ones are remembered. */
 class Digests {
   private readonly known = new Map<string, string>();
   private readonly pending = new Map<string, Promise<string | undefined>>();
-  private last: Promise<unknown> = Promise.resolve();
 
   constructor(private readonly pendingMax: number) {}
 
@@ -1577,8 +1576,7 @@ class Digests {
   private start(key: string, file: OpenFile): Promise<string | undefined> | undefined {
     if (this.pending.size >= this.pendingMax) return undefined;
     file.hold();
-    const computed = this.last.then(() => computeDigest(file));
-    const found = computed
+    const found = computeDigest(file)
       .catch(() => undefined) // it cannot be read: sending it will tell
       .then((digest) => {
         file.close();
@@ -1586,7 +1584,6 @@ class Digests {
         if (digest !== undefined) this.remember(key, digest);
         return digest;
       });
-    this.last = found;
     this.pending.set(key, found);
     return found;
   }
@@ -1599,14 +1596,16 @@ class Digests {
   }
 }
 
+/** It is used up before anybody else has a turn: one is enough for all digests. */
+const digestPiece = new Uint8Array(PIECE_BYTES);
+
 async function computeDigest(file: OpenFile): Promise<string | undefined> {
   const hash = new Bun.CryptoHasher("sha256");
-  const piece = new Uint8Array(Math.min(PIECE_BYTES, file.version.size));
   const { size } = file.version;
   for (let at = 0; at < size;) {
-    const length = fs.readSync(file.fd, piece, 0, Math.min(piece.length, size - at), at);
+    const length = fs.readSync(file.fd, digestPiece, 0, Math.min(PIECE_BYTES, size - at), at);
     if (length === 0) return undefined;
-    hash.update(piece.subarray(0, length));
+    hash.update(digestPiece.subarray(0, length));
     at += length;
     await nextTurn();
   }
@@ -1690,13 +1689,17 @@ const NOT_IMPLEMENTED = prepareResponse(501, TEXT_FIELDS, "no such method here\n
 /** Does a head have a field that decides what of a file is sent? Most do not, and need not be looked at closely. */
 const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
 const NO_FIELDS: ReadonlyMap<string, string> = new Map();
+const conditionsOf = (request: RequestHead) => (HAS_CONDITIONS.test(request.text) ? request.fields() : NO_FIELDS);
+
+/** Of what is made anew each time: no tag, and no date that could be compared. */
+const NO_VERSION: FileVersion = { size: 0, etag: "", lastModified: Number.NaN, isFresh: true };
 
 /** The files below a folder, as they are at this moment: nothing of them is remembered but digests. */
 export class FileSite implements Site {
   private readonly digests: Digests;
   /** What was asked for since the last sweep, by path. */
   private readonly recent = new Map<string, OpenFile>();
-  /** Listings that are being made, by the path of the folder, and the last of them. */
+  /** Listings that wait for their turn, by the path of the folder, and the last of them. */
   private readonly listings = new Map<string, Promise<Response>>();
   private lastListing: Promise<unknown> = Promise.resolve();
   private listingFields: Record<string, string> | undefined;
@@ -1757,23 +1760,31 @@ export class FileSite implements Site {
       return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
     }
     const index = this.find(join(folder.realPath, "index.html"));
-    if (index === "not-found") return this.list(path.segments, folder.path);
+    if (index === "not-found") return this.respondListing(request, path.segments, folder.path);
     if (typeof index === "string") return responseTo(index);
     try {
-      return index.isFolder ? this.list(path.segments, folder.path) : this.respondFile(request, index);
+      return index.isFolder
+        ? this.respondListing(request, path.segments, folder.path)
+        : this.respondFile(request, index);
     } finally {
       index.close();
     }
   }
 
-  /** A folder may be large: one listing is made at a time, and who asks for it meanwhile gets the same. */
+  /** A listing has no validator. Of the conditions, those about whether there is anything at all can still fail. */
+  private respondListing(request: RequestHead, segments: readonly string[], path: string) {
+    const status = evaluateConditions(conditionsOf(request), NO_VERSION);
+    if (status === 412) return responseTo("precondition");
+    return status === 304 ? prepareResponse(304, {}) : this.list(segments, path);
+  }
+
+  /** A folder may be large: one listing is made at a time, and who asks for it before its turn gets the same. */
   private list(segments: readonly string[], path: string): Promise<Response> {
     const known = this.listings.get(path);
     if (known !== undefined) return known;
     const listing = this.lastListing
       .then(() => this.openAndList(segments, path))
-      .catch((error: unknown) => responseTo(rejectionFor(error)))
-      .finally(() => this.listings.delete(path));
+      .catch((error: unknown) => responseTo(rejectionFor(error)));
     this.listings.set(path, listing);
     this.lastListing = listing;
     return listing;
@@ -1781,6 +1792,7 @@ export class FileSite implements Site {
 
   /** While it waited, the folder was not kept open: many may wait, and their peers may have gone. */
   private async openAndList(segments: readonly string[], path: string): Promise<Response> {
+    this.listings.delete(path); // whoever asks from now on may have seen what is not on this one
     const folder = openBelow(this.root, path);
     if (typeof folder === "string") return responseTo(folder);
     try {
@@ -1818,7 +1830,7 @@ export class FileSite implements Site {
 
   private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
     const { version } = file;
-    const fields = HAS_CONDITIONS.test(request.text) ? request.fields() : NO_FIELDS;
+    const fields = conditionsOf(request);
     const status = evaluateConditions(fields, version);
     if (status === 412) return responseTo("precondition");
     const validators = { ETag: version.etag, "Last-Modified": file.fields["Last-Modified"] ?? "" };
@@ -1873,7 +1885,8 @@ export class Server {
   readonly timeoutsMs: Readonly<Record<Awaited, number>>;
   /** Bytes that the buffers of all connections hold. */
   waitingBytes = 0;
-  isStopping = false;
+  /** When it was told to stop. */
+  stoppedAt = Number.POSITIVE_INFINITY;
   /** What is read of files on its way to a socket: one piece at a time, so one buffer is enough. */
   readonly piece = new Uint8Array(PIECE_BYTES);
   /** Called once the server was told to stop and the last connection has gone. */
@@ -1897,19 +1910,28 @@ export class Server {
     };
   }
 
+  get isStopping(): boolean {
+    return this.stoppedAt < Number.POSITIVE_INFINITY;
+  }
+
   /** Looks at the clock for all connections at once. */
   sweep(): void {
-    this.now = performance.now();
+    const now = performance.now();
+    // We stood still. Timers come before sockets, so what peers have sent meanwhile is not read yet: they get the time back.
+    const lateMs = Math.max(0, now - this.now - SWEEP_MS);
+    this.now = now;
     this.output.setDate(new Date());
     this.site.sweep?.();
-    for (const connection of this.connections) if (connection.deadline < this.now) connection.onDeadline();
+    for (const connection of this.connections) {
+      connection.deadline += lateMs;
+      if (connection.deadline < now) connection.onDeadline();
+    }
   }
 
   /** Requests under way are answered, idle connections closed. */
   stop(): void {
-    this.isStopping = true;
     // The last sweep may be as long ago as idle connections have time.
-    this.now = performance.now();
+    this.now = this.stoppedAt = performance.now();
     for (const connection of this.connections) connection.onStop();
     if (this.connections.size === 0) this.onEmpty();
   }
@@ -1952,6 +1974,8 @@ export class Connection {
   private answering: Answering | null = null;
   private peerHasFinished = false;
   private lingeredBytes = 0;
+  /** Do bytes follow the request that is being answered? */
+  private isFollowed = false;
   /** What of the server's `waitingBytes` is ours. */
   private weight = 0;
 
@@ -2031,15 +2055,30 @@ export class Connection {
       case "idle":
         return this.linger();
       case "content":
-        return this.content?.startSpan() ? this.awaitNext("content") : this.refuse("timeout");
+        if (this.content?.startSpan() !== true) return this.refuse("timeout");
+        this.awaits = "";
+        return this.awaitNext("content");
       case "write":
+        return this.insist();
       case "linger":
-        return this.abort();
+        // No reset: of what the kernel has taken, a slow peer may still be reading.
+        this.awaits = "";
+        return this.transport.end();
       case "":
         return;
       default:
         this.awaits satisfies never;
     }
+  }
+
+  /**
+   * The kernel tells of room when a third of its buffer is free, which may be a megabyte: a slow peer has taken some of
+   * its answer all the same, if the kernel takes more of it now.
+   */
+  private insist(): void {
+    const { deadline } = this;
+    this.onDrain();
+    if (this.awaits === "write" && this.deadline === deadline) this.abort();
   }
 
   // ── reading ──
@@ -2084,6 +2123,7 @@ export class Connection {
     if (this.head === null) head.start(bytes, at);
     else [head.bytes, head.base] = [bytes, at];
     const next = parseRequestHead(head, to);
+    this.isFollowed = next >= 0 && next < to;
     if (next >= 0 && head.contentLength === 0) {
       this.answer(head, 0, NO_BYTES);
       return next;
@@ -2119,6 +2159,7 @@ export class Connection {
       this.answerRejection(content.rejection);
       return to;
     }
+    this.isFollowed = next < to;
     if (content.isComplete && this.head !== null) this.answer(this.head, content.wireBytes, content.logged);
     return next;
   }
@@ -2183,7 +2224,7 @@ export class Connection {
   }
 
   private sendResponse(head: RequestHead, response: Response, contentBytes: number, content: Uint8Array): void {
-    const closes = response.status >= 400 || !head.keepsAlive || this.server.isStopping;
+    const closes = response.status >= 400 || !head.keepsAlive || (this.server.isStopping && !this.hasMore(response));
     const option = closes ? "close" : head.minorVersion === 0 ? "keep-alive" : "";
     // RFC 9110 §9.3.2 and §15.3.5: no content for HEAD and in a 204, whatever the fields say.
     const withContent = head.method !== "HEAD" && response.status !== 204;
@@ -2237,7 +2278,7 @@ export class Connection {
     if (answering === null) return;
     this.answering = null;
     this.awaits = "";
-    if (this.state === "responding") this.finishAnswer(answering.closes || this.server.isStopping);
+    if (this.state === "responding") this.finishAnswer(answering.closes);
     this.log(answering.logged, answering.file.sent);
     answering.file.close();
   }
@@ -2313,11 +2354,17 @@ export class Connection {
     return this.unsent.length > 0;
   }
 
+  /** Has the peer sent something behind the request that is answered now? Who goes on and on is stopped all the same. */
+  private hasMore({ file }: Response): boolean {
+    return this.isFollowed && file === undefined && performance.now() < this.server.stoppedAt + STOP_IDLE_MS;
+  }
+
   /** Sets the deadline where we begin to wait for something; more of the same does not extend it. */
   private awaitNext(awaited: Awaited): void {
-    if (this.awaits === awaited && awaited !== "content") return;
+    if (this.awaits === awaited) return;
     this.awaits = awaited;
-    this.deadline = this.server.now + this.server.timeoutsMs[awaited];
+    const { isStopping, now, timeoutsMs } = this.server;
+    this.deadline = now + (isStopping && awaited === "idle" ? STOP_IDLE_MS : timeoutsMs[awaited]);
   }
 
   /** What kept us from reading may be over: then goes on with what came meanwhile. */

@@ -71,6 +71,26 @@ describe.each(VARIANTS)("client-robust over TLS (%s)", (variant) => {
     expect(exitCode).toBe(EXIT_CODES.tls);
   });
 
+  test.concurrent("a connection that is lost before there is TLS is tried again", async () => {
+    let connections = 0;
+    using listener = Bun.listen({
+      hostname: "127.0.0.1",
+      port: 0,
+      socket: {
+        open: () => void connections++,
+        data: (socket) =>
+          connections === 1 ? socket.terminate() : void socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"),
+      },
+    });
+    const { stderr, exitCode } = await get("--retry", "5", `https://127.0.0.1:${listener.port}/`);
+    expect(stderr).toMatch(
+      /^Retry in .+: the connection to 127\.0\.0\.1 was closed before there was TLS; 0 bytes kept\n/,
+    );
+    // The second one speaks no TLS, and will not the next time.
+    expect(stderr).toMatch(/\nError: no TLS with 127\.0\.0\.1: .+\n$/);
+    expect([connections, exitCode]).toEqual([2, EXIT_CODES.tls]);
+  });
+
   for (const version of ["TLSv1_2", "TLSv1_3"])
     test.concurrent.if(hasTool("openssl"))(
       `${version}: an end that nobody has announced is not the end of the content`,

@@ -59,7 +59,10 @@ describe.each(VARIANTS)("limits (%s)", (variant) => {
     );
     first.finish();
     await first.closed;
-    expect(statusOf(await exchange(server.port, [GET], { finish: true }))).toBe(200);
+    // The server may see the next connection before the end of the last one.
+    let status = 503;
+    while (status === 503) status = statusOf(await exchange(server.port, [GET], { finish: true }));
+    expect(status).toBe(200);
   });
 
   test.concurrent(

@@ -1,10 +1,14 @@
 /** The parts without sockets: what vectors do not reach of parsing, formatting, policy and the connection's clockwork. */
 import { describe, expect, test } from "bun:test";
+import { mkdtempSync, realpathSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import * as client from "../client.ts";
 import * as robust from "../client-robust.ts";
 import {
   ChunkedDecoder,
   Connection,
+  FileSite,
   fitLimits,
   LIMITS,
   printable,
@@ -123,7 +127,68 @@ describe("a connection", () => {
     expect(transport.written).toStartWith("HTTP/1.1 408 Request Timeout\r\n");
     expect(transport.calls).toEqual(["shutdown"]);
     connection.onDeadline();
-    expect(transport.calls).toEqual(["shutdown", "terminate"]);
+    // Not a reset: it would take back what the kernel has not delivered yet.
+    expect(transport.calls).toEqual(["shutdown", "end"]);
+  });
+
+  test("has a time for each part of the content that no byte of it extends", () => {
+    const { server, transport, connection } = connect();
+    connection.onData(Buffer.from("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"));
+    const { deadline } = connection;
+    expect(deadline).toBe(server.now + LIMITS.contentTimeoutMs);
+    for (let i = 0; i < 50; i++) {
+      server.now += 100;
+      connection.onData(Buffer.from("x"));
+    }
+    expect(connection.deadline).toBe(deadline);
+    connection.onDeadline();
+    expect(transport.written).toStartWith("HTTP/1.1 408 Request Timeout\r\n");
+  });
+
+  test("gives the time back in which the process stood still: nobody could read then what peers had sent", () => {
+    const { server, transport, connection } = connect();
+    server.now -= 2 * LIMITS.headTimeoutMs;
+    connection.deadline = server.now + 1000;
+    server.sweep();
+    expect(transport.calls).toEqual([]);
+    server.now += 1000;
+    connection.onData(GET);
+    expect(transport.written).toStartWith("HTTP/1.1 200 OK\r\n");
+  });
+
+  test("is told to stop: what came together is answered to the last request, which says close", () => {
+    const { server, transport, connection } = connect({ room: 10 });
+    connection.onData(Buffer.concat([GET, GET, GET]));
+    server.stop();
+    connection.onData(Buffer.concat([GET, GET]));
+    transport.room = 10_000;
+    connection.onDrain();
+    expect(count(transport.written, "200 OK")).toBe(5);
+    expect(transport.written.lastIndexOf("Connection: close")).toBeGreaterThan(transport.written.lastIndexOf("200 OK"));
+    expect(count(transport.written, "Connection: close")).toBe(1);
+    expect(transport.calls).toEqual(["pause", "resume", "shutdown"]);
+  });
+
+  test("is told to stop while it sends a file: what was asked behind it gets its answer", async () => {
+    const root = mkdtempSync(join(tmpdir(), "http-over-tcp-"));
+    try {
+      writeFileSync(join(root, "large"), Buffer.alloc(300_000));
+      const server = new Server(new FileSite(realpathSync(root), LIMITS), "off", () => {});
+      const transport = new FakeTransport(1000);
+      const connection = new Connection(transport, server);
+      connection.onData(Buffer.from("GET /large HTTP/1.1\r\nHost: x\r\n\r\n"));
+      connection.onData(GET);
+      server.stop();
+      transport.room = 1_000_000;
+      connection.onDrain();
+      await new Promise((resolve) => setTimeout(resolve));
+      while (count(transport.written, "HTTP/1.1 ") < 2) await new Promise((resolve) => setImmediate(resolve));
+      expect(count(transport.written, "HTTP/1.1 200 OK")).toBe(2);
+      expect(count(transport.written, "Connection: close")).toBe(1);
+      expect(transport.calls).toContain("shutdown");
+    } finally {
+      rmSync(root, { recursive: true });
+    }
   });
 
   test("is told to stop: idle it has a moment left, and what it is asked then is answered with a close", () => {
@@ -135,7 +200,7 @@ describe("a connection", () => {
     expect(connection.deadline).toBeGreaterThanOrEqual(told + 250);
     expect(connection.deadline).toBeLessThan(server.now + 1000);
     connection.onData(Buffer.concat([GET, GET]));
-    expect(count(transport.written, "200 OK")).toBe(2);
+    expect(count(transport.written, "200 OK")).toBe(3);
     expect(count(transport.written, "Connection: close")).toBe(1);
     expect(transport.calls).toEqual(["shutdown"]);
     let isEmpty = false;

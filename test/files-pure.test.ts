@@ -1,0 +1,664 @@
+/**
+ * What server.ts decides about files: paths, dates, conditions, ranges, digests, and the page of a folder; then a
+ * connection that sends files, to a transport that takes what the test says.
+ */
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import { realpathSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import {
+  type ByteRange,
+  Connection,
+  decideRange,
+  evaluateConditions,
+  FileSite,
+  type FileVersion,
+  formatListing,
+  LIMITS,
+  type ListingEntry,
+  type Method,
+  parseHttpDate,
+  parseRange,
+  parseTargetPath,
+  Server,
+  type Transport,
+  wantsSha256,
+} from "../server.ts";
+import { temporaryFolder } from "./harness.ts";
+
+setDefaultTimeout(30_000);
+
+/** A second that is long past, and those beside it. */
+const MODIFIED = Date.UTC(2026, 10, 22, 11, 30, 7);
+const NOW = MODIFIED + 3_600_000;
+const dateAt = (ms: number) => new Date(ms).toUTCString();
+const [EARLIER, EQUAL, LATER] = [MODIFIED - 1000, MODIFIED, MODIFIED + 1000].map(dateAt) as [string, string, string];
+
+const VERSION: FileVersion = { size: 1000, etag: '"v-1"', lastModified: MODIFIED, isFresh: false };
+
+type Fields = Readonly<Record<string, string | undefined>>;
+/** Fields as a request head has them: names in lower case, absent ones not there. */
+const fieldsOf = (fields: Fields) =>
+  new Map(Object.entries(fields).filter((field): field is [string, string] => field[1] !== undefined));
+
+describe("parseTargetPath", () => {
+  test.each([
+    ["/", [], true, ""],
+    ["/a", ["a"], false, ""],
+    ["/a/", ["a"], true, ""],
+    ["/a/b.txt", ["a", "b.txt"], false, ""],
+    ["/a/b?c/d?e", ["a", "b"], false, "?c/d?e"],
+    ["/a/?", ["a"], true, "?"],
+    ["/gr%C3%BC%C3%9Fe%20%F0%9F%99%82", ["grüße 🙂"], false, ""],
+    ["/100%25", ["100%"], false, ""],
+    ["/a%3Fb%23c", ["a?b#c"], false, ""],
+    ["/a+b;c=d", ["a+b;c=d"], false, ""],
+    ["/...", ["..."], false, ""],
+    ["/a..b", ["a..b"], false, ""],
+    ["http://x", [], true, ""],
+    ["http://x/", [], true, ""],
+    ["HTTPS://x:1/a/b?c", ["a", "b"], false, "?c"],
+    ["http://x?c", [], true, "?c"],
+  ] as const)("takes %s apart", (target, segments, isFolder, query) => {
+    expect(parseTargetPath(target)).toEqual({ segments, isFolder, query });
+  });
+
+  test("takes slashes in a row for one: what a redirect is made of never starts with //", () => {
+    expect(parseTargetPath("//evil.test/a")?.segments).toEqual(["evil.test", "a"]);
+    expect(parseTargetPath("/a///b//")).toEqual({ segments: ["a", "b"], isFolder: true, query: "" });
+  });
+
+  test("decodes once: %252e%252e is a name with per cent signs", () => {
+    expect(parseTargetPath("/%252e%252e/%252f")?.segments).toEqual(["%2e%2e", "%2f"]);
+  });
+
+  test.each([
+    "/..",
+    "/../etc/passwd",
+    "/a/../b",
+    "/a/..",
+    "/%2e%2e/b",
+    "/.%2E",
+    "/a%2fb",
+    "/a%2F..%2Fb",
+    "/a%5Cb",
+    "/a\\b",
+    "/..%5c..",
+    "/a%00",
+    "/%00",
+    "/a%00.html",
+    "/%ff",
+    "/%c0%ae%c0%ae/", // ".." in an overlong form
+    "/%ed%a0%80", // half a surrogate pair
+    "http://x/..",
+    "http://x/%2e%2e/",
+  ])("finds no file in %s", (target) => {
+    expect(parseTargetPath(target)).toBeUndefined();
+  });
+
+  test("looks for nothing in a query", () => {
+    expect(parseTargetPath("/a?../%00%ff\\")).toEqual({ segments: ["a"], isFolder: false, query: "?../%00%ff\\" });
+  });
+});
+
+/** The bytes that a range names, one by one, as RFC 9110 §14.1.2 tells it. */
+function bytesNamed(first: string, last: string, size: number): number[] | "invalid" {
+  if (first === "" && last === "") return "invalid";
+  if (first !== "" && last !== "" && Number(last) < Number(first)) return "invalid";
+  const all = Array.from({ length: size }, (_, i) => i);
+  if (first === "") return all.filter((i) => i >= size - Number(last));
+  return all.filter((i) => i >= Number(first) && (last === "" || i <= Number(last)));
+}
+
+const bytesOf = ({ from, to }: ByteRange) => Array.from({ length: to - from }, (_, i) => from + i);
+
+describe("parseRange", () => {
+  test("names the same bytes as the RFC, for every small file and range", () => {
+    const numbers = ["", ...Array.from({ length: 9 }, (_, i) => String(i)), "007"];
+    for (let size = 0; size <= 6; size++)
+      for (const first of numbers)
+        for (const last of numbers) {
+          const value = `bytes=${first}-${last}`;
+          const range = parseRange(value, size);
+          const named = bytesNamed(first, last, size);
+          // The last bytes of an empty file are satisfiable and none (§14.1.2): the whole says so.
+          const isWholeOfNothing = size === 0 && first === "" && Number(last) > 0;
+          if (named === "invalid" || isWholeOfNothing) expect([value, size, range]).toEqual([value, size, undefined]);
+          else if (named.length === 0) expect([value, size, range]).toEqual([value, size, "unsatisfiable"]);
+          else expect([value, size, bytesOf(range as ByteRange)]).toEqual([value, size, named]); // just told apart
+        }
+  });
+
+  test.each([
+    ["bytes=0-99999999999999999999999", { from: 0, to: 1000 }],
+    [`bytes=0-${"9".repeat(400)}`, { from: 0, to: 1000 }],
+    [`bytes=-${"9".repeat(400)}`, { from: 0, to: 1000 }],
+    ["bytes=-1000", { from: 0, to: 1000 }],
+    ["bytes=-1001", { from: 0, to: 1000 }],
+    ["bytes=999-", { from: 999, to: 1000 }],
+    ["bytes=1000-", "unsatisfiable"],
+    [`bytes=${"9".repeat(400)}-`, "unsatisfiable"],
+    [`bytes=${"9".repeat(30)}-${"9".repeat(31)}`, "unsatisfiable"],
+    ["bytes=-0", "unsatisfiable"],
+    ["bytes=-000", "unsatisfiable"],
+    ["BYTES=0-0", { from: 0, to: 1 }], // §14.1: range units are case-insensitive
+  ] as const)("knows huge numbers and edges: %s", (value, range) => {
+    expect(parseRange(value, 1000)).toEqual(range);
+  });
+
+  test.each([
+    "bytes=0-1,2-3",
+    "bytes=0-1, 5-",
+    "bytes=-1,-2",
+    "bytes",
+    "bytes=",
+    "bytes=-",
+    "bytes=5",
+    "bytes=5-3",
+    "bytes=a-b",
+    "bytes=0x0-0x1",
+    "bytes=1.0-2",
+    "bytes=1e2-",
+    "bytes=--1",
+    "bytes=+1-2",
+    "bytes=1 -2",
+    "bytes 0-1",
+    "bytes:0-1",
+    "bytes=0-1;x",
+    "items=0-1",
+    "none=0-1",
+    "0-1",
+    "",
+    "bytes=٣-٤",
+  ])("ignores what is not one range of bytes, to the letter: %j", (value) => {
+    expect(parseRange(value, 1000)).toBeUndefined();
+  });
+
+  test("reaches where 32 bits do not", () => {
+    const size = 5 * 2 ** 30;
+    expect(parseRange("bytes=4294967296-4294967296", size)).toEqual({ from: 2 ** 32, to: 2 ** 32 + 1 });
+    expect(parseRange("bytes=-1", size)).toEqual({ from: size - 1, to: size });
+    expect(parseRange(`bytes=${size}-`, size)).toBe("unsatisfiable");
+  });
+});
+
+describe("parseHttpDate", () => {
+  const example = Date.UTC(1994, 10, 6, 8, 49, 37);
+
+  test.each(["Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"])(
+    "reads each form of RFC 9110 §5.6.7: %s",
+    (text) => {
+      expect(parseHttpDate(text, NOW)).toBe(example);
+    },
+  );
+
+  test("reads what toUTCString writes, day after day", () => {
+    for (let day = 0; day < 1500; day++) {
+      const ms = Date.UTC(2023, 11, 31, 23, 59, 59) + day * 86_400_000;
+      expect(parseHttpDate(dateAt(ms))).toBe(ms);
+    }
+  });
+
+  test("takes two digits for the year that is not more than 50 years ahead", () => {
+    const yearOf = (digits: string, now: string) =>
+      new Date(parseHttpDate(`Monday, 01-Jan-${digits} 00:00:00 GMT`, Date.parse(now))).getUTCFullYear();
+    expect(["26", "00", "75", "76", "77", "99"].map((digits) => yearOf(digits, "2026-11-22"))).toEqual([
+      2026, 2000, 2075, 2076, 1977, 1999,
+    ]);
+    expect(["00", "49", "50", "99"].map((digits) => yearOf(digits, "1999-06-01"))).toEqual([2000, 2049, 1950, 1999]);
+    expect(["00", "10", "60"].map((digits) => yearOf(digits, "2060-06-01"))).toEqual([2100, 2110, 2060]);
+  });
+
+  test.each([
+    ["29 Feb 2024", true],
+    ["29 Feb 2000", true],
+    ["29 Feb 2023", false],
+    ["29 Feb 2100", false],
+    ["30 Feb 2024", false],
+    ["31 Apr 2024", false],
+    ["31 Nov 2024", false],
+    ["00 Jan 2024", false],
+    ["32 Jan 2024", false],
+    ["31 Dec 2024", true],
+  ])("knows which days there are: %s", (day, isThere) => {
+    expect(Number.isNaN(parseHttpDate(`Mon, ${day} 00:00:00 GMT`))).toBe(!isThere);
+  });
+
+  test.each([
+    "",
+    "0",
+    "now",
+    "2026-11-22",
+    "2026-11-22T11:30:07Z",
+    "1795347007",
+    "Sun, 06 Nov 1994 24:00:00 GMT",
+    "Sun, 06 Nov 1994 08:60:37 GMT",
+    "Sun, 06 Nov 1994 08:49:61 GMT",
+    "Sun, 06 Nov 1994 8:49:37 GMT",
+    "Sun, 6 Nov 1994 08:49:37 GMT",
+    "Sun, 06 Nov 94 08:49:37 GMT",
+    "Sun, 06 Nov 1994 08:49:37",
+    "Sun, 06 Nov 1994 08:49:37 UTC",
+    "Sun, 06 Nov 1994 08:49:37 +0000",
+    "Sun, 06 Nov 1994 08:49:37 GMT+1",
+    "sun, 06 nov 1994 08:49:37 gmt",
+    "Sun, 06 Foo 1994 08:49:37 GMT",
+    " Sun, 06 Nov 1994 08:49:37 GMT",
+    "Sun, 06 Nov 1994 08:49:37 GMT, Sun, 06 Nov 1994 08:49:37 GMT",
+    "Sunday, 06-Nov-1994 08:49:37 GMT",
+    "Sunday, 31-Feb-94 08:49:37 GMT",
+    "Sun Nov 06 08:49:37 94",
+    "Sun Nov 31 08:49:37 1994",
+    "Sun Nov 6 08:49:37 1994",
+  ])("takes nothing else for a date: %j", (text) => {
+    expect(parseHttpDate(text)).toBeNaN();
+  });
+});
+
+describe("wantsSha256", () => {
+  test.each([
+    ["sha-256=10", true],
+    ["sha-256=1", true],
+    ["sha-256=0", false],
+    ["sha-512=10", false],
+    ["sha-512=3, sha-256=10, unixsum=0", true],
+    ["sha-512=3,sha-256=10", true],
+    ["sha-512=10,\tsha-256=0", false],
+    ["sha-256=0, sha-256=1", true], // RFC 8941 §3.2: of a key that comes twice the last counts
+    ["sha-256=1, sha-256=0", false],
+    ["sha-256=5;x=y", true],
+    ["SHA-256=10", false], // keys of structured fields are in lower case
+    ["sha-256", false],
+    ["sha-256=", false],
+    ["sha-256=?1", false],
+    ["sha-256=-1", false],
+    ["sha-256=1.5", false],
+    ["sha-256=yes", false],
+    ["xsha-256=10", false],
+    ["sha-256 =10", false],
+    ["sha-256=10 sha-512=1", false],
+    ["", false],
+  ])("%j: %p", (value, wants) => {
+    expect(wantsSha256(value)).toBe(wants);
+  });
+});
+
+/** What a conditional field says about VERSION; "ignored" where it says nothing. */
+type Truth = "true" | "false" | "absent" | "ignored";
+
+const IF_MATCH: readonly [string | undefined, Truth][] = [
+  [undefined, "absent"],
+  ["*", "true"],
+  ['"v-1"', "true"],
+  ['"v-0", W/"v-1","v-1"', "true"],
+  ['"v-0"', "false"],
+  ['W/"v-1"', "false"], // §13.1.1: the comparison is strong
+  ["v-1", "false"], // no entity-tag: none that is listed matches
+];
+const IF_UNMODIFIED_SINCE: readonly [string | undefined, Truth][] = [
+  [undefined, "absent"],
+  [LATER, "true"],
+  [EQUAL, "true"],
+  [EARLIER, "false"],
+  ["yesterday", "ignored"], // §13.1.4: what is no date is ignored
+];
+/** True is: none of them matches. */
+const IF_NONE_MATCH: readonly [string | undefined, Truth][] = [
+  [undefined, "absent"],
+  ["*", "false"],
+  ['"v-1"', "false"],
+  ['W/"v-1"', "false"], // §13.1.2: the comparison is weak
+  ['"x", W/"y" ,\t"v-1"', "false"],
+  ['"x", W/"y"', "true"],
+  ["v-1", "true"],
+];
+/** True is: it has been modified. */
+const IF_MODIFIED_SINCE: readonly [string | undefined, Truth][] = [
+  [undefined, "absent"],
+  [EARLIER, "true"],
+  [EQUAL, "false"],
+  [LATER, "false"],
+  ["Sun, 31 Feb 2026 11:30:07 GMT", "ignored"],
+];
+
+/** RFC 9110 §13.2.2, word by word, for GET and HEAD. */
+function precedence(ifMatch: Truth, ifUnmodified: Truth, ifNoneMatch: Truth, ifModified: Truth): 304 | 412 | undefined {
+  // 1. and 2.
+  if (ifMatch === "false") return 412;
+  if (ifMatch === "absent" && ifUnmodified === "false") return 412;
+  // 3. and 4.
+  if (ifNoneMatch === "false") return 304;
+  if (ifNoneMatch === "absent" && ifModified === "false") return 304;
+  return undefined;
+}
+
+describe("evaluateConditions", () => {
+  test("follows RFC 9110 §13.2.2 in all combinations of its fields", () => {
+    let combinations = 0;
+    for (const [ifMatch, one] of IF_MATCH)
+      for (const [ifUnmodified, two] of IF_UNMODIFIED_SINCE)
+        for (const [ifNoneMatch, three] of IF_NONE_MATCH)
+          for (const [ifModified, four] of IF_MODIFIED_SINCE) {
+            const fields = {
+              "if-match": ifMatch,
+              "if-unmodified-since": ifUnmodified,
+              "if-none-match": ifNoneMatch,
+              "if-modified-since": ifModified,
+            };
+            const outcome = evaluateConditions(fieldsOf(fields), VERSION);
+            expect({ fields, outcome }).toEqual({ fields, outcome: precedence(one, two, three, four) });
+            combinations++;
+          }
+    expect(combinations).toBe(7 * 5 * 7 * 5);
+  });
+
+  test.each<[Fields, 304 | 412 | undefined]>([
+    [{}, undefined],
+    [{ "if-none-match": '"v-1"', "if-modified-since": EARLIER }, 304],
+    [{ "if-none-match": '"v-2"', "if-modified-since": LATER }, undefined],
+    [{ "if-match": '"v-1"', "if-unmodified-since": EARLIER }, undefined],
+    [{ "if-match": '"v-2"', "if-unmodified-since": LATER }, 412],
+    [{ "if-match": '"v-2"', "if-none-match": '"v-1"' }, 412],
+    [{ "if-match": '"v-1"', "if-none-match": '"v-1"' }, 304],
+    [{ "if-unmodified-since": EARLIER, "if-modified-since": LATER }, 412],
+    [{ "if-none-match": "" }, undefined],
+    [{ "if-match": "" }, 412],
+  ])("%j: %p", (fields, outcome) => {
+    expect(evaluateConditions(fieldsOf(fields), VERSION)).toBe(outcome as 304); // or any other of them
+  });
+
+  test("finds a tag among a thousand, commas and all, and no tag within another", () => {
+    const version = { ...VERSION, etag: '"a,b"' };
+    const list = Array.from({ length: 1000 }, (_, i) => `"${i}"`).join(", ");
+    expect(evaluateConditions(fieldsOf({ "if-none-match": `${list}, "a,b"` }), version)).toBe(304);
+    expect(evaluateConditions(fieldsOf({ "if-none-match": `${list}, "a", "b"` }), version)).toBeUndefined();
+    expect(evaluateConditions(fieldsOf({ "if-none-match": '"xv-1", "v-1x", "v", "V-1"' }), VERSION)).toBeUndefined();
+  });
+
+  test("reads dates in the forms that were, too", () => {
+    const form850 = "Sunday, 22-Nov-26 11:30:07 GMT";
+    expect(evaluateConditions(fieldsOf({ "if-modified-since": form850 }), VERSION)).toBe(304);
+    expect(evaluateConditions(fieldsOf({ "if-modified-since": "Sun Nov 22 11:30:06 2026" }), VERSION)).toBeUndefined();
+  });
+});
+
+describe("decideRange", () => {
+  const decide = (fields: Fields, method: Method = "GET", now = NOW) =>
+    decideRange(method, fieldsOf(fields), VERSION, now);
+  const PART = { from: 100, to: 200 };
+  const range = "bytes=100-199";
+
+  test("sends the part to a GET, and the whole to any other method", () => {
+    expect(decide({ range })).toEqual(PART);
+    expect(decide({ range }, "HEAD")).toBeUndefined(); // RFC 9110 §14.2
+    expect(decide({ range: "bytes=1000-" }, "HEAD")).toBeUndefined();
+    expect(decide({})).toBeUndefined();
+  });
+
+  test.each<[string, ByteRange | undefined]>([
+    ['"v-1"', PART],
+    ['"v-2"', undefined],
+    ['W/"v-1"', undefined], // §13.1.5: the comparison is strong
+    ["v-1", undefined],
+    ["*", undefined],
+    ['"v-1", "v-2"', undefined], // it is one tag, not a list
+    ["", undefined],
+    [EQUAL, PART],
+    ["Sunday, 22-Nov-26 11:30:07 GMT", PART],
+    [EARLIER, undefined],
+    [LATER, undefined], // exactly that date, not "not after" it
+    ["soon", undefined],
+  ])("If-Range: %s", (ifRange, outcome) => {
+    expect(decide({ range, "if-range": ifRange })).toEqual(outcome as ByteRange); // or undefined
+  });
+
+  test("If-Range with the date of a file that may change within the second is no match", () => {
+    expect(decide({ range, "if-range": EQUAL }, "GET", MODIFIED)).toBeUndefined();
+    expect(decide({ range, "if-range": EQUAL }, "GET", MODIFIED + 999)).toBeUndefined();
+    expect(decide({ range, "if-range": EQUAL }, "GET", MODIFIED + 1000)).toEqual(PART);
+    expect(decide({ range, "if-range": '"v-1"' }, "GET", MODIFIED)).toEqual(PART); // a tag is none the worse
+  });
+
+  test("If-Range that does not match makes an unsatisfiable range one that is not there", () => {
+    expect(decide({ range: "bytes=1000-" })).toBe("unsatisfiable");
+    expect(decide({ range: "bytes=1000-", "if-range": '"v-1"' })).toBe("unsatisfiable");
+    expect(decide({ range: "bytes=1000-", "if-range": '"v-2"' })).toBeUndefined();
+  });
+
+  test("If-Range without Range says nothing", () => {
+    expect(decide({ "if-range": '"v-1"' })).toBeUndefined();
+  });
+
+  test.each(["bytes=0-1,5-6", "bytes=0-0, -1", "lines=0-9", "bytes=9-1"])("sends the whole for %s", (value) => {
+    expect(decide({ range: value })).toBeUndefined();
+  });
+});
+
+describe("formatListing", () => {
+  const modified = new Date(Date.UTC(2026, 10, 22, 11, 30, 7));
+  const entry = (name: string, isFolder = false, size = 1): ListingEntry => ({ name, isFolder, size, modified });
+  const hrefs = (page: string) => [...page.matchAll(/<a href="([^"]*)"/g)].map(([, href = ""]) => href);
+
+  /** The names to which a browser would go from the page, decoded. */
+  const namesFrom = (page: string) =>
+    hrefs(page)
+      .map((href) => new URL(href.replaceAll("&amp;", "&"), "http://x/base/folder/"))
+      .map(({ origin, pathname, search, hash }) => {
+        expect([origin, search, hash]).toEqual(["http://x", "", ""]);
+        return decodeURIComponent(pathname);
+      });
+
+  const ODD_NAMES = [
+    `"><script>alert(1)</script>`,
+    "<img src=x onerror=alert(1)>",
+    "a&amp;b",
+    "it's",
+    '"quoted"',
+    "a b",
+    "a+b",
+    "100%",
+    "%41",
+    "%2e%2e",
+    "a?b",
+    "a#b",
+    "javascript:alert(1)",
+    "http:",
+    "C:",
+    "a:b",
+    "--",
+    "~",
+    "grüße",
+    "你好",
+    "🙂",
+    "\u202egpj.exe",
+    "line\nbreak",
+    "\x1b[2J",
+    "\t",
+    "\x7f",
+    "\ufeff",
+    "`${x}`",
+    "\u2028",
+  ];
+
+  test("leads to every name, however odd, and to nowhere else", () => {
+    const page = formatListing(
+      ["folder"],
+      ODD_NAMES.map((name) => entry(name)),
+      0,
+    );
+    const names = namesFrom(page);
+    expect(names.shift()).toBe("/base/");
+    expect(names.toSorted()).toEqual(ODD_NAMES.map((name) => `/base/folder/${name}`).toSorted());
+  });
+
+  test("lets no name, and no path, become markup or move text about", () => {
+    for (const name of ODD_NAMES) {
+      const [plain, odd] = ["x", name].map((text) => formatListing([text], [entry(text)], 0)) as [string, string];
+      const tags = (page: string) => page.match(/<\/?[a-z]+/gi);
+      expect(tags(odd)).toEqual(tags(plain));
+      expect(hrefs(odd).length).toBe(2);
+      expect(odd).not.toMatch(/[^\n\t\P{C}]|\u2028/u);
+    }
+  });
+
+  test("starts every link with ./ so that no name is taken for a scheme, a host or a query", () => {
+    const page = formatListing(
+      [],
+      ODD_NAMES.map((name) => entry(name, true)),
+      0,
+    );
+    expect(hrefs(page).every((href) => /^\.\/[^/:?#"'<>\s]+\/$/.test(href))).toBeTrue();
+  });
+
+  test("has folders first, with a slash, then files as people count", () => {
+    const entries = [entry("file10"), entry("file9"), entry("b", true), entry("File1"), entry("a"), entry("z10", true)];
+    const page = formatListing([], [...entries, entry("z9", true)], 0);
+    expect(hrefs(page)).toEqual(["./b/", "./z9/", "./z10/", "./a", "./File1", "./file9", "./file10"]);
+    expect(page).toContain('<a href="./b/"><bdi>b</bdi>/</a>');
+  });
+
+  test("leads up from everywhere but the root", () => {
+    expect(hrefs(formatListing([], [], 0))).toEqual([]);
+    expect(hrefs(formatListing(["a"], [], 0))).toEqual(["../"]);
+    expect(hrefs(formatListing(["a", "b"], [], 0))).toEqual(["../"]);
+  });
+
+  test("tells sizes of files, dates, the path, and how much it does not show", () => {
+    const page = formatListing(["a", "b <c>"], [entry("file", false, 1536), entry("folder", true, 4096)], 7);
+    expect(page).toMatch(/<title>[^<]*b &lt;c&gt;[^<]*<\/title>/);
+    expect(page).toMatch(/ title="1,?536 bytes"[^>]*>1\.5 KiB</);
+    expect(page).not.toMatch(/4,?096/);
+    expect(page).toMatch(/ datetime="2026-11-22T11:30:07(?:\.000)?Z"[^>]*>2026-11-22 11:30/);
+    expect(page).toContain("and 7 more");
+    expect(formatListing([], [], 0)).not.toContain("more");
+    expect(page).toStartWith("<!DOCTYPE html>\n");
+  });
+});
+
+/** A transport that takes `room` bytes and notes what is done to it. */
+class FakeTransport implements Transport {
+  written = "";
+  readonly calls: string[] = [];
+  readonly remoteAddress = "192.0.2.1";
+
+  constructor(public room: number) {}
+
+  write(bytes: Uint8Array, from: number, length: number): number {
+    const taken = Math.min(this.room, length);
+    this.room -= taken;
+    this.written += Buffer.from(bytes.subarray(from, from + taken)).toString("latin1");
+    return taken;
+  }
+  shutdown = () => void this.calls.push("shutdown");
+  end = () => void this.calls.push("end");
+  terminate = () => void this.calls.push("terminate");
+  pause = () => void this.calls.push("pause");
+  resume = () => void this.calls.push("resume");
+}
+
+describe("a connection that sends files", () => {
+  const MANY_PIECES = 18 * 262_144;
+  const [A, B] = [Buffer.alloc(MANY_PIECES, "a"), Buffer.alloc(400_000, "b")];
+  const get = (...lines: string[]) => Buffer.from(`${lines.join("\r\n")}\r\nHost: x\r\n\r\n`);
+  const GET_A = get("GET /a HTTP/1.1");
+  const GET_B = get("GET /b HTTP/1.1");
+  const GET_B_AND_CLOSE = get("GET /b HTTP/1.1", "Connection: close");
+  const turns = async (count: number) => {
+    for (let i = 0; i < count; i++) await new Promise((resolve) => setImmediate(resolve));
+  };
+
+  /** A server without sockets on two files, with one connection to it. */
+  async function connect(room: number) {
+    const folder = await temporaryFolder();
+    writeFileSync(join(folder.path, "a"), A);
+    writeFileSync(join(folder.path, "b"), B);
+    const server = new Server(new FileSite(realpathSync(folder.path), LIMITS), "off", () => {});
+    const transport = new FakeTransport(room);
+    const connection = new Connection(transport, server);
+    const dispose = async () => {
+      connection.onClose();
+      server.site.sweep?.();
+      await folder[Symbol.asyncDispose]();
+    };
+    return { server, transport, connection, [Symbol.asyncDispose]: dispose };
+  }
+
+  /** The contents of two answers, one after the other. */
+  const contents = (written: string) =>
+    written
+      .split(/HTTP\/1\.1 200 OK\r\n/)
+      .slice(1)
+      .map((answer) => answer.slice(answer.indexOf("\r\n\r\n") + 4));
+
+  test("is the same however little the kernel takes at once, and keeps nothing of them", async () => {
+    for (const room of [5000, 65_537, 262_144, 300_000]) {
+      await using all = await connect(room);
+      const { server, transport, connection } = all;
+      connection.onData(Buffer.concat([GET_B, GET_B_AND_CLOSE]));
+      for (let i = 0; !transport.calls.includes("shutdown") && i < 10_000; i++) {
+        expect(server.waitingBytes).toBeLessThan(2000);
+        transport.room = room;
+        connection.onDrain();
+        if (i % 100 === 0) await turns(1);
+      }
+      const [first = "", second = "", ...more] = contents(transport.written);
+      expect([B.equals(Buffer.from(first)), B.equals(Buffer.from(second)), more]).toEqual([true, true, []]);
+    }
+  });
+
+  test("gives the others a turn after some pieces", async () => {
+    await using all = await connect(Number.POSITIVE_INFINITY);
+    all.connection.onData(Buffer.concat([GET_A, GET_B_AND_CLOSE]));
+    expect(all.transport.written.length).toBeLessThan(A.length);
+    await turns(3);
+    expect(contents(all.transport.written).map(({ length }) => length)).toEqual([A.length, B.length]);
+    expect(all.transport.calls.at(-1)).toBe("shutdown");
+  });
+
+  test("ends when the peer has gone: the file is closed, and no turn is taken any more", async () => {
+    await using all = await connect(Number.POSITIVE_INFINITY);
+    all.connection.onData(GET_A);
+    const { length } = all.transport.written;
+    all.connection.onClose();
+    await turns(3);
+    expect(all.transport.written.length).toBe(length);
+  });
+
+  test("sends nothing of a file before its head, even where there was room before its turn came", async () => {
+    await using all = await connect(Number.POSITIVE_INFINITY);
+    const { transport, connection } = all;
+    connection.onData(Buffer.concat([GET_A, GET_B_AND_CLOSE])); // 16 pieces, and then others have their turn
+    transport.room = 2 * 262_144 + 50; // what is left of the first file, and a part of the second one's head
+    connection.onDrain();
+    transport.room = Number.POSITIVE_INFINITY;
+    await turns(3);
+    connection.onDrain();
+    await turns(3);
+    expect(contents(transport.written).map(({ length }) => length)).toEqual([A.length, B.length]);
+  });
+
+  test("cuts off nobody who takes a little: the kernel may take some though it has not told of room", async () => {
+    await using all = await connect(100_000);
+    const { server, transport, connection } = all;
+    connection.onData(GET_A);
+    for (let i = 0; i < 20; i++) {
+      server.now = connection.deadline + 1;
+      transport.room = 5000;
+      connection.onDeadline();
+      expect(transport.calls).not.toContain("terminate");
+      expect(connection.deadline).toBeGreaterThan(server.now);
+    }
+    server.now = connection.deadline + 1;
+    connection.onDeadline();
+    expect(transport.calls.at(-1)).toBe("terminate");
+  });
+
+  test("does not take back by a reset what a slow peer has still to read after the last answer", async () => {
+    await using all = await connect(Number.POSITIVE_INFINITY);
+    const { server, transport, connection } = all;
+    connection.onData(GET_B_AND_CLOSE);
+    expect(transport.calls.at(-1)).toBe("shutdown");
+    server.now = connection.deadline + 1;
+    connection.onDeadline();
+    expect(transport.calls.slice(-2)).toEqual(["shutdown", "end"]);
+  });
+});
