@@ -31,6 +31,8 @@ interface Client {
   readonly argv: (target: string, file?: string) => string[];
   /** The floor knows only stdout. */
   readonly isStdoutOnly?: boolean;
+  /** Does something with a file that there is nothing to do with otherwise. */
+  readonly isFileOnly?: boolean;
 }
 
 /** What one run took. */
@@ -100,6 +102,15 @@ async function makeClients(port: number): Promise<{ clients: Client[]; missing: 
   add({ name: "client-robust", role: "ours", argv: (target, file = "-") => [ours, "-o", file, url(target)] });
   // -q and --no-config: nobody's .curlrc or .wgetrc.
   add({ name: "curl", role: "peer", argv: (target, file = "-") => ["curl", "-q", "-sf", "-o", file, url(target)] });
+  // What client-robust does too, so that both leave the content on the disk.
+  const synced = (target: string, file = "") => [
+    "sh",
+    "-c",
+    'curl -q -sf -o "$0" "$1" && sync -d "$0"',
+    file,
+    url(target),
+  ];
+  add({ name: "curl, then sync", role: "peer", argv: synced, isFileOnly: true });
   const wget = (target: string, file = "-") => ["wget", "--no-config", "-q", "-O", file, url(target)];
   add({ name: "wget", role: "peer", argv: wget }, "wget");
   return { clients, missing };
@@ -125,15 +136,17 @@ async function takeStarts({ argv }: Client): Promise<Took> {
 async function measureAll(clients: Client[], effort: Effort): Promise<WorkloadResult[]> {
   const roleOf = (name: string) => clients.find((client) => client.name === name)?.role ?? "peer";
   const workloads: WorkloadResult[] = [];
+  const anywhere = clients.filter(({ isFileOnly }) => !isFileOnly);
   for (const [name, sink] of Object.entries(SINKS)) {
-    const samples = await interleave(`client, ${name}`, clients, effort, async (client) => {
+    const peers = sink === takeToFile ? clients : anywhere;
+    const samples = await interleave(`client, ${name}`, peers, effort, async (client) => {
       const { seconds, cpuSeconds } = await sink(client);
       return { main: seconds, cpu: cpuSeconds / (LARGE_BYTES / GIB) };
     });
     workloads.push({ name, main: "time", cpu: "CPU a GiB", rows: toRows(samples, REFERENCES.client, roleOf) });
   }
   const name = "13 bytes, start to exit";
-  const samples = await interleave(`client, ${name}`, clients, effort, async (client) => {
+  const samples = await interleave(`client, ${name}`, anywhere, effort, async (client) => {
     const { seconds, cpuSeconds } = await takeStarts(client);
     return { main: seconds, cpu: cpuSeconds };
   });
@@ -154,7 +167,7 @@ export async function benchClient(effort: Effort): Promise<Measured> {
   try {
     await waitForAnswer(nginx, "nginx", `http://127.0.0.1:${port}/small.txt`);
     const { clients, missing } = await makeClients(port);
-    for (const client of clients) await check(client);
+    for (const client of clients) if (!client.isFileOnly) await check(client);
     const workloads = await measureAll(clients, effort);
     const versions = await versionsOf(["curl", "wget", "nginx", "cc"]);
     return { versions, missing, workloads };

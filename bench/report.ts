@@ -33,8 +33,8 @@ generator was at its end, not the server: CPU is what a busy machine feels. **fl
 It does not show TLS, more than 32 connections, or what a handler with work to do would cost, which soon outweighs all of this.`,
   client: `Less time is better, and less CPU. CPU is the client's own; on the pipe, what \`dd\` takes at its other end is in the time
 alone. **floor** copies from socket to stdout and checks next to nothing. To a file, client-robust has synced what it
-saved to the disk when it ends; the others leave that to the kernel, which does it later, on nobody's clock. It does not
-show a network with a delay or losses, nor TLS.`,
+saved to the disk when it ends; curl and wget leave that to the kernel, which does it later, on nobody's clock: "curl, then sync" is what
+it takes. It does not show a network with a delay or losses, nor TLS.`,
   files: `More requests/s and throughput are better; less CPU and memory are better. **floor** opens, sends with sendfile(2) and closes:
 what the kernel alone would take. Resident memory is the most while that workload was measured; for programs on Bun some
 of it is Bun itself. The large file is read by one reader, which is as busy as the server: throughput is of the two
