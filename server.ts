@@ -1427,18 +1427,15 @@ export function decideRange(
 /** Two versions within one tick of the clock look the same: what is so fresh gets a tag that nothing else has. */
 let freshVersions = 0;
 
-const changedAt = ({ ctimeNs }: fs.BigIntStats) => Number(ctimeNs / 1_000_000n);
-
-function versionOf(stats: fs.BigIntStats, now: number): FileVersion {
-  const { size, ino, mtimeNs, ctimeNs } = stats;
-  // The time of the last change goes in, too: anybody can set that of the last modification.
-  const parts = [mtimeNs, size, ino, ctimeNs].map((part) => part.toString(16));
-  const isFresh = Math.abs(now - changedAt(stats)) <= CLOCK_TICK_MS;
+function versionOf({ size, ino, mtimeMs, ctimeMs }: fs.Stats, now: number): FileVersion {
+  // The time of the last change goes in, too: anybody can set that of the last modification. Both are exact to less than
+  // a microsecond, and two changes that lie closer are told apart by the tag of what is fresh.
+  const parts = [mtimeMs * 1000, size, ino, ctimeMs * 1000].map((part) => Math.round(part).toString(36));
+  const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
   if (isFresh) parts.push(`${now}.${freshVersions++}`);
   // RFC 9110 §8.8.2.1: never later than Date. Before 1970 there were no files, but there are such times.
-  const modified = Math.max(0, Math.min(Number(mtimeNs / 1_000_000n), now));
-  const lastModified = Math.floor(modified / 1000) * 1000;
-  return { size: Number(size), etag: `"${parts.join("-")}"`, lastModified, isFresh };
+  const modified = Math.max(0, Math.min(mtimeMs, now));
+  return { size, etag: `"${parts.join("-")}"`, lastModified: Math.floor(modified / 1000) * 1000, isFresh };
 }
 
 /** The media type by the name's extension. All text is taken for UTF-8. */
@@ -1462,7 +1459,7 @@ class OpenFile {
     /** As it was asked for, links and all; and without them. */
     readonly path: string,
     readonly realPath: string,
-    private readonly stats: fs.BigIntStats,
+    private readonly stats: fs.Stats,
   ) {
     this.isFolder = stats.isDirectory();
     this.version = versionOf(stats, Date.now());
@@ -1479,18 +1476,18 @@ class OpenFile {
 
   /** Has nothing been written to it since it was opened? */
   isUnchanged(): boolean {
-    const { size, mtimeNs } = fs.fstatSync(this.fd, { bigint: true });
+    const { size, mtimeMs } = fs.fstatSync(this.fd);
     // The time of the last change says less here: to move, replace or delete a file changes it too.
-    return size === this.stats.size && mtimeNs === this.stats.mtimeNs;
+    return size === this.stats.size && mtimeMs === this.stats.mtimeMs;
   }
 
   /** Does its path still lead to this file, in this version? */
   isCurrent(): boolean {
-    const { dev, ino, size, mtimeNs, ctimeNs } = this.stats;
+    const { dev, ino, size, mtimeMs, ctimeMs } = this.stats;
     try {
-      const found = fs.statSync(this.path, { bigint: true });
+      const found = fs.statSync(this.path);
       const isOne = found.dev === dev && found.ino === ino;
-      return isOne && found.size === size && found.mtimeNs === mtimeNs && found.ctimeNs === ctimeNs;
+      return isOne && found.size === size && found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
     } catch {
       return false;
     }
@@ -1641,7 +1638,7 @@ function openBelow(root: string, path: string): OpenFile | Rejection {
     // It may have become another by now: then this does not block, and what was opened is looked at again.
     fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
     const realPath = realPathOf(fd, path);
-    const stats = fs.fstatSync(fd, { bigint: true });
+    const stats = fs.fstatSync(fd);
     if (!isBelow(root, realPath) || !(stats.isFile() || stats.isDirectory())) return "not-found";
     const file = new OpenFile(fd, path, realPath, stats);
     fd = -1;

@@ -1,8 +1,9 @@
 /** The shape of the project: what a copy of one file, a binary in a hostile folder and the README rely on. */
 import { describe, expect, test } from "bun:test";
-import { accessSync, constants, readFileSync } from "node:fs";
-import { join } from "node:path";
+import { accessSync, constants, existsSync, readFileSync } from "node:fs";
+import { dirname, join } from "node:path";
 import { PROGRAMS } from "../.ci/build.ts";
+import { LIMITS } from "../server.ts";
 import { ROOT, run, runProgram, startServer, temporaryFolder, VARIANTS } from "./harness.ts";
 
 const read = (path: string) => readFileSync(join(ROOT, path), "utf8");
@@ -79,6 +80,41 @@ describe.each(PROGRAMS)("%s.ts", (program) => {
   );
 });
 
+test("the README has each limit of the server's with its default and the reason that stands beside it in the code", () => {
+  const source = /^const BOUNDS = \{\n(.*?)^\} as const/ms.exec(read("server.ts"))?.[1] ?? "";
+  const rows = read("README.md").replace(/ +/g, " ");
+  let reason = "";
+  let limits = 0;
+  for (const line of source.split("\n")) {
+    reason = /^ {2}\/\*\* (.*) \*\/$/.exec(line)?.[1] ?? reason;
+    const [, name = "", value = ""] = /^ {2}(\w+): \[([\d_]+),/.exec(line) ?? [];
+    if (name === "") continue;
+    limits++;
+    const flag = name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+    expect(rows).toContain(`| \`--${flag}\` | ${value.replaceAll("_", "")} | ${reason} |`);
+  }
+  expect(limits).toBe(Object.keys(LIMITS).length);
+});
+
+test("every link of the documents leads to a file, and to a heading that is there", () => {
+  const documents = ["README.md", "docs/scaling.md", "docs/README.zh-CN.md", "bench/README.md", "bench/RESULTS.md"];
+  const anchors = (path: string) =>
+    [...read(path).matchAll(/^#+ (.*)$/gm)].map(([, heading = ""]) =>
+      heading
+        .toLowerCase()
+        .replace(/[^\p{L}\p{N} _-]/gu, "")
+        .replaceAll(" ", "-"),
+    );
+  for (const document of [...documents, "CONTRIBUTING.md", "SECURITY.md"])
+    for (const [, link = ""] of read(document).matchAll(/\]\(([^)\s]+)\)/g)) {
+      if (/^https?:/.test(link)) continue;
+      const [path = "", anchor] = link.split("#");
+      const target = path === "" ? document : join(dirname(document), path);
+      expect(existsSync(join(ROOT, target)), `${document}: ${link}`).toBeTrue();
+      if (anchor !== undefined) expect(anchors(target), `${document}: ${link}`).toContain(anchor);
+    }
+});
+
 test("what two scripts share is the same in both", () => {
   const names = new Set<string | undefined>();
   for (const { text } of sources)
@@ -124,4 +160,44 @@ test("Bun gives each data event bytes of its own, as client-robust.ts relies on"
       .subarray(-total)
       .equals(content),
   ).toBeTrue();
+});
+
+test("the Chinese README has the same command blocks as the English one, in the same order, and the same numbers in its tables", () => {
+  const english = read("README.md");
+  const chinese = read("docs/README.zh-CN.md");
+  const fencedBlock = /^```.*?^```$/gms;
+  expect(chinese.match(fencedBlock)).toEqual(english.match(fencedBlock));
+
+  /** Of each row of each table in order: its code spans and its numbers, sorted, as another language orders them otherwise. */
+  const tables = (text: string) =>
+    [...text.replace(fencedBlock, "").matchAll(/(?:^\|.*\n)+/gm)].map(([table]) =>
+      table
+        .trimEnd()
+        .split("\n")
+        .map((row) => (row.match(/`[^`]+`|\d+(?:[.,]\d+)*/g) ?? []).sort()),
+    );
+  // One section is the Chinese README's own: the way from the tutorial to the code.
+  const own = /^## 从教程到代码\n.*?(?=^## )/ms.exec(chinese)?.[0] ?? "";
+  const translated = tables(chinese.replace(own, ""));
+  expect(own).not.toBe("");
+  for (const [index, table] of tables(english).entries()) expect(translated[index]).toEqual(table);
+  expect(translated.length).toBe(tables(english).length);
+
+  // The same outline, and the same numbers and code spans in the prose of each section.
+  const sections = (text: string) => text.replace(fencedBlock, "").split(/^(?=#+ )/m);
+  const told = (section: string) =>
+    (section.replace(/\]\([^)]*\)/g, "]").match(/^#+|`[^`]+`|\d+(?:[.,]\d+)*/g) ?? []).sort();
+  expect(sections(chinese.replace(own, "")).map(told)).toEqual(sections(english).map(told));
+
+  // The functions that its second column names stand in the section of the script that it says: `name`（7）.
+  for (const part of own.split(/^### .*：/m).slice(1)) {
+    const [script = "", ...rows] = part.split("\n");
+    const places = read(script).split(/^\/\/ ═══ (?=\d)/m);
+    const does = rows.map((row) => row.split("|")[2] ?? "").join("\n");
+    for (const [, names = "", place] of does.matchAll(/((?:`\w+`(?:、| → )?)+)（(\d+)）/g))
+      for (const [name] of names.matchAll(/\w+/g)) {
+        const text = places.find((text) => text.startsWith(`${place} `)) ?? "";
+        expect(new RegExp(`\\b${name}\\b`).test(text), `${script}, section ${place}: ${name}`).toBeTrue();
+      }
+  }
 });
