@@ -1094,9 +1094,12 @@ export class Connection {
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
       if (isTrusted || (isInsecure && error !== null && !isTlsFault(error))) resolve();
-      else if (error === null || isTlsFault(error))
-        reject(new TransferError("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal: true }));
-      else reject(new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`));
+      else if (error === null || isTlsFault(error)) {
+        const message = `no TLS with ${hostname}: ${error?.message ?? "refused"}`;
+        // What the peer has said will not change; that it has gone may.
+        reject(new TransferError("tls", message, { isFinal: !error?.code?.startsWith("ECONN") }));
+      } else
+        reject(new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`));
     };
     const close = (_: unknown, error?: SystemError) => {
       reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
