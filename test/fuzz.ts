@@ -247,6 +247,8 @@ class Peer implements Transport {
   readonly remoteAddress = "192.0.2.1";
   written = "";
   isFull = false;
+  /** It takes nothing any more: then the server may ask once more before it gives up. */
+  isSilent = false;
   isShutDown = false;
   isEnded = false;
   isTerminated = false;
@@ -256,6 +258,7 @@ class Peer implements Transport {
   ) {}
 
   write(bytes: Uint8Array, from: number, length: number): number {
+    if (this.isFull && this.isSilent) return 0;
     if (this.isShutDown || this.isTerminated || this.isFull) throw new Error("a write after FIN or before the drain");
     if (this.plan.ending === "write-fails" && this.random.once(3)) return -1;
     const taken = this.plan.takesAll || this.random.once(3) ? length : this.random.below(length + 1);
@@ -340,7 +343,8 @@ function checkClose({ isShutDown, isTerminated, written }: Peer): void {
 
 /** Deadlines pass until the server gives up. */
 function fallSilent(connection: Connection, peer: Peer): void {
-  for (let i = 0; !peer.isTerminated; i++) {
+  peer.isSilent = true;
+  for (let i = 0; !peer.isTerminated && !peer.isEnded; i++) {
     if (i === 4) throw new Error("a silent peer is waited for without end");
     connection.onDeadline();
   }
