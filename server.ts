@@ -2033,6 +2033,7 @@ export class Connection {
     this.state = "closed";
     this.endAnswer();
     this.retained = this.unsent = NO_BYTES;
+    this.head = this.content = null;
     this.weigh();
     this.server.remove(this);
   }
