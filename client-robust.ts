@@ -193,16 +193,20 @@ type SystemError = Error & { code?: string; syscall?: string };
 // ── shared: byte classes ──
 const [HTAB, LF, CR, SP] = [0x09, 0x0a, 0x0d, 0x20];
 
+const EVERY_BYTE = String.fromCharCode(...Array(256).keys());
+
 /** The class of the bytes that a pattern matches, taken as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
-  for (let byte = 0; byte < 256; byte++) if (pattern.test(String.fromCharCode(byte))) members[byte] = 1;
+  for (const { index } of EVERY_BYTE.matchAll(pattern)) members[index] = 1;
   return members;
 }
 
 /** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
-const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
-const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
+const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/g);
+/** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
+const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/g);
+const HEXDIG = bytesLike(/[0-9A-Fa-f]/g);
 
 /** The byte at an index that the caller knows to be in range; the type cannot know it. */
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
@@ -255,12 +259,13 @@ const EXTENSION_STEPS: Readonly<Record<ExtensionState, Readonly<Partial<Record<E
 };
 /** The states in which the line may end. */
 const EXTENSION_ENDS: ReadonlySet<ExtensionState> = new Set(["name", "token", "after-quoted"] as const);
-const EXTENSION_BYTES = Array.from({ length: 256 }, (_, byte): ExtensionByte => {
+
+function extensionByte(byte: number): ExtensionByte {
+  if (byte === SP || byte === HTAB) return "BWS";
+  if (TCHAR[byte] === 1) return "tchar";
   const character = String.fromCharCode(byte);
-  if (character === " " || character === "\t") return "BWS";
-  if (character === ";" || character === "=" || character === '"' || character === "\\") return character;
-  return /[!#$%&'*+\-.^_`|~\w]/.test(character) ? "tchar" : "other";
-});
+  return character === ";" || character === "=" || character === '"' || character === "\\" ? character : "other";
+}
 
 /** field-line = field-name ":" OWS field-value OWS */
 const FIELD_LINE = /^([!#$%&'*+\-.^_`|~\w]+):[\t\x20-\x7e\x80-\xff]*$/;
@@ -372,8 +377,7 @@ export class ChunkedDecoder {
     if (byte === CR) return EXTENSION_ENDS.has(this.extension) ? this.go("size-lf") : this.fail("chunk-extension");
     // All of them together may outweigh the content only by so much, or tiny chunks would keep us busy.
     this.extensionBytes++;
-    const kind = FIELD_CONTENT[byte] === 1 ? EXTENSION_BYTES[byte] : undefined;
-    const next = kind && EXTENSION_STEPS[this.extension][kind];
+    const next = FIELD_CONTENT[byte] === 1 ? EXTENSION_STEPS[this.extension][extensionByte(byte)] : undefined;
     if (next === undefined || this.extensionBytes > this.limits.chunkExtensionBytesMax + this.announced)
       return this.fail("chunk-extension");
     this.extension = next;

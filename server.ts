@@ -279,16 +279,20 @@ const REJECT = -2;
 // ── shared: byte classes ──
 const [HTAB, LF, CR, SP] = [0x09, 0x0a, 0x0d, 0x20];
 
+const EVERY_BYTE = String.fromCharCode(...Array(256).keys());
+
 /** The class of the bytes that a pattern matches, taken as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
-  for (let byte = 0; byte < 256; byte++) if (pattern.test(String.fromCharCode(byte))) members[byte] = 1;
+  for (const { index } of EVERY_BYTE.matchAll(pattern)) members[index] = 1;
   return members;
 }
 
 /** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
-const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
-const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
+const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/g);
+/** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
+const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/g);
+const HEXDIG = bytesLike(/[0-9A-Fa-f]/g);
 
 /** The byte at an index that the caller knows to be in range; the type cannot know it. */
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
@@ -341,12 +345,13 @@ const EXTENSION_STEPS: Readonly<Record<ExtensionState, Readonly<Partial<Record<E
 };
 /** The states in which the line may end. */
 const EXTENSION_ENDS: ReadonlySet<ExtensionState> = new Set(["name", "token", "after-quoted"] as const);
-const EXTENSION_BYTES = Array.from({ length: 256 }, (_, byte): ExtensionByte => {
+
+function extensionByte(byte: number): ExtensionByte {
+  if (byte === SP || byte === HTAB) return "BWS";
+  if (TCHAR[byte] === 1) return "tchar";
   const character = String.fromCharCode(byte);
-  if (character === " " || character === "\t") return "BWS";
-  if (character === ";" || character === "=" || character === '"' || character === "\\") return character;
-  return /[!#$%&'*+\-.^_`|~\w]/.test(character) ? "tchar" : "other";
-});
+  return character === ";" || character === "=" || character === '"' || character === "\\" ? character : "other";
+}
 
 /** field-line = field-name ":" OWS field-value OWS */
 const FIELD_LINE = /^([!#$%&'*+\-.^_`|~\w]+):[\t\x20-\x7e\x80-\xff]*$/;
@@ -458,8 +463,7 @@ export class ChunkedDecoder {
     if (byte === CR) return EXTENSION_ENDS.has(this.extension) ? this.go("size-lf") : this.fail("chunk-extension");
     // All of them together may outweigh the content only by so much, or tiny chunks would keep us busy.
     this.extensionBytes++;
-    const kind = FIELD_CONTENT[byte] === 1 ? EXTENSION_BYTES[byte] : undefined;
-    const next = kind && EXTENSION_STEPS[this.extension][kind];
+    const next = FIELD_CONTENT[byte] === 1 ? EXTENSION_STEPS[this.extension][extensionByte(byte)] : undefined;
     if (next === undefined || this.extensionBytes > this.limits.chunkExtensionBytesMax + this.announced)
       return this.fail("chunk-extension");
     this.extension = next;
@@ -511,16 +515,14 @@ export class ChunkedDecoder {
 }
 // ── end shared ──
 
-/** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
-const TOKEN = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
 const IS_TOKEN = /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/;
 /** request-target: visible ASCII (RFC 9112 §3.2), but "#", which starts a fragment, and "%". */
-const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/);
+const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/g);
 /** reg-name (RFC 3986 §3.2.2) but "%", and but ",": in Host it can only be a list of hosts. */
-const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/);
+const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/g);
 /** IPvFuture = "v" 1*HEXDIG "." 1*( unreserved / sub-delims / ":" ) */
 const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
-const DIGIT = bytesLike(/[0-9]/);
+const DIGIT = bytesLike(/[0-9]/g);
 const [COLON, PERCENT, SLASH, ASTERISK] = [0x3a, 0x25, 0x2f, 0x2a];
 const [QUESTION_MARK, BRACKET_OPEN, BRACKET_CLOSE] = [0x3f, 0x5b, 0x5d];
 
@@ -741,7 +743,7 @@ function skipEmptyLine(head: RequestHead, bytes: Uint8Array, at: number, end: nu
 /** RFC 9112 §3: request-line = method SP request-target SP HTTP-version; exactly one SP, no other white space. */
 function parseMethod(head: RequestHead, bytes: Uint8Array, at: number, end: number): number {
   const from = head.base + head.elementFrom;
-  const to = skipWhile(TOKEN, bytes, at, end);
+  const to = skipWhile(TCHAR, bytes, at, end);
   // RFC 9112 §3: a method longer than any that is implemented gets 501.
   if (to - from > head.limits.methodBytesMax) return reject(head, "method-too-long");
   if (to === end) return needMore(head, to);
@@ -803,7 +805,7 @@ function parseHttpVersion(head: RequestHead, bytes: Uint8Array, from: number, en
 /** RFC 9112 §5: field-line = field-name ":" OWS field-value OWS */
 function parseFieldName(head: RequestHead, bytes: Uint8Array, at: number, end: number): number {
   const from = head.base + head.elementFrom;
-  const to = skipWhile(TOKEN, bytes, at, end);
+  const to = skipWhile(TCHAR, bytes, at, end);
   if (to === end) return needMore(head, to);
   // RFC 9112 §5.1: no white space between name and colon: recipients that skip it can be fooled.
   if (to === from || bytes[to] !== COLON) return endFieldSection(head, bytes, from, to, end);
@@ -888,7 +890,7 @@ function noteField(head: RequestHead, bytes: Uint8Array, lineFrom: number, lineT
 function noteConnectionOptions(head: RequestHead, bytes: Uint8Array, from: number, to: number): void {
   let at = from;
   while (at < to) {
-    const tokenTo = skipWhile(TOKEN, bytes, at, to);
+    const tokenTo = skipWhile(TCHAR, bytes, at, to);
     if (isText(bytes, at, tokenTo, "close")) head.hasClose = true;
     else if (isText(bytes, at, tokenTo, "keep-alive")) head.hasKeepAlive = true;
     at = Math.max(tokenTo, at + 1);
