@@ -1,0 +1,181 @@
+/**
+ * Connection and FileSite against a random peer: whatever it asks for in one go, in whatever pieces that comes, however
+ * little it takes at once and whenever it says that there is room: every answer comes, whole, once and in order.
+ */
+import { afterAll, beforeAll, expect, test } from "bun:test";
+import { createHash } from "node:crypto";
+import { mkdirSync, mkdtempSync, readdirSync, realpathSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { Connection, FileSite, LIMITS, Server, type Transport } from "../server.ts";
+import { Random } from "./random.ts";
+
+const seed = Number(process.env["SEED"] ?? Date.now() % 100_000_000);
+const RUNS = 1000;
+
+/** Small ones go out with their head, the others piece by piece; 5,000,000 bytes take more than one turn. */
+const SIZES = { empty: 0, small: 1000, edge: 65_536, over: 65_537, pieces: 300_000, turns: 5_000_000 } as const;
+const NAMES = Object.keys(SIZES) as (keyof typeof SIZES)[]; // Object.keys forgets the type
+const contents = new Map<string, Buffer>();
+let root = "";
+
+beforeAll(() => {
+  root = realpathSync(mkdtempSync(join(tmpdir(), "http-over-tcp-")));
+  const past = new Date(Date.now() - 60_000);
+  for (const name of NAMES) {
+    contents.set(name, new Random(SIZES[name]).bytes(SIZES[name]));
+    writeFileSync(join(root, name), contents.get(name) ?? "");
+    utimesSync(join(root, name), past, past);
+  }
+  mkdirSync(join(root, "folder"));
+  writeFileSync(join(root, "folder", "listed"), "");
+});
+afterAll(() => rmSync(root, { recursive: true }));
+
+/** A request, and what has to come of it. */
+interface Asked {
+  readonly request: string;
+  readonly status: number;
+  readonly content: Buffer | RegExp;
+  readonly fields?: readonly string[];
+}
+
+function ask(random: Random): Asked {
+  const name = random.pick(NAMES);
+  const content = contents.get(name) ?? Buffer.alloc(0);
+  const get = (fields = "", target: string = name, method = "GET") =>
+    `${method} /${target} HTTP/1.1\r\nHost: x\r\n${fields}\r\n`;
+  const none = Buffer.alloc(0);
+  switch (random.below(8)) {
+    case 0:
+      return { request: get("", name, "HEAD"), status: 200, content: none };
+    case 1:
+      return { request: get("", "folder/"), status: 200, content: /^<!DOCTYPE html>[^]*listed[^]*<\/html>\n$/ };
+    case 2:
+      return { request: get("", "folder"), status: 301, content: /^it is a folder\n$/ };
+    case 3: {
+      const digest = createHash("sha256").update(content).digest("base64");
+      const fields = [`Repr-Digest: sha-256=:${digest}:`];
+      return { request: get("Want-Repr-Digest: sha-256=1\r\n"), status: 200, content, fields };
+    }
+    case 4: {
+      if (content.length === 0)
+        return { request: get("Range: bytes=0-\r\n"), status: 416, content: /none of these bytes/ };
+      const from = random.below(content.length);
+      const to = from + random.below(content.length - from);
+      const fields = [`Content-Range: bytes ${from}-${to}/${content.length}`];
+      return {
+        request: get(`Range: bytes=${from}-${to}\r\n`),
+        status: 206,
+        content: content.subarray(from, to + 1),
+        fields,
+      };
+    }
+    case 5:
+      return { request: get("If-None-Match: *\r\n"), status: 304, content: none };
+    default:
+      return { request: get(), status: 200, content };
+  }
+}
+
+/** Takes some of what it is given, and says later, or too early, that there is room for more. */
+class Peer implements Transport {
+  readonly remoteAddress = "192.0.2.1";
+  readonly taken: Buffer[] = [];
+  isFull = false;
+  ending = "";
+
+  /** So often, on average, it takes all before it takes less. */
+  private readonly whole: number;
+
+  constructor(private readonly random: Random) {
+    this.whole = random.pick([2, 20, 100]);
+  }
+
+  write(bytes: Uint8Array, from: number, length: number): number {
+    if (this.ending !== "") throw new Error(`a write after ${this.ending}`);
+    if (this.isFull) return 0;
+    const taken = this.random.once(this.whole) ? this.random.below(length + 1) : length;
+    this.isFull = taken < length;
+    this.taken.push(Buffer.from(bytes.subarray(from, from + taken)));
+    return taken;
+  }
+  shutdown(): void {
+    this.ending ||= "shutdown";
+  }
+  end(): void {
+    this.ending = "end";
+  }
+  terminate(): void {
+    this.ending = "terminate";
+  }
+  pause(): void {}
+  resume(): void {}
+}
+
+/** Takes the answers apart and holds each to what was asked. */
+function check(stream: Buffer, asked: readonly Asked[]): void {
+  let at = 0;
+  for (const { request, status, content, fields = [] } of asked) {
+    const headTo = stream.indexOf("\r\n\r\n", at) + 4;
+    const head = stream.toString("latin1", at, headTo);
+    expect(head, request).toStartWith(`HTTP/1.1 ${status} `);
+    for (const field of fields) expect(head, request).toContain(`\r\n${field}\r\n`);
+    const length = /^(?:HEAD|.*[^]*If-None-Match)/.test(request) ? 0 : Number(/Content-Length: (\d+)/.exec(head)?.[1]);
+    const found = stream.subarray(headTo, headTo + length);
+    if (content instanceof RegExp) expect(found.toString(), request).toMatch(content);
+    else expect(found.equals(content), request).toBeTrue();
+    at = headTo + length;
+  }
+  expect(stream.length).toBe(at);
+}
+
+const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
+
+async function play(random: Random): Promise<void> {
+  const asked = [ask(random), ...random.several(6, () => ask(random))];
+  // An error closes the connection: what is asked behind it gets no answer.
+  const lastAnswered = asked.findIndex(({ status }) => status >= 400);
+  const answered = lastAnswered < 0 ? asked : asked.slice(0, lastAnswered + 1);
+  const message = Buffer.from(asked.map(({ request }) => request).join(""));
+  const server = new Server(new FileSite(root, LIMITS), random.pick(["off", "access"] as const), () => {});
+  const peer = new Peer(random);
+  const connection = new Connection(peer, server);
+  const halfCloses = random.once(2);
+  let sent = 0;
+  for (let turn = 0; peer.ending === "" || peer.ending === "shutdown"; turn++) {
+    if (turn > 100_000) throw new Error("it comes to no end");
+    if (sent < message.length && random.once(3)) {
+      const to = Math.min(message.length, sent + 1 + random.below(random.pick([10, 200, 5000])));
+      connection.onData(Buffer.from(message.subarray(sent, to)));
+      sent = to;
+      if (sent === message.length && halfCloses) connection.onEnd();
+    }
+    // There may be room before that is told, and it may be told where there always was some.
+    if (random.once(2)) peer.isFull = false;
+    if (!peer.isFull && random.once(2)) connection.onDrain();
+    if (random.once(4)) await nextTurn();
+    if (random.once(50)) server.sweep();
+    if (sent === message.length && peer.taken.length > 0 && random.once(200)) connection.onEnd();
+    if (peer.ending === "shutdown" && sent === message.length) connection.onEnd();
+  }
+  expect(peer.ending).toBe("end");
+  connection.onClose();
+  server.sweep();
+  expect([server.waitingBytes, server.connections.size]).toEqual([0, 0]);
+  check(Buffer.concat(peer.taken), answered);
+}
+
+test(`every answer comes whole, once and in order, however it is asked for and taken (SEED=${seed})`, async () => {
+  const open = () => readdirSync("/proc/self/fd").length;
+  await play(new Random(seed)); // what stays open from the first use on
+  const before = process.platform === "linux" ? open() : 0;
+  for (let run = 1; run < RUNS; run++) {
+    try {
+      await play(new Random(seed + run));
+    } catch (error) {
+      throw new Error(`SEED=${seed + run}`, { cause: error });
+    }
+  }
+  if (process.platform === "linux") expect(open()).toBe(before);
+}, 60_000);
