@@ -12,8 +12,9 @@ import * as fs from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { command, exchange, LISTENING, Peer, run, start, startPython, temporaryFolder, VARIANTS } from "./harness.ts";
-import { Connection, FileSite, formatListing, LIMITS, Server, type Transport } from "../server.ts";
+import { Connection, FileSite, formatListing, LIMITS, Server } from "../server.ts";
 import { parseVector, type Vector } from "./vector.ts";
+import { FakeTransport, nextTurn } from "./transport.ts";
 
 const SECRET = "SECRET";
 const OPEN = "open to everybody\n";
@@ -445,38 +446,14 @@ describe.each(VARIANTS)("hostile to files (%s)", (variant) => {
 
 // ── a Connection whose socket is in our hands ──
 
-/** A socket that takes so many bytes as there is room for, and remembers them. */
-class Socket implements Transport {
-  readonly remoteAddress = "192.0.2.1";
-  room = Number.POSITIVE_INFINITY;
-  taken = "";
-  isOpen = true;
-
-  write(bytes: Uint8Array, from: number, length: number): number {
-    const taken = Math.min(this.room, length);
-    this.room -= taken;
-    this.taken += Buffer.from(bytes.buffer, bytes.byteOffset + from, taken).toString("latin1");
-    return taken;
-  }
-  shutdown(): void {}
-  end(): void {}
-  terminate(): void {
-    this.isOpen = false;
-  }
-  pause(): void {}
-  resume(): void {}
-}
-
-const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
-
 /** What a peer gets, to whom everything is sent at once. */
 async function answerOf(root: string, request: string): Promise<string> {
-  const socket = new Socket();
+  const socket = new FakeTransport();
   const connection = new Connection(socket, new Server(new FileSite(fs.realpathSync(root), LIMITS), "off", () => {}));
   connection.onData(Buffer.from(request));
-  while (socket.taken === "" && socket.isOpen) await nextTurn();
+  while (socket.written === "" && !socket.calls.includes("terminate")) await nextTurn();
   connection.onClose();
-  return socket.taken;
+  return socket.written;
 }
 
 /** The race above, won for certain: what is at the name is another exactly while it is opened, and the old one again after. */
@@ -516,21 +493,21 @@ test("a turn that was meant for one file sends nothing of the next before its he
   // More than goes out in one turn, so that another is due.
   const size = 4_500_000;
   for (const name of ["a", "b"]) fs.writeFileSync(join(folder.path, name), Buffer.alloc(size, name));
-  const socket = new Socket();
+  const socket = new FakeTransport();
   const connection = new Connection(
     socket,
     new Server(new FileSite(fs.realpathSync(folder.path), LIMITS), "off", () => {}),
   );
   connection.onData(Buffer.from(get("/a") + get("/b")));
-  const end = socket.taken.indexOf("\r\n\r\n") + 4 + size;
+  const end = socket.written.indexOf("\r\n\r\n") + 4 + size;
   // A drain comes before that turn: a socket that was paused tells at once that there is room. It is enough for the rest.
-  socket.room = end - socket.taken.length;
+  socket.room = end - socket.written.length;
   connection.onDrain();
-  expect(socket.taken.length).toBe(end);
+  expect(socket.written.length).toBe(end);
   socket.room = Number.POSITIVE_INFINITY;
   await nextTurn();
-  if (socket.taken.length === end) connection.onDrain();
-  expect(socket.taken.slice(end, end + 17)).toBe("HTTP/1.1 200 OK\r\n");
+  if (socket.written.length === end) connection.onDrain();
+  expect(socket.written.slice(end, end + 17)).toBe("HTTP/1.1 200 OK\r\n");
   connection.onClose();
 });
 
@@ -538,11 +515,11 @@ test("answers that took their time count among the bytes that wait", async () =>
   await using folder = await temporaryFolder();
   for (let i = 0; i < 500; i++) fs.writeFileSync(join(folder.path, `${"n".repeat(100)}${i}`), "");
   const server = new Server(new FileSite(fs.realpathSync(folder.path), LIMITS), "off", () => {});
-  const socket = new Socket();
+  const socket = new FakeTransport();
   const connection = new Connection(socket, server);
   socket.room = 100;
   connection.onData(Buffer.from(get("/")));
-  while (socket.taken === "") await nextTurn();
+  while (socket.written === "") await nextTurn();
   expect(server.waitingBytes).toBeGreaterThan(100_000);
   connection.onClose();
   expect(server.waitingBytes).toBe(0);
@@ -554,7 +531,7 @@ test("who has gone leaves no folder open that waits to be listed", async () => {
   const server = new Server(new FileSite(fs.realpathSync(folder.path), LIMITS), "off", () => {});
   const before = openFiles(process.pid);
   for (let i = 0; i < 100; i++) {
-    const connection = new Connection(new Socket(), server);
+    const connection = new Connection(new FakeTransport(), server);
     connection.onData(Buffer.from(get(`/${i}/`)));
     connection.onClose();
   }

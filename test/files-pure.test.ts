@@ -20,9 +20,9 @@ import {
   parseRange,
   parseTargetPath,
   Server,
-  type Transport,
   wantsSha256,
 } from "../server.ts";
+import { FakeTransport } from "./transport.ts";
 import { temporaryFolder } from "./harness.ts";
 
 setDefaultTimeout(30_000);
@@ -533,27 +533,6 @@ describe("formatListing", () => {
     expect(page).toStartWith("<!DOCTYPE html>\n");
   });
 });
-
-/** A transport that takes `room` bytes and notes what is done to it. */
-class FakeTransport implements Transport {
-  written = "";
-  readonly calls: string[] = [];
-  readonly remoteAddress = "192.0.2.1";
-
-  constructor(public room: number) {}
-
-  write(bytes: Uint8Array, from: number, length: number): number {
-    const taken = Math.min(this.room, length);
-    this.room -= taken;
-    this.written += Buffer.from(bytes.subarray(from, from + taken)).toString("latin1");
-    return taken;
-  }
-  shutdown = () => void this.calls.push("shutdown");
-  end = () => void this.calls.push("end");
-  terminate = () => void this.calls.push("terminate");
-  pause = () => void this.calls.push("pause");
-  resume = () => void this.calls.push("resume");
-}
 
 describe("a connection that sends files", () => {
   const MANY_PIECES = 18 * 262_144;

@@ -9,6 +9,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Connection, FileSite, LIMITS, Server, type Transport } from "../server.ts";
 import { Random } from "./random.ts";
+import { nextTurn } from "./transport.ts";
 
 const seed = Number(process.env["SEED"] ?? Date.now() % 100_000_000);
 const RUNS = 1000;
@@ -129,8 +130,6 @@ function check(stream: Buffer, asked: readonly Asked[]): void {
   }
   expect(stream.length).toBe(at);
 }
-
-const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
 async function play(random: Random): Promise<void> {
   const asked = [ask(random), ...random.several(6, () => ask(random))];

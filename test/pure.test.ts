@@ -15,32 +15,10 @@ import {
   respond,
   Server,
   TextSite,
-  type Transport,
 } from "../server.ts";
+import { FakeTransport } from "./transport.ts";
 
 const GET = Buffer.from("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
-
-/** A transport that takes `room` bytes and notes what is done to it. */
-class FakeTransport implements Transport {
-  written = "";
-  readonly calls: string[] = [];
-  readonly remoteAddress = "192.0.2.1";
-
-  constructor(public room = Number.POSITIVE_INFINITY) {}
-
-  write(bytes: Uint8Array, from: number, length: number): number {
-    if (this.room < 0) return -1;
-    const taken = Math.min(this.room, length);
-    this.room -= taken;
-    this.written += Buffer.from(bytes.subarray(from, from + taken)).toString("latin1");
-    return taken;
-  }
-  shutdown = () => void this.calls.push("shutdown");
-  end = () => void this.calls.push("end");
-  terminate = () => void this.calls.push("terminate");
-  pause = () => void this.calls.push("pause");
-  resume = () => void this.calls.push("resume");
-}
 
 /** A server without sockets, with one connection to it. */
 function connect({
