@@ -1442,8 +1442,8 @@ function versionOf({ size, ino, mtimeMs, ctimeMs }: fs.Stats, now: number): File
 
 /** The media type by the name's extension. All text is taken for UTF-8. */
 function typeOf(path: string): string {
-  const { type } = Bun.file(path);
-  return type.startsWith("text/") && !type.includes("charset") ? `${type};charset=utf-8` : type;
+  const [type = ""] = Bun.file(path).type.split(";");
+  return type.startsWith("text/") ? `${type}; charset=utf-8` : type;
 }
 
 /** Whatever a browser makes of a file, it shall be what its type says. */

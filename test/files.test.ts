@@ -148,7 +148,7 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     await using server = await serve({ "a.bin": large, "b.txt": "grüße\n", empty: "" });
     for (const [name, content, type] of [
       ["a.bin", large, "application/octet-stream"],
-      ["b.txt", Buffer.from("grüße\n"), "text/plain;charset=utf-8"],
+      ["b.txt", Buffer.from("grüße\n"), "text/plain; charset=utf-8"],
       ["empty", Buffer.alloc(0), "application/octet-stream"],
     ] as const) {
       const tag = await settledTag(server.port, `/${name}`);
@@ -218,7 +218,7 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     expect([index.status, index.content.toString(), index.fields["content-type"]]).toEqual([
       200,
       "<p>index",
-      "text/html;charset=utf-8",
+      "text/html; charset=utf-8",
     ]);
     expect(index.fields["etag"]).toBeDefined();
     expect([listing.status, listing.fields["content-type"]]).toEqual([200, "text/html; charset=utf-8"]);
