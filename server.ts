@@ -1247,9 +1247,6 @@ p { margin: 0; padding: .75rem .5rem; white-space: normal; }
 }
 `;
 
-/** Folders first; then "file9" before "file10". */
-const compareNames = new Intl.Collator("en", { numeric: true }).compare;
-
 /** A text of a peer's or of a file's, as content of an HTML page. */
 const escapeText = (text: string) => Bun.escapeHTML(printable(text));
 
@@ -1260,7 +1257,9 @@ const escapeText = (text: string) => Bun.escapeHTML(printable(text));
  * @param unlisted how many names there are besides the entries
  */
 export function formatListing(segments: readonly string[], entries: readonly ListingEntry[], unlisted: number): string {
-  const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compareNames(a.name, b.name));
+  // Folders first; then "file9" before "file10".
+  const { compare } = new Intl.Collator("en", { numeric: true });
+  const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
   if (segments.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
   const path = escapeText(["", ...segments, ""].join("/"));
@@ -1326,16 +1325,17 @@ export function formatAccessLog(head: RequestHead, address: string, date: Date, 
 
 // ═══ 6 Application ═══════════════════════════════════════════════════════════════════════════════
 
+const NOT_IMPLEMENTED = prepareResponse(501, TEXT_FIELDS, "no such method here\n");
+
+/** RFC 9110 §15.5.6: 405 says which methods there are. */
+const prepareNotAllowed = (allow: string) =>
+  prepareResponse(405, { ...TEXT_FIELDS, Allow: allow }, "method not allowed\n");
+
 /** The answers of text mode, formatted once: all of them but the text are known beforehand. */
 export class TextSite implements Site {
   readonly text: Response;
   readonly options = prepareResponse(204, { Allow: "GET, HEAD, POST, OPTIONS" });
-  readonly notAllowed = prepareResponse(
-    405,
-    { ...TEXT_FIELDS, Allow: "GET, HEAD, POST, OPTIONS" },
-    "method not allowed\n",
-  );
-  readonly notImplemented = prepareResponse(501, TEXT_FIELDS, "no such method here\n");
+  readonly notAllowed = prepareNotAllowed("GET, HEAD, POST, OPTIONS");
 
   constructor(text: string) {
     this.text = prepareResponse(200, TEXT_FIELDS, text);
@@ -1371,7 +1371,7 @@ export function respond(request: RequestHead, site: TextSite): Response {
     case "PATCH":
       return site.notAllowed;
     case "":
-      return site.notImplemented;
+      return NOT_IMPLEMENTED;
     default:
       return request.method satisfies never;
   }
@@ -1495,14 +1495,18 @@ class OpenFile {
     }
   }
 
+  /** What a response says of its version (RFC 9110 §8.8). */
+  get validators(): Record<string, string> {
+    const { etag, lastModified } = this.version;
+    return { ETag: etag, "Last-Modified": new Date(lastModified).toUTCString() };
+  }
+
   /** What a response says of it, whatever part it sends. */
   get fields(): Record<string, string> {
-    const { etag, lastModified } = this.version;
     this.knownFields ??= {
       "Content-Type": typeOf(this.path),
       "Accept-Ranges": "bytes",
-      ETag: etag,
-      "Last-Modified": new Date(lastModified).toUTCString(),
+      ...this.validators,
       ...FILE_FIELDS,
     };
     return this.knownFields;
@@ -1554,6 +1558,9 @@ export class FilePart {
   }
 }
 
+/** What is read of files on its way elsewhere. It is used up before anybody else has a turn: one is enough for all. */
+const piece = new Uint8Array(PIECE_BYTES);
+
 /** Lets everybody else have a turn. */
 const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
@@ -1574,14 +1581,15 @@ class Digests {
 
   private start(key: string, file: OpenFile): Promise<string | undefined> | undefined {
     if (this.pending.size >= this.pendingMax) return undefined;
-    file.hold();
-    const found = computeDigest(file)
-      .catch(() => undefined) // it cannot be read: sending it will tell
+    const whole = new FilePart(file.hold(), { from: 0, to: file.version.size });
+    const found = computeDigest(whole)
       .then((digest) => {
-        file.close();
-        this.pending.delete(key);
         if (digest !== undefined) this.remember(key, digest);
         return digest;
+      })
+      .finally(() => {
+        whole.close();
+        this.pending.delete(key);
       });
     this.pending.set(key, found);
     return found;
@@ -1595,20 +1603,17 @@ class Digests {
   }
 }
 
-/** It is used up before anybody else has a turn: one is enough for all digests. */
-const digestPiece = new Uint8Array(PIECE_BYTES);
-
-async function computeDigest(file: OpenFile): Promise<string | undefined> {
+/** @returns in base64; undefined where the file changes, or cannot be read: sending it will tell */
+async function computeDigest(whole: FilePart): Promise<string | undefined> {
   const hash = new Bun.CryptoHasher("sha256");
-  const { size } = file.version;
-  for (let at = 0; at < size;) {
-    const length = fs.readSync(file.fd, digestPiece, 0, Math.min(PIECE_BYTES, size - at), at);
-    if (length === 0) return undefined;
-    hash.update(digestPiece.subarray(0, length));
-    at += length;
+  while (whole.left > 0) {
+    const length = Math.min(PIECE_BYTES, whole.left);
+    if (!whole.read(piece, length)) return undefined;
+    hash.update(piece.subarray(0, length));
+    whole.advance(length);
     await nextTurn();
   }
-  return file.isUnchanged() ? hash.digest("base64") : undefined;
+  return hash.digest("base64");
 }
 
 /**
@@ -1682,9 +1687,6 @@ function lookAt(root: string, folder: string, name: string): ListingEntry | unde
   }
 }
 
-const NOT_ALLOWED_HERE = prepareResponse(405, { ...TEXT_FIELDS, Allow: "GET, HEAD" }, "method not allowed\n");
-const NOT_IMPLEMENTED = prepareResponse(501, TEXT_FIELDS, "no such method here\n");
-
 /** Does a head have a field that decides what of a file is sent? Most do not, and need not be looked at closely. */
 const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
 const NO_FIELDS: ReadonlyMap<string, string> = new Map();
@@ -1693,8 +1695,9 @@ const conditionsOf = (request: RequestHead) => (HAS_CONDITIONS.test(request.text
 /** Of what is made anew each time: no tag, and no date that could be compared. */
 const NO_VERSION: FileVersion = { size: 0, etag: "", lastModified: Number.NaN, isFresh: true };
 
-/** The files below a folder, as they are at this moment: nothing of them is remembered but digests. */
+/** The files below a folder, as they are at this moment. Of what they hold nothing is remembered but digests. */
 export class FileSite implements Site {
+  private readonly notAllowed = prepareNotAllowed("GET, HEAD");
   private readonly digests: Digests;
   /** What was asked for since the last sweep, by path. */
   private readonly recent = new Map<string, OpenFile>();
@@ -1713,7 +1716,7 @@ export class FileSite implements Site {
 
   refuse({ method }: RequestHead): Response | undefined {
     if (method === "GET" || method === "HEAD") return undefined;
-    return method === "" ? NOT_IMPLEMENTED : NOT_ALLOWED_HERE;
+    return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
   }
 
   respond(request: RequestHead): Response | Promise<Response> {
@@ -1759,12 +1762,10 @@ export class FileSite implements Site {
       return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
     }
     const index = this.find(join(folder.realPath, "index.html"));
-    if (index === "not-found") return this.respondListing(request, path.segments, folder.path);
-    if (typeof index === "string") return responseTo(index);
+    const list = () => this.respondListing(request, path.segments, folder.path);
+    if (typeof index === "string") return index === "not-found" ? list() : responseTo(index);
     try {
-      return index.isFolder
-        ? this.respondListing(request, path.segments, folder.path)
-        : this.respondFile(request, index);
+      return index.isFolder ? list() : this.respondFile(request, index);
     } finally {
       index.close();
     }
@@ -1817,9 +1818,10 @@ export class FileSite implements Site {
 
   /** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
   private fieldsOfListing(): Record<string, string> {
+    if (this.listingFields !== undefined) return this.listingFields;
     const style = new Bun.CryptoHasher("sha256").update(LISTING_STYLE).digest("base64");
     const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
-    this.listingFields ??= {
+    this.listingFields = {
       "Content-Type": "text/html; charset=utf-8",
       "Content-Security-Policy": policy,
       ...FILE_FIELDS,
@@ -1832,11 +1834,10 @@ export class FileSite implements Site {
     const fields = conditionsOf(request);
     const status = evaluateConditions(fields, version);
     if (status === 412) return responseTo("precondition");
-    const validators = { ETag: version.etag, "Last-Modified": file.fields["Last-Modified"] ?? "" };
-    if (status === 304) return prepareResponse(304, validators);
+    if (status === 304) return prepareResponse(304, file.validators);
     const range = decideRange(request.method, fields, version, Date.now());
     if (range === "unsatisfiable") {
-      const explained = { ...TEXT_FIELDS, "Content-Range": `bytes */${version.size}`, ...validators };
+      const explained = { ...TEXT_FIELDS, "Content-Range": `bytes */${version.size}`, ...file.validators };
       return prepareResponse(416, explained, "the file has none of these bytes\n");
     }
     const part = new FilePart(file.hold(), range ?? { from: 0, to: version.size });
@@ -1886,8 +1887,6 @@ export class Server {
   waitingBytes = 0;
   /** When it was told to stop. */
   stoppedAt = Number.POSITIVE_INFINITY;
-  /** What is read of files on its way to a socket: one piece at a time, so one buffer is enough. */
-  readonly piece = new Uint8Array(PIECE_BYTES);
   /** Called once the server was told to stop and the last connection has gone. */
   onEmpty = () => {};
   /** Milliseconds, not of the day: the time of the last sweep, exact enough for deadlines. */
@@ -2253,7 +2252,6 @@ export class Connection {
   /** Sends pieces of a file until the kernel takes no more, others want their turn, or all is sent. */
   private sendFile(answering: Answering): void {
     const { file } = answering;
-    const { piece } = this.server;
     for (let pieces = 0; pieces < PIECES_PER_TURN; pieces++) {
       const length = Math.min(piece.length, file.left);
       if (!file.read(piece, length)) {
