@@ -1772,7 +1772,7 @@ class FileSink implements Sink {
       throw error;
     }
     if (state.url !== this.url || state.etag === "") return;
-    const part = fs.statSync(this.partPath, { throwIfNoEntry: false });
+    const part = fs.lstatSync(this.partPath, { throwIfNoEntry: false });
     const total = state.total ?? undefined;
     if (part === undefined || !part.isFile() || part.size === 0 || part.size > (total ?? part.size)) return;
     this.found = { bytes: part.size, etag: state.etag, total };

@@ -628,10 +628,16 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
       symlinkSync(victim, `${folder.path}/file.part`);
       const linked = await get("-o", `${folder.path}/file`, origin.url);
       expect([linked.stderr, linked.exitCode]).toEqual(["", 0]);
+      // Not even where a state says that it is a part of this version.
+      symlinkSync(victim, `${folder.path}/claimed.part`);
+      const state = { url: origin.url, etag: '"a"', total: CONTENT.length, pid: 0 };
+      writeFileSync(`${folder.path}/claimed.part.json`, JSON.stringify(state));
+      const claimed = await get("-o", `${folder.path}/claimed`, origin.url);
+      expect([claimed.stderr, claimed.exitCode]).toEqual(["", 0]);
       linkSync(victim, `${folder.path}/other.part`);
       expect((await get("-o", `${folder.path}/other`, origin.url)).exitCode).toBe(0);
       expect(readFileSync(victim, "utf8")).toBe("precious");
-      for (const name of ["file", "other"]) {
+      for (const name of ["file", "claimed", "other"]) {
         expect(lstatSync(`${folder.path}/${name}`).isFile()).toBeTrue();
         expect(readFileSync(`${folder.path}/${name}`).equals(CONTENT)).toBeTrue();
       }
