@@ -191,11 +191,11 @@ type SystemError = Error & { code?: string; syscall?: string };
 // come: the outcome is the same however a message was split.
 
 // ── shared: byte classes ──
-const [HTAB, LF, CR, SP] = [0x09, 0x0a, 0x0d, 0x20];
+const [LF, CR] = [0x0a, 0x0d];
 
 const EVERY_BYTE = String.fromCharCode(...Array(256).keys());
 
-/** The class of the bytes that a pattern matches, taken as ISO 8859-1: a table of 256, 1 for a member. */
+/** The class of the bytes that a pattern matches, read as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
   for (const { index } of EVERY_BYTE.matchAll(pattern)) members[index] = 1;
@@ -204,18 +204,23 @@ function bytesLike(pattern: RegExp): Uint8Array {
 
 /** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
 const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/g);
-/** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
-const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/g);
 const HEXDIG = bytesLike(/[0-9A-Fa-f]/g);
 
 /** The byte at an index that the caller knows to be in range; the type cannot know it. */
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
 
+/** The index of the first byte of from..to that is not of the class; `to` if all are. */
+function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {
+  let at = from;
+  while (at < to && members[byteAt(bytes, at)] === 1) at++;
+  return at;
+}
+
 /** The bytes from..to as ISO 8859-1 text, one character a byte. */
 const latin1 = (bytes: Uint8Array, from: number, to: number) =>
   Buffer.from(bytes.buffer, bytes.byteOffset + from, to - from).toString("latin1");
 
-/** OWS is SP and HTAB; String.trim takes more, and a regular expression takes quadratic time on long runs. */
+/** OWS is SP and HTAB. String.trim takes more, and a regular expression takes quadratic time on long runs. */
 function trimOws(text: string): string {
   let [from, to] = [0, text.length];
   while (from < to && (text[from] === " " || text[from] === "\t")) from++;
@@ -225,85 +230,48 @@ function trimOws(text: string): string {
 // ── end shared ──
 
 // ── shared: chunked ──
-type ExtensionState =
-  | "start"
-  | "before-name"
-  | "name"
-  | "after-name"
-  | "before-value"
-  | "token"
-  | "quoted"
-  | "quoted-pair"
-  | "after-quoted"
-  | "after-value";
-type ExtensionByte = "BWS" | ";" | "=" | '"' | "\\" | "tchar" | "other";
-
-const QUOTED_TEXT = { BWS: "quoted", ";": "quoted", "=": "quoted", tchar: "quoted", other: "quoted" } as const;
-
-/**
- * chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )
- *
- * Where each byte leads to, so that nothing of an extension has to be kept. What is not here is a fault.
- */
-const EXTENSION_STEPS: Readonly<Record<ExtensionState, Readonly<Partial<Record<ExtensionByte, ExtensionState>>>>> = {
-  start: { BWS: "start", ";": "before-name" },
-  "before-name": { BWS: "before-name", tchar: "name" },
-  name: { tchar: "name", BWS: "after-name", "=": "before-value", ";": "before-name" },
-  "after-name": { BWS: "after-name", "=": "before-value", ";": "before-name" },
-  "before-value": { BWS: "before-value", tchar: "token", '"': "quoted" },
-  token: { tchar: "token", BWS: "after-value", ";": "before-name" },
-  quoted: { ...QUOTED_TEXT, "\\": "quoted-pair", '"': "after-quoted" },
-  "quoted-pair": { ...QUOTED_TEXT, "\\": "quoted", '"': "quoted" },
-  "after-quoted": { BWS: "after-value", ";": "before-name" },
-  "after-value": { BWS: "after-value", ";": "before-name" },
-};
-/** The states in which the line may end. */
-const EXTENSION_ENDS: ReadonlySet<ExtensionState> = new Set(["name", "token", "after-quoted"] as const);
-
-function extensionByte(byte: number): ExtensionByte {
-  if (byte === SP || byte === HTAB) return "BWS";
-  if (TCHAR[byte] === 1) return "tchar";
-  const character = String.fromCharCode(byte);
-  return character === ";" || character === "=" || character === '"' || character === "\\" ? character : "other";
-}
-
+const TOKEN = "[!#$%&'*+\\-.^_`|~\\w]+";
+const QUOTED_STRING = '"(?:[^"\\\\]|\\\\.)*"';
+/** chunk-size [ chunk-ext ], chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ) */
+const CHUNK_LINE = new RegExp(
+  `^([\\dA-Fa-f]+)((?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*)`,
+);
 /** field-line = field-name ":" OWS field-value OWS */
-const FIELD_LINE = /^([!#$%&'*+\-.^_`|~\w]+):[\t\x20-\x7e\x80-\xff]*$/;
+const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
+
+/** A longer line is refused, whatever its extensions may weigh: it has to be held until its end has come. */
+const CHUNK_LINE_BYTES_MAX = 131_072;
+const CHUNK_SIZE_DIGITS_MAX = 64;
+/** What may stand behind a chunk-size: an extension, or the end of the line. */
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/g);
 
 export type ChunkedFault =
   "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
 
 /**
- * Takes the chunked transfer coding apart (RFC 9112 §7.1), however its bytes are split:
+ * Takes the chunked transfer coding apart (RFC 9112 §7.1):
  *
  *     chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF
  *
- * Call {@link next} until the bytes are used up or `state` is "done" or "failed".
+ * A chunk is a line, so many bytes, and CRLF; a trailer section is lines. Call {@link next} until `state` is "done" or
+ * "failed". It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind them.
  */
 export class ChunkedDecoder {
-  state: "size" | "extension" | "size-lf" | "data" | "data-cr" | "data-lf" | "trailer" | "done" | "failed" = "size";
+  state: "line" | "data" | "data-end" | "trailer" | "done" | "failed" = "line";
   /** Why, once `state` is "failed". */
   fault: ChunkedFault | "" = "";
-  /** What the last call found to be content: these indexes into the bytes that it was given. */
+  /** The content that the last call found: these indexes into the bytes that it was given. */
   contentFrom = 0;
   contentTo = 0;
   /** Octets of content announced so far, those of the chunk under way included. */
   announced = 0;
-  /** The lower-case names of the trailer fields, for who has to refuse some of them. */
+  /** The lower-case names of the trailer fields: the caller may have to refuse some. */
   readonly trailerNames: string[] = [];
   private left = 0;
-  private sizeDigits = 0;
-  private extension: ExtensionState = "start";
+  /** Bytes of an incomplete line that were checked and need not be again. */
+  private known = 0;
   private extensionBytes = 0;
   private trailerBytes = 0;
-  /** The line of the trailer section that is under way: the first `lineLength` of the bytes. */
-  private line = new Uint8Array(0);
-  private lineLength = 0;
-
-  /** Bytes that are kept until there are more. */
-  get heldBytes(): number {
-    return this.line.length;
-  }
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
@@ -311,120 +279,80 @@ export class ChunkedDecoder {
     private readonly acceptsFolds: boolean,
   ) {}
 
-  /** Reads from `from` on; returns the index after what it has used, `to` at the most. */
+  /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
     this.contentFrom = this.contentTo = from;
-    let at = from;
-    while (at < to && this.state !== "done" && this.state !== "failed") {
-      if (this.state === "data") return this.takeData(at, to);
-      this.takeByte(byteAt(bytes, at));
-      at++;
-    }
-    return at;
+    if (this.state === "data") return this.takeData(from, to);
+    if (from === to || this.state === "done" || this.state === "failed") return from;
+    // Refused at once: what cannot become a line that fits.
+    if (this.state === "line" && !this.mayBeSize(bytes, from, to)) return this.fail("chunk-size", from);
+    if (this.state === "data-end" && bytes[from] !== CR) return this.fail("chunk-data", from);
+    const end = skipWhile(FIELD_CONTENT, bytes, from + this.known, to);
+    this.known = end - from;
+    if (this.isTooLong(this.known)) return from;
+    if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
+    this.known = 0;
+    if (bytes[end] === LF) return this.fail("bare-lf", end);
+    if (bytes[end] !== CR) return this.fail(this.state === "trailer" ? "trailer" : "chunk-extension", end);
+    if (bytes[end + 1] !== LF) return this.fail(this.state === "data-end" ? "chunk-data" : "bare-cr", end);
+    if (this.state === "line") this.takeChunkLine(latin1(bytes, from, end));
+    else if (this.state === "trailer") this.takeTrailerLine(latin1(bytes, from, end));
+    else this.state = "line";
+    return end + 2;
   }
 
   private takeData(from: number, to: number): number {
-    const end = Math.min(to, from + this.left);
-    this.contentFrom = from;
-    this.contentTo = end;
-    this.left -= end - from;
-    if (this.left === 0) this.state = "data-cr";
-    return end;
+    this.contentTo = Math.min(to, from + this.left);
+    this.left -= this.contentTo - from;
+    if (this.left === 0) this.state = "data-end";
+    return this.contentTo;
   }
 
-  private takeByte(byte: number): void {
-    switch (this.state) {
-      case "size":
-        return this.takeSizeByte(byte);
-      case "extension":
-        return this.takeExtensionByte(byte);
-      case "size-lf":
-        return byte === LF ? this.endSizeLine() : this.fail("bare-cr");
-      case "data-cr":
-        return byte === CR ? this.go("data-lf") : this.fail("chunk-data");
-      case "data-lf":
-        return byte === LF ? this.go("size") : this.fail("chunk-data");
-      case "trailer":
-        return this.takeTrailerByte(byte);
-      case "data":
-      case "done":
-      case "failed":
-        return;
-      default:
-        this.state satisfies never;
-    }
+  /** The digits are bounded, or leading zeros would go on without end. */
+  private mayBeSize(bytes: Uint8Array, from: number, to: number): boolean {
+    const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
+    const length = end - from;
+    return length > 0 && length <= CHUNK_SIZE_DIGITS_MAX && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1);
   }
 
-  private takeSizeByte(byte: number): void {
-    if (HEXDIG[byte] === 1) {
-      this.left = this.left * 16 + Number.parseInt(String.fromCharCode(byte), 16);
-      this.sizeDigits++;
-      // Past 2^53 sums stop being exact: refuse, never wrap around. The digits are bounded too, or
-      // leading zeros would go on for ever.
-      if (this.left + this.announced > Number.MAX_SAFE_INTEGER || this.sizeDigits > 64) this.fail("chunk-size");
-    } else if (this.sizeDigits === 0) this.fail("chunk-size");
-    else if (byte === CR) this.go("size-lf");
-    else if (byte === LF) this.fail("bare-lf");
-    else if (byte === SP || byte === HTAB || byte === 0x3b) {
-      this.go("extension");
-      this.extension = "start";
-      this.takeExtensionByte(byte);
-    } else this.fail("chunk-size");
+  /** Bounds a line before its end has come. */
+  private isTooLong(length: number): boolean {
+    if (this.state === "trailer" && this.trailerBytes + length + 2 > this.limits.headBytesMax)
+      this.fail("trailer-too-large", 0);
+    else if (this.state === "line" && length > CHUNK_LINE_BYTES_MAX) this.fail("chunk-extension", 0);
+    return this.state === "failed";
   }
 
-  private takeExtensionByte(byte: number): void {
-    if (byte === LF) return this.fail("bare-lf");
-    if (byte === CR) return EXTENSION_ENDS.has(this.extension) ? this.go("size-lf") : this.fail("chunk-extension");
-    // All of them together may outweigh the content only by so much, or tiny chunks would keep us busy.
-    this.extensionBytes++;
-    const next = FIELD_CONTENT[byte] === 1 ? EXTENSION_STEPS[this.extension][extensionByte(byte)] : undefined;
-    if (next === undefined || this.extensionBytes > this.limits.chunkExtensionBytesMax + this.announced)
-      return this.fail("chunk-extension");
-    this.extension = next;
-  }
-
-  private endSizeLine(): void {
+  private takeChunkLine(line: string): void {
+    const [known, size = "", extensions = ""] = CHUNK_LINE.exec(line) ?? [];
+    this.left = Number.parseInt(size, 16);
+    // Past 2^53 sums stop being exact: refuse, never wrap around.
+    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return void this.fail("chunk-size", 0);
+    // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
+    this.extensionBytes += extensions.length;
+    const excess = this.extensionBytes - this.announced;
+    if (known !== line || excess > this.limits.chunkExtensionBytesMax) return void this.fail("chunk-extension", 0);
     this.announced += this.left;
-    this.go(this.left > 0 ? "data" : "trailer");
+    this.state = this.left > 0 ? "data" : "trailer";
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerByte(byte: number): void {
-    this.trailerBytes++;
-    if (this.trailerBytes > this.limits.headBytesMax) return this.fail("trailer-too-large");
-    const isAfterCr = this.lineLength > 0 && this.line[this.lineLength - 1] === CR;
-    if (byte === LF) return isAfterCr ? this.endTrailerLine() : this.fail("bare-lf");
-    // CR is only ever the last byte of a line; what else may stand in a line is checked at once.
-    if (isAfterCr) return this.fail("bare-cr");
-    if (byte !== CR && FIELD_CONTENT[byte] !== 1) return this.fail("trailer");
-    if (this.lineLength === this.line.length) {
-      const longer = new Uint8Array(Math.max(64, 2 * this.lineLength));
-      longer.set(this.line);
-      this.line = longer;
+  private takeTrailerLine(line: string): void {
+    this.trailerBytes += line.length + 2;
+    if (line === "") this.state = "done";
+    else if (this.acceptsFolds && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
+    else {
+      const name = FIELD_LINE.exec(line)?.[1];
+      if (name === undefined) return void this.fail("trailer", 0);
+      if (this.trailerNames.length === this.limits.fieldLinesMax) return void this.fail("trailer-too-large", 0);
+      this.trailerNames.push(name.toLowerCase());
     }
-    this.line[this.lineLength++] = byte;
   }
 
-  private endTrailerLine(): void {
-    const line = latin1(this.line, 0, this.lineLength - 1);
-    this.lineLength = 0;
-    if (line === "") return this.go("done");
-    const isFold = this.acceptsFolds && /^[ \t]/.test(line) && this.trailerNames.length > 0;
-    if (isFold && FIELD_LINE.test(`x:${line}`)) return;
-    const name = FIELD_LINE.exec(line)?.[1];
-    if (name === undefined) return this.fail("trailer");
-    if (this.trailerNames.length === this.limits.fieldLinesMax) return this.fail("trailer-too-large");
-    this.trailerNames.push(name.toLowerCase());
-  }
-
-  private go(state: ChunkedDecoder["state"]): void {
-    this.state = state;
-    if (state === "size") this.left = this.sizeDigits = 0;
-  }
-
-  private fail(fault: ChunkedFault): void {
+  private fail(fault: ChunkedFault, at: number): number {
     this.state = "failed";
     this.fault = fault;
+    return at;
   }
 }
 // ── end shared ──
@@ -563,6 +491,8 @@ export class ResponseReader {
   private parser = new ResponseHeadParser();
   private interimResponses = 0;
   private readonly decoder = new ChunkedDecoder(LIMITS, true);
+  /** The beginning of a line of chunked content that has not come to its end. */
+  private rest: Uint8Array = new Uint8Array(0);
 
   constructor(private readonly method: string) {}
 
@@ -623,17 +553,23 @@ export class ResponseReader {
     return bytes.subarray(from, Math.min(bytes.length, from + left));
   }
 
-  private takeChunked(bytes: Uint8Array, from: number): Uint8Array {
+  private takeChunked(piece: Uint8Array, pieceFrom: number): Uint8Array {
     const { decoder } = this;
-    let to = from;
-    for (let at = from; at < bytes.length && !this.isComplete && this.fault === "";) {
-      at = decoder.next(bytes, at, bytes.length);
+    let [bytes, from] = [piece, pieceFrom];
+    // The beginning of a line that came before: the decoder wants all of a line at once.
+    if (this.rest.length > 0) [bytes, from] = [Buffer.concat([this.rest, piece.subarray(pieceFrom)]), 0];
+    let [at, to] = [from, from];
+    while (!this.isComplete && this.fault === "") {
+      const next = decoder.next(bytes, at, bytes.length);
       // Content moves left, over the framing: one piece is left to write, and nothing is allocated.
       bytes.copyWithin(to, decoder.contentFrom, decoder.contentTo);
       to += decoder.contentTo - decoder.contentFrom;
       if (decoder.state === "done") this.isComplete = true;
       if (decoder.fault !== "") this.fault = `its chunked content is malformed (${decoder.fault})`;
+      if (next === at) break;
+      at = next;
     }
+    this.rest = new Uint8Array(bytes.subarray(at)); // a copy: Buffer's own slice would not be one
     return bytes.subarray(from, to);
   }
 }
@@ -722,7 +658,7 @@ export function formatRequest({ method, url, fields, content }: Request, held: H
 }
 
 // ── shared: printable ──
-/** What a peer sent, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
+/** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
 export function printable(text: string): string {
   return text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, (character) => {
     const code = character.codePointAt(0) ?? 0;
@@ -730,7 +666,7 @@ export function printable(text: string): string {
   });
 }
 
-/** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
+/** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
     fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);

@@ -1,19 +1,19 @@
 #!/usr/bin/env bun
 /**
- * client.ts: stage 2, the simplest HTTP client that is still honest.
+ * client.ts: stage 2, a minimal HTTP client.
  *
  *     bun server.ts                              # in another terminal
  *     bun client.ts                              # GET /data from localhost:8888
  *     bun client.ts example.test 80 /index.html  # from another host, port and target
  *
- * It connects, sends one request, receives ONCE, prints what came, and closes. That is the lesson
- * and the fault: TCP carries bytes, not messages, so one receive is not one response. What breaks:
+ * It connects, sends one request, receives ONCE, prints the bytes that came, and closes. That is the
+ * lesson and the fault: TCP carries bytes, not messages, so one receive is not one response. It fails on:
  *
- *  - a longer response (`bun server.ts --text "$(seq 999)"`): what is past 1024 bytes is lost,
- *    and a character whose bytes fall on both sides of the cut is destroyed
+ *  - a longer response (`bun server.ts --text "$(seq 999)"`): the bytes after the first 1024 are lost,
+ *    and a character that is cut in two there is destroyed
  *  - a slower response (the head now, the content later): the content is missing
  *
- * client-robust.ts is this program made right. The sections are numbered as in the larger scripts.
+ * client-robust.ts handles both. The sections have the numbers that they have there.
  */
 import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
@@ -23,25 +23,25 @@ import { parseArgs } from "node:util";
 
 const VERSION = "0.1.0";
 const RECEIVED_BYTES_MAX = 1024; // the tutorial's recv(1024)
-const TIMEOUT_MS = 10_000; // a server that says nothing must not hold us for ever
+const TIMEOUT_MS = 10_000; // a server that sends nothing must not make the client wait without end
 
 const HELP = `Usage: client [-h | -V] [HOST [PORT [TARGET]]]
 Sends GET TARGET to HOST:PORT, by default /data to localhost:8888, receives once (at most
-${RECEIVED_BYTES_MAX} bytes), prints what came, and closes.
+${RECEIVED_BYTES_MAX} bytes), prints that, and closes.
 
 Exit 1: no answer, or none within ${TIMEOUT_MS / 1000} s. Exit 2: wrong usage.
 `;
 
 // ═══ 5 Formatting ════════════════════════════════════════════════════════════════════════════════
 
-/** RFC 9112 §3.2: an HTTP/1.1 request names its host; the port too, where it is not the default, 80. */
+/** RFC 9112 §3.2: an HTTP/1.1 request names its host; and the port, unless it is the default, 80. */
 export function formatRequest(host: string, port: number, target: string): string {
   const uriHost = isIPv6(host) ? `[${host}]` : host;
   return `GET ${target} HTTP/1.1\r\nHost: ${uriHost}${port === 80 ? "" : `:${port}`}\r\n\r\n`;
 }
 
 // ── shared: printable ──
-/** What a peer sent, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
+/** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
 export function printable(text: string): string {
   return text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, (character) => {
     const code = character.codePointAt(0) ?? 0;
@@ -49,7 +49,7 @@ export function printable(text: string): string {
   });
 }
 
-/** One line on stderr. Where stderr is closed there is nobody to tell, and that is no reason to fail. */
+/** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
     fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
@@ -59,17 +59,17 @@ export function tell(line: string): void {
 
 // ═══ 8 Sockets ═══════════════════════════════════════════════════════════════════════════════════
 
-/** Connects, sends, receives once, closes. @throws Error where nothing came */
+/** Connects, sends, receives once, closes. @throws Error if nothing came */
 function exchange(hostname: string, port: number, request: string): Promise<Uint8Array> {
   const { promise, resolve, reject } = Promise.withResolvers<Uint8Array>();
   const fail = (what: string, error?: Error & { code?: string }) =>
     reject(new Error(error === undefined ? what : `${what}: ${error.code ?? error.message}`));
   setTimeout(() => fail(`no answer within ${TIMEOUT_MS / 1000} s`), TIMEOUT_MS);
   const socket: Bun.SocketHandler = {
-    // The kernel may take only a part. Going on with the rest is a lesson of client-robust.ts.
+    // The kernel may take only a part. client-robust.ts shows how to send the rest.
     open: (socket) => void (socket.write(request) < request.length && fail("the request could not be sent whole")),
     data(socket, bytes) {
-      resolve(bytes.subarray(0, RECEIVED_BYTES_MAX)); // what comes after this is lost
+      resolve(bytes.subarray(0, RECEIVED_BYTES_MAX)); // the bytes after these are lost
       socket.end();
     },
     close: (_, error) => fail("the connection was closed without an answer", error),

@@ -27,6 +27,7 @@ import {
   run,
   runProgram,
   start,
+  startCopy,
   startNginx,
   startServer,
   temporaryFolder,
@@ -37,7 +38,7 @@ import { Random } from "./random.ts";
 
 // Where little of the machine is ours, all takes its time; nothing here is about time.
 setDefaultTimeout(60_000);
-const PATIENCE = ["head", "linger", "digest"].flatMap((what) => [`--${what}-timeout-ms`, "60000"]);
+const PATIENCE = ["--head-timeout-ms", "60000"];
 
 const seed = Number(process.env["SEED"] ?? Date.now() % 2 ** 32);
 
@@ -243,12 +244,6 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     expect(await namesNow()).toEqual(["a", "b"]);
     const [head, got] = (await askAll(server.port, [["HEAD /"], ["GET /"]])) as [Answer, Answer];
     expect(head.fields["content-length"]).toBe(String(got.content.length));
-  });
-
-  test.concurrent("--listing-entries-max bounds a listing, and says how much there is more", async () => {
-    await using server = await serve({ a: "", b: "", c: "" }, "--listing-entries-max", "2");
-    const page = (await ask(server.port, "GET /")).content.toString();
-    expect([page.match(/<a href/g)?.length, page.includes("and 1 more")]).toEqual([2, true]);
   });
 
   test.concurrent("other methods get 405 with Allow, unknown ones 501; nothing is where nothing is", async () => {
@@ -482,18 +477,6 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
       ))
         expect([sent.toString(), fields["repr-digest"]]).toEqual([content, reprDigest(Buffer.from(content))]);
     }
-  });
-
-  test.concurrent("an answer goes without the digest that takes too long; a later one has it", async () => {
-    await using server = await serve({}, "--digest-timeout-ms", "1");
-    writeSparse(server.pathOf("file"), 64 * MIB);
-    await settledTag(server.port, "/file"); // until then it is a new version each time
-    const digest = async () =>
-      (await ask(server.port, "HEAD /file", "Want-Repr-Digest: sha-256=1")).fields["repr-digest"];
-    expect(await digest()).toBeUndefined();
-    let later: string | undefined;
-    while ((later = await digest()) === undefined);
-    expect(later).toBe(reprDigest(new Uint8Array(64 * MIB)));
   });
 
   // ── other peers ──
@@ -832,19 +815,6 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     while (openFiles(server.child.pid) > 60) await Bun.sleep(20);
   });
 
-  test.concurrent("a slow peer gets the rest of its answer long after the server has said all", async () => {
-    await using server = await serve({ file: new Uint8Array(1_000_000) }, "--linger-timeout-ms", "200");
-    const before = openFiles(server.child.pid);
-    using peer = await Peer.connect(server.port);
-    await peer.send(formatRequest(["GET /file", "Connection: close"]));
-    await peer.waitFor(/\r\n\r\n\0/);
-    peer.pause();
-    while (openFiles(server.child.pid) > before) await Bun.sleep(20); // it no longer waits for the peer's end
-    peer.resume();
-    expect(await peer.closed).toBe("end");
-    expect(peer.received.length - peer.received.indexOf("\r\n\r\n") - 4).toBe(1_000_000);
-  });
-
   test.concurrent("the digest of a small file does not wait for that of a large one", async () => {
     await using server = await serve({ small: "small" });
     writeSparse(server.pathOf("large"), 5 * GIB);
@@ -1061,4 +1031,59 @@ backend origin
       await compare(server.port, front);
     },
   );
+});
+
+// ── with constants that a test can reach ──
+
+/** A folder with these files, and a copy of the script on it. */
+async function serveCopy(
+  changes: Readonly<Record<string, string>>,
+  files: Readonly<Record<string, string | Uint8Array>>,
+) {
+  const folder = await temporaryFolder();
+  const pathOf = (name: string) => join(folder.path, name);
+  for (const [name, content] of Object.entries(files)) writeFileSync(pathOf(name), content);
+  const server = await startCopy(changes, ["--root", folder.path, "--log", "off", ...PATIENCE]);
+  const dispose = async () => {
+    await server[Symbol.asyncDispose]();
+    await folder[Symbol.asyncDispose]();
+  };
+  return { ...server, pathOf, [Symbol.asyncDispose]: dispose };
+}
+
+test.concurrent("a listing is bounded, and says how much there is more", async () => {
+  await using server = await serveCopy(
+    { "const LISTING_ENTRIES_MAX = 10_000;": "const LISTING_ENTRIES_MAX = 2;" },
+    { a: "", b: "", c: "" },
+  );
+  const page = (await ask(server.port, "GET /")).content.toString();
+  expect([page.match(/<a href/g)?.length, page.includes("and 1 more")]).toEqual([2, true]);
+});
+
+test.concurrent("an answer goes without the digest that takes too long; a later one has it", async () => {
+  await using server = await serveCopy({ "const DIGEST_TIMEOUT_MS = 10_000;": "const DIGEST_TIMEOUT_MS = 1;" }, {});
+  writeSparse(server.pathOf("file"), 64 * MIB);
+  await settledTag(server.port, "/file"); // until then it is a new version each time
+  const digest = async () =>
+    (await ask(server.port, "HEAD /file", "Want-Repr-Digest: sha-256=1")).fields["repr-digest"];
+  expect(await digest()).toBeUndefined();
+  let later: string | undefined;
+  while ((later = await digest()) === undefined);
+  expect(later).toBe(reprDigest(new Uint8Array(64 * MIB)));
+});
+
+test.concurrent("a slow peer gets the rest of its answer long after the server has said all", async () => {
+  await using server = await serveCopy(
+    { "const LINGER_TIMEOUT_MS = 5000;": "const LINGER_TIMEOUT_MS = 200;" },
+    { file: new Uint8Array(1_000_000) },
+  );
+  const before = openFiles(server.child.pid);
+  using peer = await Peer.connect(server.port);
+  await peer.send(formatRequest(["GET /file", "Connection: close"]));
+  await peer.waitFor(/\r\n\r\n\0/);
+  peer.pause();
+  while (openFiles(server.child.pid) > before) await Bun.sleep(20); // it no longer waits for the peer's end
+  peer.resume();
+  expect(await peer.closed).toBe("end");
+  expect(peer.received.length - peer.received.indexOf("\r\n\r\n") - 4).toBe(1_000_000);
 });

@@ -141,6 +141,26 @@ export async function startServer(variant: Variant, args: string[] = [], options
   };
 }
 
+/**
+ * Starts a copy of server.ts in which some texts are replaced: as someone would change it, or with a constant that a test
+ * can reach. The copy is the one file, in a folder of its own.
+ */
+export async function startCopy(changes: Readonly<Record<string, string>>, args: string[] = []) {
+  let text = await Bun.file(join(ROOT, "server.ts")).text();
+  for (const [from, to] of Object.entries(changes)) {
+    if (text.split(from).length !== 2) throw new Error(`server.ts does not have exactly one ${JSON.stringify(from)}`);
+    text = text.replace(from, () => to);
+  }
+  const folder = await temporaryFolder();
+  await Bun.write(join(folder.path, "server.ts"), text);
+  const server = await start([process.execPath, "server.ts", "--port", "0", ...args], LISTENING, { cwd: folder.path });
+  const dispose = async () => {
+    await server[Symbol.asyncDispose]();
+    await folder[Symbol.asyncDispose]();
+  };
+  return { ...server, port: Number(server.match[1]), url: server.match[0], [Symbol.asyncDispose]: dispose };
+}
+
 /** Runs python3 code that prints the port that it listens on as its first line. */
 export async function startPython(code: string, args: string[] = []) {
   const server = await start(["python3", "-u", "-c", code, ...args], /^(\d+)\n/);

@@ -7,20 +7,20 @@ import * as client from "../client.ts";
 import * as robust from "../client-robust.ts";
 import {
   ChunkedDecoder,
-  Connection,
   FileSite,
   fitLimits,
   LIMITS,
   printable,
-  respond,
+  RequestHead,
+  parseRequestHead,
   Server,
   TextSite,
 } from "../server.ts";
-import { FakeTransport } from "./transport.ts";
+import { converse, FakeTransport, nextTurn } from "./transport.ts";
 
 const GET = Buffer.from("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
 
-/** A server without sockets, with one connection to it. */
+/** A server without sockets, with one connection to it. What a peer sends has its effect before `receive` settles. */
 function connect({
   room,
   text = "Hi",
@@ -29,155 +29,177 @@ function connect({
   const log: string[] = [];
   const server = new Server(new TextSite(text), "request", (entry) => log.push(entry), { ...LIMITS, ...limits });
   const transport = new FakeTransport(room);
-  const connection = new Connection(transport, server);
-  return { server, transport, connection, log };
+  const connection = converse(transport, server);
+  const after = async (event: () => void) => {
+    event();
+    await nextTurn();
+  };
+  const receive = (bytes: string | Buffer) => after(() => connection.onData(Buffer.from(bytes)));
+  return { server, transport, connection, log, receive, after };
 }
 
 const count = (text: string, part: string) => text.split(part).length - 1;
+const several = (times: number) => Buffer.concat(Array.from({ length: times }, () => GET));
 
 describe("a connection", () => {
-  test("writes once for what one read brings", () => {
-    const { transport, connection } = connect();
+  test("writes once for what one read brings", async () => {
+    const { transport, receive } = connect();
     let writes = 0;
     const write = transport.write.bind(transport);
     transport.write = (...args) => (writes++, write(...args));
-    connection.onData(Buffer.concat(Array.from({ length: 16 }, () => GET)));
+    await receive(several(16));
     expect([writes, count(transport.written, "200 OK")]).toEqual([1, 16]);
   });
 
-  test("stops reading when the peer takes nothing, keeps little, and loses nothing", () => {
-    const { server, transport, connection } = connect({ room: 0, limits: { unsentBytesMax: 1000 } });
-    connection.onData(Buffer.concat(Array.from({ length: 500 }, () => GET)));
+  test("stops reading when the peer takes nothing, keeps little, and loses nothing", async () => {
+    const { server, transport, connection, receive, after } = connect({ room: 0 });
+    await receive(several(5000));
+    expect(transport.calls).toEqual([]);
+    // What was received, and one buffer of answers: of 5,000 answers of 150 bytes these are a tenth.
+    expect(server.waitingBytes).toBeLessThan(5000 * GET.length + 65_536 + 200);
+    await receive(GET); // more comes before it has taken any answer: no more is read
     expect(transport.calls).toEqual(["pause"]);
-    expect(server.waitingBytes).toBeLessThan(2 * 500 * GET.length + 2000);
-    connection.onData(GET); // what was on its way when reading stopped
-    for (let turn = 0; turn < 5000 && count(transport.written, "\r\n\r\nHi") < 501; turn++) {
-      transport.room = 77;
-      connection.onDrain();
+    for (let turn = 0; turn < 5000 && count(transport.written, "\r\n\r\nHi") < 5001; turn++) {
+      transport.room = 7777;
+      await after(() => connection.onDrain());
     }
-    expect(count(transport.written, "\r\n\r\nHi")).toBe(501);
+    expect(count(transport.written, "\r\n\r\nHi")).toBe(5001);
     expect(server.waitingBytes).toBe(0);
     expect(transport.calls.at(-1)).toBe("resume");
   });
 
-  test("ends when writing fails", () => {
-    const { transport, connection } = connect({ room: -1 });
-    connection.onData(Buffer.concat([GET, GET.subarray(0, 10)]));
-    connection.onEnd();
-    connection.onDrain();
+  test("ends when writing fails", async () => {
+    const { transport, connection, receive, after } = connect({ room: -1 });
+    await receive(Buffer.concat([GET, GET.subarray(0, 10)]));
+    await after(() => connection.onEnd());
+    await after(() => connection.onDrain());
     expect(transport.calls).toEqual(["terminate"]);
   });
 
-  test("gives a peer that has half-closed all its answers before it closes", () => {
-    const { transport, connection } = connect({ room: 10 });
-    connection.onData(Buffer.concat([GET, GET]));
-    connection.onEnd();
-    expect(transport.calls).toEqual(["pause"]);
+  test("gives a peer that has half-closed all its answers before it closes", async () => {
+    const { transport, connection, receive, after } = connect({ room: 10 });
+    await receive(several(2));
+    await after(() => connection.onEnd());
+    expect(transport.calls).toEqual([]);
     transport.room = 10_000;
-    connection.onDrain();
+    await after(() => connection.onDrain());
     expect(count(transport.written, "\r\n\r\nHi")).toBe(2);
-    expect(transport.calls).toEqual(["pause", "resume", "shutdown", "end"]);
-  });
-
-  test("answers 500 when the application throws, and serves the others", () => {
-    const { server, transport, connection } = connect();
-    const broken = Object.defineProperty(new TextSite(""), "text", {
-      get: () => expect.unreachable("broken on purpose"),
-    });
-    Object.defineProperty(server, "site", { value: broken });
-    connection.onData(GET);
-    expect(transport.written).toStartWith("HTTP/1.1 500 Internal Server Error\r\n");
-    expect(transport.written).not.toContain("broken");
-    const other = new FakeTransport();
-    new Connection(other, server).onData(Buffer.from("OPTIONS / HTTP/1.1\r\nHost: x\r\n\r\n"));
-    expect(other.written).toStartWith("HTTP/1.1 204 No Content\r\n");
-  });
-
-  test("has a time for a head that no byte of it extends", () => {
-    const { server, transport, connection } = connect();
-    const start = server.now;
-    for (const byte of "GET / HTTP/1.1\r\nX: ") {
-      connection.onData(Buffer.from(byte));
-      server.now += 100;
-    }
-    expect(connection.deadline).toBe(start + LIMITS.headTimeoutMs);
-    connection.onDeadline();
-    expect(transport.written).toStartWith("HTTP/1.1 408 Request Timeout\r\n");
-    expect(transport.calls).toEqual(["shutdown"]);
-    connection.onDeadline();
-    // Not a reset: it would take back what the kernel has not delivered yet.
     expect(transport.calls).toEqual(["shutdown", "end"]);
   });
 
-  test("has a time for each part of the content that no byte of it extends", () => {
-    const { server, transport, connection } = connect();
-    connection.onData(Buffer.from("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"));
+  test("tells a peer that has half-closed which answer is the last one", async () => {
+    const { transport, connection, receive, after } = connect({ room: 10 });
+    await receive(several(1000)); // more answers than are formatted at once
+    await after(() => connection.onEnd());
+    transport.room = Number.POSITIVE_INFINITY;
+    await after(() => connection.onDrain());
+    expect(count(transport.written, "200 OK")).toBe(1000);
+    expect(count(transport.written, "Connection: close")).toBe(1);
+    expect(transport.written).toEndWith("\r\nConnection: close\r\n\r\nHi");
+  });
+
+  test("answers 500 when the application throws, and serves the others", async () => {
+    const broken = Object.defineProperty(new TextSite(""), "text", {
+      get: () => expect.unreachable("broken on purpose"),
+    });
+    const server = new Server(broken, "off", () => {});
+    const ask = async (request: string | Buffer) => {
+      const transport = new FakeTransport();
+      converse(transport, server).onData(Buffer.from(request));
+      await nextTurn();
+      return transport.written;
+    };
+    const answer = await ask(GET);
+    expect(answer).toStartWith("HTTP/1.1 500 Internal Server Error\r\n");
+    expect(answer).not.toContain("broken");
+    expect(await ask("OPTIONS / HTTP/1.1\r\nHost: x\r\n\r\n")).toStartWith("HTTP/1.1 204 No Content\r\n");
+  });
+
+  test("has a time for a head that no byte of it extends", async () => {
+    const { server, transport, connection, receive, after } = connect();
+    const start = server.now;
+    for (const byte of "GET / HTTP/1.1\r\nX: ") {
+      await receive(byte);
+      server.now += 100;
+    }
+    expect(connection.deadline).toBe(start + LIMITS.headTimeoutMs);
+    await after(() => connection.onDeadline());
+    expect(transport.written).toStartWith("HTTP/1.1 408 Request Timeout\r\n");
+    expect(transport.calls).toEqual(["shutdown"]);
+    await after(() => connection.onDeadline());
+    // Not a reset: the peer's kernel might discard what it has not delivered yet.
+    expect(transport.calls).toEqual(["shutdown", "end"]);
+  });
+
+  test("has a time for each part of the content that no byte of it extends", async () => {
+    const { server, transport, connection, receive, after } = connect();
+    await receive("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n");
     const { deadline } = connection;
     expect(deadline).toBe(server.now + LIMITS.contentTimeoutMs);
     for (let i = 0; i < 50; i++) {
       server.now += 100;
-      connection.onData(Buffer.from("x"));
+      await receive("x");
     }
     expect(connection.deadline).toBe(deadline);
-    connection.onDeadline();
+    await after(() => connection.onDeadline());
     expect(transport.written).toStartWith("HTTP/1.1 408 Request Timeout\r\n");
   });
 
-  test("gives the time back in which the process stood still: nobody could read then what peers had sent", () => {
-    const { server, transport, connection } = connect();
-    server.now -= 2 * LIMITS.headTimeoutMs;
+  test("does not count the time in which the process stood still: nobody could read what peers had sent", async () => {
+    const { server, transport, connection, receive } = connect();
+    await receive("GET / HT");
     connection.deadline = server.now + 1000;
+    Bun.sleepSync(1500);
     server.sweep();
+    await nextTurn();
     expect(transport.calls).toEqual([]);
-    server.now += 1000;
-    connection.onData(GET);
+    await receive(GET.subarray(8));
     expect(transport.written).toStartWith("HTTP/1.1 200 OK\r\n");
   });
 
-  test("is told to stop: what came together is answered to the last request, which says close", () => {
-    const { server, transport, connection } = connect({ room: 10 });
-    connection.onData(Buffer.concat([GET, GET, GET]));
+  test("is told to stop: what came together is answered to the last request, which says close", async () => {
+    const { server, transport, connection, receive, after } = connect({ room: 10 });
+    await receive(several(3));
     server.stop();
-    connection.onData(Buffer.concat([GET, GET]));
+    await receive(several(2));
     transport.room = 10_000;
-    connection.onDrain();
+    await after(() => connection.onDrain());
     expect(count(transport.written, "200 OK")).toBe(5);
     expect(transport.written.lastIndexOf("Connection: close")).toBeGreaterThan(transport.written.lastIndexOf("200 OK"));
     expect(count(transport.written, "Connection: close")).toBe(1);
-    expect(transport.calls).toEqual(["pause", "resume", "shutdown"]);
+    expect(transport.calls).toEqual(["pause", "shutdown", "resume"]);
   });
 
   test("is told to stop while it sends a file: what was asked behind it gets its answer", async () => {
     const root = mkdtempSync(join(tmpdir(), "http-over-tcp-"));
     try {
       writeFileSync(join(root, "large"), Buffer.alloc(300_000));
-      const server = new Server(new FileSite(realpathSync(root), LIMITS), "off", () => {});
+      const server = new Server(new FileSite(realpathSync(root), 256), "off", () => {});
       const transport = new FakeTransport(1000);
-      const connection = new Connection(transport, server);
+      const connection = converse(transport, server);
       connection.onData(Buffer.from("GET /large HTTP/1.1\r\nHost: x\r\n\r\n"));
+      await nextTurn();
       connection.onData(GET);
       server.stop();
       transport.room = 1_000_000;
       connection.onDrain();
-      await new Promise((resolve) => setTimeout(resolve));
-      while (count(transport.written, "HTTP/1.1 ") < 2) await new Promise((resolve) => setImmediate(resolve));
+      while (count(transport.written, "HTTP/1.1 ") < 2) await nextTurn();
       expect(count(transport.written, "HTTP/1.1 200 OK")).toBe(2);
       expect(count(transport.written, "Connection: close")).toBe(1);
+      await nextTurn();
       expect(transport.calls).toContain("shutdown");
     } finally {
       rmSync(root, { recursive: true });
     }
   });
 
-  test("is told to stop: idle it has a moment left, and what it is asked then is answered with a close", () => {
-    const { server, transport, connection } = connect();
-    connection.onData(GET);
-    server.now -= 250; // the last sweep was a while ago
-    const told = performance.now();
-    server.stop();
-    expect(connection.deadline).toBeGreaterThanOrEqual(told + 250);
+  test("is told to stop: idle it has a moment left, and what it is asked then is answered with a close", async () => {
+    const { server, transport, connection, receive, after } = connect();
+    await receive(GET);
+    await after(() => server.stop());
+    expect(connection.deadline).toBeGreaterThanOrEqual(server.now + 250);
     expect(connection.deadline).toBeLessThan(server.now + 1000);
-    connection.onData(Buffer.concat([GET, GET]));
+    await receive(several(2));
     expect(count(transport.written, "200 OK")).toBe(3);
     expect(count(transport.written, "Connection: close")).toBe(1);
     expect(transport.calls).toEqual(["shutdown"]);
@@ -187,17 +209,12 @@ describe("a connection", () => {
     expect(isEmpty).toBeTrue();
   });
 
-  test("logs a head from its own bytes, wherever those have moved", () => {
-    const { connection, log } = connect();
-    const lend = (text: string) => {
-      const bytes = Buffer.from(text);
-      connection.onData(bytes);
-      bytes.fill("z"); // the bytes of a read are lent for the call, no longer
-    };
-    lend("GET /first HTTP/1.1\r\nHo");
-    lend("st: x\r\n\r\nPOST /second HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n");
-    lend("okGET /third HTTP/1.1\r\nHost: inc");
-    connection.onEnd();
+  test("logs a head from its own bytes, wherever those have moved", async () => {
+    const { connection, log, receive, after } = connect();
+    await receive("GET /first HTTP/1.1\r\nHo");
+    await receive("st: x\r\n\r\nPOST /second HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n");
+    await receive("okGET /third HTTP/1.1\r\nHost: inc");
+    await after(() => connection.onEnd());
     expect(log).toEqual([
       "GET /first HTTP/1.1\nHost: x\n\n",
       "POST /second HTTP/1.1\nHost: x\nContent-Length: 2\n\nok\n",
@@ -205,21 +222,65 @@ describe("a connection", () => {
     ]);
   });
 
-  test("logs a request with the start of its content, and says how much there is more", () => {
-    const { connection, log } = connect();
-    connection.onData(Buffer.from("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3000\r\n\r\n"));
-    for (let i = 0; i < 3; i++) connection.onData(Buffer.alloc(1000, "x"));
+  test("logs a request with the start of its content, and says how much there is more", async () => {
+    const { log, receive } = connect();
+    await receive("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3000\r\n\r\n");
+    for (let i = 0; i < 3; i++) await receive(Buffer.alloc(1000, "x"));
     expect(log).toEqual([`POST / HTTP/1.1\nHost: x\nContent-Length: 3000\n\n${"x".repeat(1024)}\n(1976 more bytes)\n`]);
+  });
+
+  test("keeps of a read only what it has not used, and nothing once it is idle", async () => {
+    const { server, receive } = connect();
+    await receive(Buffer.concat([several(10_000), GET.subarray(0, 10)]));
+    expect(server.waitingBytes).toBeLessThan(1000);
+    await receive(GET.subarray(10));
+    expect(server.waitingBytes).toBe(0);
+  });
+
+  test("parses a long head that comes a byte at a time only now and then, and refuses it all the same", async () => {
+    const head = `GET / HTTP/1.1\r\nHost: x\r\nX: ${"x".repeat(20_000)}`;
+    const started = performance.now();
+    const { transport, connection } = connect();
+    for (const byte of Buffer.from(head)) {
+      connection.onData(Buffer.of(byte));
+      await Promise.resolve();
+    }
+    await nextTurn();
+    expect(performance.now() - started).toBeLessThan(2000);
+    connection.onData(Buffer.from("\0"));
+    await nextTurn();
+    connection.onEnd();
+    await nextTurn();
+    expect(transport.written).toContain("\r\n\r\na control character in a field-value\n");
   });
 });
 
-test("respond has an answer for every method", () => {
-  const { server } = connect();
+test("text mode has an answer for every method", () => {
   const site = new TextSite("Hi");
-  const statusOf = (method: string) => respond(Object.assign(server.spareHead, { method }), site).status;
-  expect(["GET", "HEAD", "POST", "OPTIONS", "PUT", "TRACE", ""].map(statusOf)).toEqual([
+  const statusOf = (method: string) => {
+    const head = new RequestHead(LIMITS);
+    const bytes = Buffer.from(`${method} * HTTP/1.0\r\n\r\n`);
+    parseRequestHead(head, bytes, 0, bytes.length);
+    return site.respond(head).status;
+  };
+  expect(["GET", "HEAD", "POST", "OPTIONS", "PUT", "TRACE", "BREW"].map(statusOf)).toEqual([
     200, 200, 200, 204, 405, 405, 501,
   ]);
+});
+
+test.each([
+  ["/", "/", ""],
+  ["/a%20b?c=d?e", "/a%20b", "c=d?e"],
+  ["/a?", "/a", ""],
+  ["http://x", "/", ""],
+  ["HTTP://x:1?q", "/", "q"],
+  ["http://x/a/b?c", "/a/b", "c"],
+  ["//evil/a", "//evil/a", ""],
+])("the request-target %s has the path %s and the query %j", (target, path, query) => {
+  const head = new RequestHead(LIMITS);
+  const bytes = Buffer.from(`GET ${target} HTTP/1.1\r\nHost: x\r\nA: b\r\na:c\r\n\r\n`);
+  expect(parseRequestHead(head, bytes, 0, bytes.length)).toBe(bytes.length);
+  expect([head.method, head.path, head.query, head.fields.get("a")]).toEqual(["GET", path, query, "b, c"]);
 });
 
 test("printable leaves text as it is and makes everything else visible", () => {
@@ -275,32 +336,42 @@ describe("client-robust.ts", () => {
 });
 
 describe("fitLimits", () => {
-  test("leaves the limits as they are where there are descriptors enough, or nobody says how many", () => {
-    expect(fitLimits(LIMITS, Number.POSITIVE_INFINITY, 2)).toEqual(LIMITS);
-    expect(fitLimits(LIMITS, 1_048_576, 2)).toEqual(LIMITS);
+  test("leaves the limits as they are if there are descriptors enough, or if nobody says how many", () => {
+    expect(fitLimits(LIMITS, Number.POSITIVE_INFINITY, 2)).toEqual({ limits: LIMITS, reserve: 256 });
+    expect(fitLimits(LIMITS, 1_048_576, 2)).toEqual({ limits: LIMITS, reserve: 256 });
   });
 
   test.each([64, 256, 1024, 20_000])("never lets more be open than %d descriptors allow", (descriptors) => {
     for (const each of [1, 2] as const) {
-      const limits = fitLimits(LIMITS, descriptors, each);
-      const { connectionsMax, refusedConnectionsMax, pendingDigestsMax, recentFilesMax } = limits;
-      expect(connectionsMax).toBeGreaterThanOrEqual(descriptors / 8);
-      const open = each * connectionsMax + refusedConnectionsMax + pendingDigestsMax + recentFilesMax;
-      expect(open).toBeLessThan(descriptors - 10);
+      const { limits, reserve } = fitLimits(LIMITS, descriptors, each);
+      expect(limits.connectionsMax).toBeGreaterThanOrEqual(descriptors / 8);
+      expect(each * limits.connectionsMax + 3 * reserve).toBeLessThan(descriptors - 10);
     }
   });
 });
 
 describe("ChunkedDecoder", () => {
-  test("keeps nothing of an extension, however long it is", () => {
+  test("keeps nothing of an extension, however long it is, and checks each byte of it once", () => {
     const decoder = new ChunkedDecoder(LIMITS, false);
     const length = 1_048_576;
-    const start = Buffer.from(`${length.toString(16)}\r\n${"x".repeat(length)}\r\n1;a="`);
+    const start = Buffer.from(`${length.toString(16)}\r\n${"x".repeat(length)}\r\n`);
     for (let at = 0; at < start.length;) at = decoder.next(start, at, start.length);
-    const text = Buffer.alloc(length, 'a;=\t\\"');
-    expect(decoder.next(text, 0, length)).toBe(length);
-    expect([decoder.state, decoder.heldBytes]).toEqual(["extension", 0]);
-    decoder.next(Buffer.alloc(8192, "a"), 0, 8192); // more than the content allows
+    const text = Buffer.concat([Buffer.from('1;a="'), Buffer.alloc(100_000, 'a;=\t\\"')]);
+    const started = performance.now();
+    // As if it came a byte at a time: no byte of the line is used before its end is there.
+    for (let to = 5; to < text.length; to++) expect(decoder.next(text, 0, to)).toBe(0);
+    expect(performance.now() - started).toBeLessThan(2000);
+    expect(decoder.state).toBe("line");
+    decoder.next(Buffer.alloc(200_000, "1;a"), 0, 200_000); // longer than any line may be
     expect(decoder.fault).toBe("chunk-extension");
+  });
+
+  test("bounds all extensions together by the content that they come with", () => {
+    const decoder = new ChunkedDecoder(LIMITS, false);
+    const chunk = Buffer.from(`1;a=${"x".repeat(1000)}\r\nx\r\n`);
+    let chunks = 0;
+    for (; decoder.fault === "" && chunks < 100; chunks++)
+      for (let at = 0; at < chunk.length && decoder.fault === "";) at = decoder.next(chunk, at, chunk.length);
+    expect([decoder.fault, chunks]).toEqual(["chunk-extension", 5]);
   });
 });

@@ -9,8 +9,9 @@
  *     interim: 100            100 Continue comes before the answer where the content was not there yet
  */
 import { expect, test } from "bun:test";
-import { Connection, REJECTIONS, Server, TextSite, type Transport } from "../server.ts";
+import { REJECTIONS, Server, TextSite, type Transport } from "../server.ts";
 import { exchange, startServer, VARIANTS } from "./harness.ts";
+import { converse, nextTurn } from "./transport.ts";
 import { readVectors, splits, type Vector } from "./vector.ts";
 
 const SEED = Number(process.env["SEED"] ?? Date.now() % 2 ** 31);
@@ -209,13 +210,17 @@ class Recorder implements Transport {
 }
 
 /** Sends the pieces and then FIN; returns what came back. The server has to close, and to forget the connection. */
-function play(server: Server, pieces: readonly Buffer[], finishes: boolean): string {
+async function play(server: Server, pieces: readonly Buffer[], finishes: boolean): Promise<string> {
   const transport = new Recorder();
-  const connection = new Connection(transport, server);
-  for (const piece of pieces) connection.onData(piece);
+  const connection = converse(transport, server);
+  for (const piece of pieces) {
+    connection.onData(piece);
+    await nextTurn();
+  }
   // After NEXT, or after a refusal, the server closes first.
   if (!finishes) expect(transport.isShutDown).toBe(true);
   connection.onEnd();
+  await nextTurn();
   expect([transport.isShutDown, transport.isEnded]).toEqual([true, true]);
   connection.onClose();
   expect(server.connections.size).toBe(0);
@@ -231,15 +236,15 @@ const withNext = (pieces: readonly Buffer[]) => [
 const vectors = readVectors("request");
 
 for (const vector of vectors)
-  test(`request ${vector.name}: ${vector.title}`, () => {
+  test(`request ${vector.name}: ${vector.title}`, async () => {
     const expectation = new Expectation(vector);
     // One server for all the splits: what a connection leaves behind in it would show in the next one.
     const server = new Server(new TextSite(TEXT), "off", () => {});
     for (const pieces of splits(vector.message, SEED)) {
-      expectation.check(play(server, pieces, true), false);
-      if (pieces.length === vector.message.length) expectation.checkAsked(play(server, pieces, true));
+      expectation.check(await play(server, pieces, true), false);
+      if (pieces.length === vector.message.length) expectation.checkAsked(await play(server, pieces, true));
       if (expectation.finishes) continue;
-      for (const sent of withNext(pieces)) expectation.check(play(server, sent, false), true);
+      for (const sent of withNext(pieces)) expectation.check(await play(server, sent, false), true);
     }
   });
 

@@ -1,7 +1,7 @@
 /** server.ts from outside: the script and the binary, over real sockets, with curl, python3, ab and wrk as peers. */
 import { describe, expect, test } from "bun:test";
 import { readdirSync, readFileSync } from "node:fs";
-import { DEFAULTS } from "../server.ts";
+import { DEFAULTS, LIMITS } from "../server.ts";
 import {
   command,
   exchange,
@@ -264,16 +264,24 @@ print(answers)`;
     expect(taken.stderr).toContain(`port ${server.port} is taken`);
     const unknown = await runProgram("server", variant, ["--port", String(port)], { env: { HOST: "nowhere.invalid" } });
     expect(unknown.stderr).toBe(
-      "Error: cannot listen on nowhere.invalid: it is not an address of this machine (unknown host)\n",
+      "Error: cannot listen on nowhere.invalid: it is not an address of this machine (unknown host); the environment variable HOST names it, --host another\n",
     );
     expect(unknown.exitCode).toBe(1);
+    // What conda and Kubernetes set: a message about a flag that nobody gave would be a riddle.
+    const named = await runProgram("server", variant, ["--host", "nowhere.invalid"], { env: { HOST: "other" } });
+    expect(named.stderr).toEndWith("(unknown host)\n");
+    const kubernetes = await runProgram("server", variant, [], { env: { PORT: "tcp://10.96.0.1:80" } });
+    expect(kubernetes.stderr).toBe(
+      'Error: the environment variable PORT takes a number from 0 to 65535, not "tcp://10.96.0.1:80" (see server --help)\n',
+    );
+    expect(kubernetes.exitCode).toBe(2);
   });
 
   test("a port that is taken is one line and exit 1", async () => {
     await using server = await serve();
     const { stdout, stderr, exitCode } = await runProgram("server", variant, ["--port", String(server.port)]);
     expect(stderr).toBe(
-      `Error: port ${server.port} is taken: stop the program that has it, or choose another with --port\n`,
+      `Error: port ${server.port} is taken: stop the program that has it, or choose another with --port; if it has just ended, wait a minute\n`,
     );
     expect([stdout, exitCode]).toEqual(["", 1]);
   });
@@ -290,6 +298,8 @@ print(answers)`;
     "--head-bytes-max -1",
     "--head-bytes-max 1e3",
     "--head-timeout-ms",
+    "--method-bytes-max 32",
+    "limits",
     "--log loud",
     "--text",
   ];
@@ -303,6 +313,10 @@ print(answers)`;
   test("--help and --version are for stdout", async () => {
     const help = await runProgram("server", variant, ["-h"]);
     expect([help.stdout.split("\n")[0], help.exitCode]).toEqual(["Usage: server [options]", 0]);
+    const limits = await runProgram("server", variant, ["--help", "limits"]);
+    expect([limits.stdout.match(/^ {2}--/gm)?.length, limits.exitCode]).toEqual([Object.keys(LIMITS).length, 0]);
+    expect(help.stdout).not.toContain("--head-bytes-max");
+    expect((await runProgram("server", variant, ["--help", "other"])).exitCode).toBe(2);
     expect((await runProgram("server", variant, ["-V"])).stdout).toMatch(/^server \d+\.\d+\.\d+\n$/);
   });
 
@@ -330,6 +344,41 @@ print(answers)`;
       expect(silent.received).toBe("");
     },
   );
+
+  test.if(hasTool("openssl"))("SIGHUP: certificate and key are read again for new connections", async () => {
+    await using folder = await temporaryFolder();
+    await using other = await temporaryFolder();
+    const { cert, key } = await makeCertificate(folder.path);
+    const renewed = await makeCertificate(other.path);
+    const [first, second] = [await Bun.file(cert).text(), await Bun.file(renewed.cert).text()];
+    await using server = await serve("--log", "off", "--tls-cert", cert, "--tls-key", key);
+    const isServedWith = async (ca: string) => {
+      using peer = await Peer.connect(server.port, { ca, serverName: "localhost", rejectUnauthorized: true });
+      await peer.send(GET_AND_CLOSE);
+      await peer.closed;
+      return peer.received.endsWith("Hello, World!");
+    };
+    using old = await Peer.connect(server.port, { ca: first, serverName: "localhost" });
+    await old.send(GET);
+    await old.waitFor(/Hello, World!$/);
+    expect([await isServedWith(first), await isServedWith(second)]).toEqual([true, false]);
+
+    // A key that does not fit: the old ones stay.
+    await Bun.write(cert, second);
+    server.child.kill("SIGHUP");
+    await server.stderr.waitFor(/\nError: .+; certificate and key stay as they were\n/);
+    expect([await isServedWith(first), await isServedWith(second)]).toEqual([true, false]);
+
+    await Bun.write(key, await Bun.file(renewed.key).text());
+    server.child.kill("SIGHUP");
+    await server.stderr.waitFor(/\nCertificate and key are read again\n/);
+    expect([await isServedWith(first), await isServedWith(second)]).toEqual([false, true]);
+    await old.send(GET_AND_CLOSE);
+    await old.closed;
+    expect(count(old.received, "Hello, World!")).toBe(2);
+    server.child.kill("SIGTERM");
+    expect(await server.child.exited).toBe(0);
+  });
 
   test("a certificate that cannot be read or used is one line and exit 1", async () => {
     const missing = await runProgram("server", variant, ["--tls-cert", "/nowhere", "--tls-key", "/nowhere"]);

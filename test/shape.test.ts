@@ -80,6 +80,12 @@ describe.each(PROGRAMS)("%s.ts", (program) => {
   );
 });
 
+test("the README has what server --help limits prints", async () => {
+  const limits = await runProgram("server", "script", ["--help", "limits"]);
+  expect(limits.exitCode).toBe(0);
+  expect(read("README.md")).toContain(`\n\`\`\`text\n${limits.stdout}\`\`\`\n`);
+});
+
 test("the README has each limit of the server's with its default and the reason that stands beside it in the code", () => {
   const source = /^const BOUNDS = \{\n(.*?)^\} as const/ms.exec(read("server.ts"))?.[1] ?? "";
   const rows = read("README.md").replace(/ +/g, " ");

@@ -1,5 +1,5 @@
 /** A socket that is none: what a Connection does with it can be seen, and how much it takes is for the test to say. */
-import type { Transport } from "../server.ts";
+import { Connection, serve, type Server, type Transport } from "../server.ts";
 
 /** Takes `room` bytes, and notes what else is done to it. Less than no room: the connection has gone. */
 export class FakeTransport implements Transport {
@@ -26,3 +26,10 @@ export class FakeTransport implements Transport {
 
 /** Lets everything that is due happen. */
 export const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
+
+/** A connection of a server to a transport, and the conversation on it. Its steps go on when everything due happens. */
+export function converse(transport: Transport, server: Server): Connection {
+  const connection = new Connection(transport, server);
+  void serve(connection);
+  return connection;
+}
