@@ -3,6 +3,7 @@
  *
  *     bun run bench                  # server, client and files: some 8 minutes
  *     bun run bench files            # one of them
+ *     bun run bench server --beside OLD/server.ts  # and another version of it
  *     bun run bench --rounds 3       # fewer rounds: quicker, and less to rely on
  *     bun run bench files --write    # RESULTS.md and results.svg too, where this takes the place of what it measures
  *
@@ -26,6 +27,8 @@ const EFFORT: Effort = { rounds: 7, seconds: 1, workloadSeconds: 60 };
 interface CommandLine {
   readonly subjects: readonly Subject[];
   readonly effort: Effort;
+  /** Another version of server.ts, to be measured beside it. */
+  readonly beside: string | undefined;
   readonly write: boolean;
   readonly draw: boolean;
 }
@@ -38,7 +41,14 @@ function parseCount(name: string, text: string | undefined, otherwise: number): 
 
 function parseCommandLine(args: string[]): CommandLine {
   const [string, boolean] = [{ type: "string" } as const, { type: "boolean" } as const];
-  const options = { rounds: string, seconds: string, "workload-seconds": string, write: boolean, draw: boolean };
+  const options = {
+    beside: string,
+    rounds: string,
+    seconds: string,
+    "workload-seconds": string,
+    write: boolean,
+    draw: boolean,
+  };
   const { values, positionals } = parseArgs({ args, options, allowPositionals: true });
   const subjects = SUBJECTS.filter((subject) => positionals.length === 0 || positionals.includes(subject));
   if (positionals.some((name) => !SUBJECTS.some((subject) => subject === name)))
@@ -50,6 +60,7 @@ function parseCommandLine(args: string[]): CommandLine {
       seconds: parseCount("seconds", values.seconds, EFFORT.seconds),
       workloadSeconds: parseCount("workload-seconds", values["workload-seconds"], EFFORT.workloadSeconds),
     },
+    beside: values.beside,
     write: values.write ?? false,
     draw: values.draw ?? false,
   };
@@ -62,11 +73,11 @@ async function publish(results: Results): Promise<void> {
   await writeReport(results);
 }
 
-async function measure({ subjects, effort, write }: CommandLine): Promise<void> {
+async function measure({ subjects, effort, beside, write }: CommandLine): Promise<void> {
   const command = `bun run bench ${process.argv.slice(2).join(" ")}`.trim();
   for (const subject of subjects) {
     const start = performance.now();
-    const result = describe(command, await BENCHES[subject](effort));
+    const result = describe(command, await BENCHES[subject](effort, beside));
     console.log(`${formatTable(subject, result)}\n`);
     console.error(`${subject}: ${Math.round((performance.now() - start) / 1000)} s\n`);
     // Each is kept at once: a failure of the next takes nothing from it.

@@ -120,7 +120,7 @@ async function check(name: string, origin: string): Promise<void> {
 async function measureLarge(peer: Peer, reader: string, core: number): Promise<Sample> {
   const before = cpuSeconds(peer.child.pid);
   const start = performance.now();
-  const child = spawn([reader, String(peer.port), "/large", String(LARGE_BYTES)], { core });
+  const child = spawn([reader, new URL(peer.origin).port, "/large", String(LARGE_BYTES)], { core });
   await finish(child, `the reader of ${peer.name}`);
   const seconds = (performance.now() - start) / 1000;
   const size = LARGE_BYTES / GIB;
@@ -130,7 +130,7 @@ async function measureLarge(peer: Peer, reader: string, core: number): Promise<S
 /** The workloads, each with what it measures of a peer. */
 async function workloadsFor({ seconds }: Effort, core: number, peers: readonly Peer[]) {
   const measureSmall = (mode: string[], path: string) => (peer: Peer) => {
-    const url = `http://127.0.0.1:${peer.port}/${path}`;
+    const url = `${peer.origin}/${path}`;
     return measureLoad(peer.name, peer.child.pid, { url, mode, contentBytes: SMALL_BYTES }, core, seconds);
   };
   const workloads = [

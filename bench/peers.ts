@@ -14,12 +14,14 @@ export interface PeerSpec {
   readonly needs?: string;
   /** Its command line, after what there is to compile or to configure. */
   readonly argv: (port: number) => Promise<string[]> | string[];
+  /** Its certificate signs itself. */
+  readonly isTls?: boolean;
 }
 
 export interface Peer {
   readonly name: string;
   readonly role: Role;
-  readonly port: number;
+  readonly origin: string;
   readonly child: Bun.Subprocess;
 }
 
@@ -47,16 +49,27 @@ export function compileGo(): Promise<string> {
   return goProgram;
 }
 
-/** One nginx process without a log, as Debian configures it otherwise; `rules` go into its one server. */
-export function nginxArgv(port: number, rules: string): string[] {
+/** A certificate that signs itself, for the peers that speak TLS. */
+export async function makeCertificate(): Promise<{ cert: string; key: string }> {
+  const [cert, key] = [join(folder, "cert.pem"), join(folder, "key.pem")];
+  const curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
+  await run(["openssl", "req", "-x509", ...curve, "-subj", "/CN=localhost", "-keyout", key, "-out", cert]);
+  return { cert, key };
+}
+
+/**
+ * One nginx process, without a log unless `log` says where, as Debian configures it otherwise; `rules` go into its one
+ * server, `listen` behind its address.
+ */
+export function nginxArgv(port: number, rules: string, { listen = "", log = "off" } = {}): string[] {
   const own = join(folder, `nginx-${port}`);
   const paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map((name) => `${name}_temp_path ${own};`);
   writeFileSync(
     `${own}.conf`,
     `daemon off; master_process off; pid ${own}.pid; error_log /dev/null;
-    events { worker_connections 1024; }
-    http { access_log off; tcp_nopush on; keepalive_requests 1000000000; ${paths.join(" ")} default_type text/plain;
-      server { listen 127.0.0.1:${port}; ${rules} } }`,
+    events { worker_connections 8192; }
+    http { access_log ${log}; tcp_nopush on; keepalive_requests 1000000000; ${paths.join(" ")} default_type text/plain;
+      server { listen 127.0.0.1:${port}${listen}; ${rules} } }`,
   );
   return ["nginx", "-e", "/dev/null", "-c", `${own}.conf`];
 }
@@ -70,15 +83,15 @@ export async function startPeers(
   const peers: Peer[] = [];
   const missing: string[] = [];
   try {
-    for (const { name, role, needs, argv } of specs) {
+    for (const { name, role, needs, argv, isTls } of specs) {
       if (needs !== undefined && Bun.which(needs) === null) {
         missing.push(name === needs ? name : `${name} (needs ${needs})`);
         continue;
       }
       const port = freePort();
-      const origin = `http://127.0.0.1:${port}`;
+      const origin = `${isTls ? "https" : "http"}://127.0.0.1:${port}`;
       const child = spawn(await argv(port), { core });
-      peers.push({ name, role, port, child });
+      peers.push({ name, role, origin, child });
       await waitForAnswer(child, name, `${origin}/small.txt`);
       await check(name, origin);
     }

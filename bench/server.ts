@@ -1,11 +1,12 @@
 /**
  * The server that answers with a text, beside its peers.
  */
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 import { type Effort, interleave, type Load, measureLoad, twoCores } from "./measure.ts";
 import {
   compileC,
   compileGo,
+  makeCertificate,
   nginxArgv,
   type PeerSpec,
   requireTools,
@@ -34,67 +35,114 @@ const BROWSER_FIELDS = [
   "Accept-Language: en-US,en;q=0.9",
 ];
 
-const WORKLOADS: Readonly<Record<string, Pick<Load, "mode" | "fields">>> = {
+type Workload = Pick<Load, "mode" | "fields" | "connections"> & {
+  /** Peers left out: the floor parses nothing, and Bun.serve does not say when it closes, which wrk takes for an error. */
+  readonly without?: readonly string[];
+  /** At least so long: thousands of connections take a second to be made. */
+  readonly seconds?: number;
+};
+
+const CLOSING = ["Connection: close"];
+const PLAIN: Readonly<Record<string, Workload>> = {
   plain: { mode: ["plain"] },
   "browser-sized": { mode: ["plain"], fields: BROWSER_FIELDS },
   "16 pipelined": { mode: ["pipelined", "16"] },
+  "a connection a request": { mode: ["plain"], fields: CLOSING, without: ["floor", "Bun.serve"] },
+  "POST of 1 KiB": { mode: ["post", "1024"] },
+  "5,000 connections": { mode: ["plain"], connections: 5000, seconds: 4 },
 };
 
-const PEERS: readonly PeerSpec[] = [
-  { name: "floor", role: "floor", needs: "cc", argv: async (port) => [await compileC("floor"), String(port)] },
-  {
-    name: "server.ts",
-    role: "ours",
-    argv: (port) => [
-      ...[process.execPath, join(ROOT, "server.ts"), "--log", "off"],
-      ...["--host", "127.0.0.1", "--port", String(port)],
-    ],
-  },
-  {
-    name: "nginx",
-    role: "peer",
-    needs: "nginx",
-    argv: (port) => nginxArgv(port, `location / { return 200 "${TEXT}"; }`),
-  },
-  {
-    name: "Bun.serve",
-    role: "peer",
-    argv: (port) => [process.execPath, join(import.meta.dir, "peers/bun-serve.ts"), String(port)],
-  },
-  {
-    name: "node:http",
-    role: "peer",
-    needs: "node",
-    argv: (port) => ["node", join(import.meta.dir, "peers/node-http.mjs"), String(port)],
-  },
-  { name: "Go net/http", role: "peer", needs: "go", argv: async (port) => [await compileGo(), String(port)] },
-];
+/** The program, or another version of it. */
+const ours = (name: string, path: string, flags: () => Promise<string[]> | string[], isTls = false): PeerSpec => ({
+  ...{ name, isTls, role: name === "server.ts" ? "ours" : "peer" },
+  argv: async (port) => [process.execPath, path, ...(await flags()), "--host", "127.0.0.1", "--port", String(port)],
+});
+const NGINX_ANSWER = `location / { return 200 "${TEXT}"; }`;
+
+/** Workloads and the peers for them; `versions` are ours, by name. */
+function groupsOf(versions: ReadonlyMap<string, string>) {
+  const all = (flags: () => Promise<string[]> | string[], isTls = false) =>
+    [...versions].map(([name, path]) => ours(name, path, flags, isTls));
+  let certificate: ReturnType<typeof makeCertificate> | undefined;
+  const certified = () => (certificate ??= makeCertificate());
+  const bunServe = join(import.meta.dir, "peers/bun-serve.ts");
+  const plain: PeerSpec[] = [
+    { name: "floor", role: "floor", needs: "cc", argv: async (port) => [await compileC("floor"), String(port)] },
+    ...all(() => ["--log", "off"]),
+    { name: "nginx", role: "peer", needs: "nginx", argv: (port) => nginxArgv(port, NGINX_ANSWER) },
+    { name: "Bun.serve", role: "peer", argv: (port) => [process.execPath, bunServe, String(port)] },
+    {
+      name: "node:http",
+      role: "peer",
+      needs: "node",
+      argv: (port) => ["node", join(import.meta.dir, "peers/node-http.mjs"), String(port)],
+    },
+    { name: "Go net/http", role: "peer", needs: "go", argv: async (port) => [await compileGo(), String(port)] },
+  ];
+  const tls: PeerSpec[] = [
+    ...all(async () => {
+      const { cert, key } = await certified();
+      return ["--log", "off", "--tls-cert", cert, "--tls-key", key];
+    }, true),
+    {
+      ...{ name: "nginx", role: "peer", needs: "nginx", isTls: true },
+      async argv(port) {
+        const { cert, key } = await certified();
+        const rules = `ssl_certificate ${cert}; ssl_certificate_key ${key}; ${NGINX_ANSWER}`;
+        return nginxArgv(port, rules, { listen: " ssl" });
+      },
+    },
+  ];
+  const logged: PeerSpec[] = [
+    ...all(() => ["--log", "access"]),
+    {
+      name: "nginx",
+      role: "peer",
+      needs: "nginx",
+      argv: (port) => nginxArgv(port, NGINX_ANSWER, { log: "/dev/null" }),
+    },
+  ];
+  return [
+    { workloads: PLAIN, specs: plain },
+    { workloads: { TLS: { mode: ["plain"] } }, specs: tls },
+    { workloads: { "--log access": { mode: ["plain"], fields: BROWSER_FIELDS } }, specs: logged },
+  ] satisfies { workloads: Readonly<Record<string, Workload>>; specs: PeerSpec[] }[];
+}
 
 async function check(name: string, origin: string): Promise<void> {
-  const answer = await fetch(origin);
+  const answer = await fetch(origin, { tls: { rejectUnauthorized: false } });
   const text = await answer.text();
   if (answer.status !== 200 || text !== TEXT) throw new Error(`${name} answers ${answer.status} and ${text}`);
 }
 
-export async function benchServer(effort: Effort): Promise<Measured> {
-  requireTools(["taskset", "wrk", "nginx"]);
+/** @param beside another version of server.ts, measured in the same run */
+export async function benchServer(effort: Effort, beside?: string): Promise<Measured> {
+  requireTools(["taskset", "wrk", "nginx", "openssl"]);
   const [serving, loading] = twoCores();
-  const { peers, missing } = await startPeers(PEERS, serving, check);
-  const roleOf = (name: string) => peers.find((peer) => peer.name === name)?.role ?? "peer";
+  const versions = new Map([["server.ts", join(ROOT, "server.ts")]]);
+  if (beside !== undefined) versions.set("server.ts beside", resolve(beside));
   const workloads: WorkloadResult[] = [];
-  try {
-    for (const [name, load] of Object.entries(WORKLOADS)) {
-      const samples = await interleave(`server, ${name}`, peers, effort, (peer) => {
-        const url = `http://127.0.0.1:${peer.port}/`;
-        const whole = { ...load, url, contentBytes: TEXT.length };
-        return measureLoad(peer.name, peer.child.pid, whole, loading, effort.seconds);
-      });
-      const rows = toRows(samples, REFERENCES.server, roleOf);
-      workloads.push({ name, main: "requests/s", cpu: "CPU a request", rows });
+  const missing = new Set<string>();
+  for (const group of groupsOf(versions)) {
+    const started = await startPeers(group.specs, serving, check);
+    for (const name of started.missing) missing.add(name);
+    const roleOf = (name: string) => started.peers.find((peer) => peer.name === name)?.role ?? "peer";
+    try {
+      for (const [name, { without = [], seconds = 0, ...load }] of Object.entries<Workload>(group.workloads)) {
+        const peers = started.peers.filter((peer) => !without.includes(peer.name));
+        const samples = await interleave(`server, ${name}`, peers, effort, (peer) => {
+          const whole = { ...load, url: `${peer.origin}/`, contentBytes: TEXT.length };
+          return measureLoad(peer.name, peer.child.pid, whole, loading, Math.max(seconds, effort.seconds));
+        });
+        workloads.push({
+          ...{ name, main: "requests/s", cpu: "CPU a request" },
+          rows: toRows(samples, REFERENCES.server, roleOf),
+        });
+      }
+    } finally {
+      await stopPeers(started.peers);
     }
-  } finally {
-    await stopPeers(peers);
   }
-  const versions = await versionsOf(["nginx", "node", "go", "cc", "wrk"]);
-  return { versions, missing, workloads };
+  const tools = await versionsOf(["nginx", "node", "go", "cc", "wrk"]);
+  return { versions: tools, missing: [...missing], workloads };
 }
