@@ -107,19 +107,6 @@ export interface Response {
   readonly part?: Part;
 }
 
-/** Bytes that are read piece by piece while they are sent. */
-export interface Part {
-  /** How many are left, and how many have been sent. */
-  readonly left: number;
-  readonly sent: number;
-  /** Reads the next bytes without moving on. False if they are not, or may not be, those that the head has promised. */
-  read(piece: Uint8Array, length: number): boolean;
-  advance(length: number): void;
-  close(): void;
-  /** For the error message if `read` fails. */
-  readonly name: string;
-}
-
 /** What a server answers with: a text, or files. */
 export interface Site {
   /** The response if it does not depend on the content: the method is refused, whatever the content is. */
@@ -162,6 +149,11 @@ export const REJECTIONS = Object.freeze({
   "trailer-too-large": [431, "the trailer section is too large"],
   "trailer-forbidden": [400, "a field that is not allowed in a trailer section"],
   expectation: [417, "only the expectation 100-continue is known here"],
+  path: [400, "no path of a file: it has .., a backslash, NUL, an encoded slash or what is not UTF-8"],
+  forbidden: [403, "the server may not read this"],
+  "not-found": [404, "there is no such file here"],
+  precondition: [412, "the file is not in the version that the request is about"],
+  "too-many-files": [503, "too many files are open, try again later"],
   incomplete: [400, "the connection ended inside the request"],
   timeout: [408, "the request did not arrive in time"],
   internal: [500, "the server failed"],
@@ -252,13 +244,6 @@ export async function serve(connection: Connection): Promise<void> {
 /** Does this outcome of a step mean that no more bytes will come, or not in time? */
 const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late" || outcome === "gone";
 
-/** The answer to a request that ended early. */
-function refusalAfter(outcome: Outcome): Refusal | typeof GONE {
-  if (outcome === "gone") return GONE;
-  // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
-  return new Refusal(responseTo(outcome === "late" ? "timeout" : "incomplete"));
-}
-
 /**
  * Reads a head of which some bytes are missing. It is parsed anew when more have come; a long one only when a line of it
  * is complete, or much has come, so that sending it a byte at a time does not cost a thousand parses.
@@ -285,26 +270,16 @@ async function readHead(connection: Connection, deadline: number): Promise<numbe
     if (outcome === "stop" && headDeadline === 0) deadline = server.idleDeadline;
     if (!endsReading(outcome) || parsed < connection.to - connection.at) continue;
     if (!head.hasBegun) return -1;
-    throw refusalAfter(outcome);
+    if (outcome === "gone") throw GONE;
+    // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
+    throw new Refusal(responseTo(outcome === "late" ? "timeout" : "incomplete"));
   }
 }
 
 /** Of a long head, is there a line or much more behind the bytes that were parsed? */
 function isWorthParsing({ bytes, at, to }: Connection, parsed: number): boolean {
-  return (
-    parsed < LONG_HEAD_BYTES || to - at >= parsed + LONG_HEAD_BYTES || bytes.subarray(at + parsed, to).includes(LF)
-  );
-}
-
-/** Waits for a response that takes time. */
-async function waitForResponse(connection: Connection, promise: Promise<Response>): Promise<Response> {
-  connection.head.keep();
-  promise.catch(() => {}); // it is awaited below; a rejection that comes before is not lost
-  if (!connection.flush()) await connection.drain().catch(() => {});
-  const response = await promise;
-  if (!connection.isGone) return response;
-  response.part?.close();
-  throw GONE;
+  const more = to - at - parsed;
+  return parsed < LONG_HEAD_BYTES || more >= LONG_HEAD_BYTES || bytes.subarray(at + parsed, to).includes(LF);
 }
 
 /** Of the statuses that a site answers with, those that close. 404, 405 and the like are answers as good as 200. */
@@ -1206,8 +1181,6 @@ export class Connection {
     server.connections.add(this);
   }
 
-  // ── handlers ──
-
   onData(bytes: Uint8Array): void {
     if (this.isGone) return;
     if (this.at === this.to) this.hold(bytes, 0, bytes.length);
@@ -1253,7 +1226,7 @@ export class Connection {
     resolve(outcome);
   }
 
-  // ── steps ──
+  // From here on: steps.
 
   /** Waits for bytes behind those that are there. */
   receive(deadline: number): Promise<Outcome> | Outcome {
@@ -1303,10 +1276,9 @@ export class Connection {
   }
 
   /**
-   * Waits until it is worth writing again. The kernel tells of room when a third of its buffer is free, which may be a
-   * megabyte, so a slow peer may have taken some without a word: it is also worth it at the deadline.
-   * @param deadline to be renewed when the kernel takes something
-   * @throws GONE if that was not the case
+   * Waits until it is worth writing again: the kernel tells of room, or the deadline passes. A slow peer may have taken
+   * some by then, since the kernel waits until a third of its buffer is free.
+   * @throws GONE if the deadline has passed already: the caller must renew it when the kernel takes something
    */
   async waitForRoom(deadline: number): Promise<void> {
     if (deadline < this.server.now) this.abort();
@@ -1747,22 +1719,6 @@ const DIGESTS_KEPT_MAX = 4096;
 /** Two changes within one tick of the kernel's clock leave a file with the same time: 10 ms at most. */
 const CLOCK_TICK_MS = 10;
 
-/** The reasons to refuse a request for a file. */
-const FILE_REJECTIONS = Object.freeze({
-  path: [400, "no path of a file: it has .., a backslash, NUL, an encoded slash or what is not UTF-8"],
-  forbidden: [403, "the server may not read this"],
-  "not-found": [404, "there is no such file here"],
-  precondition: [412, "the file is not in the version that the request is about"],
-  "too-many-files": [503, "too many files are open, try again later"],
-  internal: [500, "the server failed"],
-} as const satisfies Record<string, readonly [status: number, explanation: string]>);
-type FileRejection = keyof typeof FILE_REJECTIONS;
-
-function rejectFile(rejection: FileRejection): Response {
-  const [status, explanation] = FILE_REJECTIONS[rejection];
-  return prepareResponse(status, TEXT_FIELDS, `${explanation}\n`);
-}
-
 // ── what is requested ──
 
 /** The path of a request-target (RFC 3986 §3.3), taken apart. */
@@ -1971,9 +1927,14 @@ class OpenFile {
 
   /** Does its path still lead to this file, in this version? */
   isCurrent(): boolean {
-    const names = ["dev", "ino", "size", "mtimeMs", "ctimeMs"] as const;
-    const found = fs.statSync(this.path, { throwIfNoEntry: false });
-    return found !== undefined && names.every((name) => found[name] === this.stats[name]);
+    const { dev, ino, size, mtimeMs, ctimeMs } = this.stats;
+    try {
+      const found = fs.statSync(this.path);
+      const isOne = found.dev === dev && found.ino === ino;
+      return isOne && found.size === size && found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
+    } catch {
+      return false;
+    }
   }
 
   /** What a response says of its version (RFC 9110 §8.8). */
@@ -1984,8 +1945,11 @@ class OpenFile {
 
   /** What a response says of it, whatever part it sends. */
   get fields(): Record<string, string> {
-    const made = { "Content-Type": typeOf(this.path), "Accept-Ranges": "bytes", ...this.validators, ...FILE_FIELDS };
-    return (this.knownFields ??= made);
+    return (this.knownFields ??= {
+      ...{ "Content-Type": typeOf(this.path), "Accept-Ranges": "bytes" },
+      ...this.validators,
+      ...FILE_FIELDS,
+    });
   }
 }
 
@@ -2001,7 +1965,7 @@ const isBelow = (root: string, realPath: string) =>
   realPath === root || realPath.startsWith(root.endsWith(sep) ? root : root + sep);
 
 /** What a failed system call means for the request. */
-function rejectionFor(error: unknown): FileRejection {
+function rejectionFor(error: unknown): Rejection {
   const { code } = error as { code?: string }; // node:fs throws SystemErrors
   if (code === "EACCES" || code === "EPERM") return "forbidden";
   if (code === "EMFILE" || code === "ENFILE") return "too-many-files";
@@ -2009,7 +1973,7 @@ function rejectionFor(error: unknown): FileRejection {
 }
 
 /** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
-function openBelow(root: string, path: string, dateNow: number): OpenFile | FileRejection {
+function openBelow(root: string, path: string, dateNow: number): OpenFile | Rejection {
   let fd = -1;
   try {
     // Opening a device or a FIFO may already do something, so only files and folders are opened.
@@ -2086,13 +2050,13 @@ export class FileSite implements Site {
     const refusal = this.refuse(request);
     if (refusal !== undefined) return refusal;
     const path = parseTargetPath(request.requestTarget);
-    if (path === undefined) return rejectFile("path");
-    if (!path.segments.every(isServed)) return rejectFile("not-found");
+    if (path === undefined) return responseTo("path");
+    if (!path.segments.every(isServed)) return responseTo("not-found");
     const found = this.find(join(this.root, ...path.segments));
-    if (typeof found === "string") return rejectFile(found);
+    if (typeof found === "string") return responseTo(found);
     try {
       if (found.isFolder) return this.respondFolder(request, path, found);
-      return path.isFolder ? rejectFile("not-found") : this.respondFile(request, found);
+      return path.isFolder ? responseTo("not-found") : this.respondFile(request, found);
     } finally {
       found.close();
     }
@@ -2105,7 +2069,7 @@ export class FileSite implements Site {
   }
 
   /** Opens a path, unless it is open and its file is still the one at the path. */
-  private find(path: string): OpenFile | FileRejection {
+  private find(path: string): OpenFile | Rejection {
     const known = this.recent.get(path);
     if (known?.isCurrent()) return known.hold();
     let found = openBelow(this.root, path, this.dateNow);
@@ -2127,7 +2091,7 @@ export class FileSite implements Site {
     }
     const index = this.find(join(folder.realPath, "index.html"));
     const list = () => this.respondListing(request, path.segments, folder.path);
-    if (typeof index === "string") return index === "not-found" ? list() : rejectFile(index);
+    if (typeof index === "string") return index === "not-found" ? list() : responseTo(index);
     try {
       return index.isFolder ? list() : this.respondFile(request, index);
     } finally {
@@ -2138,7 +2102,7 @@ export class FileSite implements Site {
   /** A listing has no validator. Conditions on whether there is anything at all can still fail. */
   private respondListing(request: RequestHead, segments: readonly string[], path: string) {
     const status = evaluateConditions(conditionsOf(request), NO_VERSION);
-    if (status === 412) return rejectFile("precondition");
+    if (status === 412) return responseTo("precondition");
     return status === 304 ? prepareResponse(304, {}) : this.list(segments, path);
   }
 
@@ -2150,10 +2114,10 @@ export class FileSite implements Site {
       this.listings.delete(path); // a later request may know of a change that this listing misses
       // The folder was not kept open: many may wait, and their peers may have gone.
       const folder = openBelow(this.root, path, this.dateNow);
-      if (typeof folder === "string") return rejectFile(folder);
+      if (typeof folder === "string") return responseTo(folder);
       return listFolder(this.root, segments, folder).finally(() => folder.close());
     };
-    const listing = this.lastListing.then(openAndList).catch((error: unknown) => rejectFile(rejectionFor(error)));
+    const listing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
     this.listings.set(path, listing);
     this.lastListing = listing;
     return listing;
@@ -2163,7 +2127,7 @@ export class FileSite implements Site {
     const { version } = file;
     const fields = conditionsOf(request);
     const status = evaluateConditions(fields, version);
-    if (status === 412) return rejectFile("precondition");
+    if (status === 412) return responseTo("precondition");
     if (status === 304) return prepareResponse(304, file.validators);
     const range = decideRange(request.method, fields, version, Date.now());
     if (range === "unsatisfiable") {
@@ -2246,6 +2210,30 @@ export class FilePart implements Part {
   close(): void {
     this.file.close();
   }
+}
+
+/** Bytes that are read piece by piece while they are sent. */
+export interface Part {
+  /** How many are left, and how many have been sent. */
+  readonly left: number;
+  readonly sent: number;
+  /** Reads the next bytes without moving on. False if they are not, or may not be, those that the head has promised. */
+  read(piece: Uint8Array, length: number): boolean;
+  advance(length: number): void;
+  close(): void;
+  /** For the error message if `read` fails. */
+  readonly name: string;
+}
+
+/** Waits for a response that takes time. */
+async function waitForResponse(connection: Connection, promise: Promise<Response>): Promise<Response> {
+  connection.head.keep();
+  promise.catch(() => {}); // it is awaited below; a rejection that comes before is not lost
+  if (!connection.flush()) await connection.drain().catch(() => {});
+  const response = await promise;
+  if (!connection.isGone) return response;
+  response.part?.close();
+  throw GONE;
 }
 
 /** Shared scratch buffer: its content is consumed before the event loop turns. */

@@ -518,7 +518,7 @@ async function talkOver(port: number, seed: number): Promise<void> {
   if (manner === "reset") return;
   plan = { cuts, takesAll: true, ending: "fin" };
   parseAnswers(stream);
-  const expected = withoutInterims(await play(servers.usual, message, plan, random));
+  const expected = withoutInterims(await play(makeServer("off"), message, plan, random));
   const undated = (text: string) => text.replaceAll(/(?<=\r\nDate: )[^\r]+/g, "");
   if (manner !== "silent" && withoutLastOption(undated(stream)) !== withoutLastOption(undated(expected)))
     throw new Error(`${manner}: ${show(stream)} instead of ${show(expected)}`);
