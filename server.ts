@@ -594,25 +594,28 @@ function isText(bytes: Uint8Array, from: number, to: number, lowerCase: string):
   return true;
 }
 
+/** The fields that decide about the message, by the lengths of their names: each has its own. */
+const DECIDING_FIELDS: (string | undefined)[] = Array(18).fill(undefined);
+for (const name of ["host", "expect", "connection", "content-length", "transfer-encoding"])
+  DECIDING_FIELDS[name.length] = name;
+
 /** Notes a field that decides about the message. OWS around its value is SP and HTAB, nothing else. */
 function noteField(head: RequestHead, bytes: Uint8Array, nameFrom: number, nameTo: number, lineTo: number): void {
-  const length = nameTo - nameFrom;
-  if (length !== 4 && length !== 6 && length !== 10 && length !== 14 && length !== 17) return;
-  let [from, to] = [nameTo + 1, lineTo];
+  const name = DECIDING_FIELDS[nameTo - nameFrom];
+  if (name === undefined || !isText(bytes, nameFrom, nameTo, name)) return;
+  let from = nameTo + 1;
+  let to = lineTo;
   while (from < to && (bytes[from] === SP || bytes[from] === HTAB)) from++;
   while (to > from && (bytes[to - 1] === SP || bytes[to - 1] === HTAB)) to--;
-  if (length === 4 && isText(bytes, nameFrom, nameTo, "host")) {
+  if (name === "connection") noteConnection(head, bytes, from, to);
+  else if (name === "expect") noteExpectations(head, latin1(bytes, from, to));
+  else if (name === "host") {
     head.hosts++;
     head.hostFrom = from;
     head.hostTo = to;
-  } else if (length === 6 && isText(bytes, nameFrom, nameTo, "expect")) noteExpectations(head, latin1(bytes, from, to));
-  else if (length === 10 && isText(bytes, nameFrom, nameTo, "connection")) noteConnection(head, bytes, from, to);
-  else if (length === 14 && isText(bytes, nameFrom, nameTo, "content-length")) {
-    head.contentLengths++;
-    head.framingFrom = from;
-    head.framingTo = to;
-  } else if (length === 17 && isText(bytes, nameFrom, nameTo, "transfer-encoding")) {
-    head.transferEncodings++;
+  } else {
+    if (name === "content-length") head.contentLengths++;
+    else head.transferEncodings++;
     head.framingFrom = from;
     head.framingTo = to;
   }
@@ -856,11 +859,8 @@ export class ChunkedDecoder {
 // ── end shared ──
 
 /** RFC 9110 §6.5.1: fields for framing, routing and authentication must not come after the content. */
-const FORBIDDEN_TRAILERS: ReadonlySet<string> = new Set(
-  "authorization connection content-encoding content-length content-range content-type cookie expect host keep-alive max-forwards proxy-authorization set-cookie te trailer transfer-encoding upgrade".split(
-    " ",
-  ),
-);
+const FORBIDDEN_TRAILER =
+  /^(?:authorization|connection|content-(?:encoding|length|range|type)|cookie|expect|host|keep-alive|max-forwards|proxy-authorization|set-cookie|te|trailer|transfer-encoding|upgrade)$/;
 
 /** The content of one request: read to its end, within its bounds. It is kept only if `respond` needs it. */
 class Content {
@@ -940,7 +940,7 @@ class Content {
 
   private checkChunked(decoder: ChunkedDecoder): void {
     if (decoder.announced > this.connection.server.limits.contentBytesMax) this.refuse("content-too-large");
-    if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILERS.has(name))) this.refuse("trailer-forbidden");
+    if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
     if (decoder.fault !== "") this.refuse(decoder.fault);
   }
 

@@ -68,6 +68,18 @@ describe("a connection", () => {
     expect(transport.calls.at(-1)).toBe("resume");
   });
 
+  test("is cut off when too many bytes wait for all peers, whether it sends more or not", async () => {
+    const limits = { waitingBytesMax: 20_000 };
+    const { server, transport, receive } = connect({ room: 0, limits });
+    await receive(several(1000)); // 28,000 bytes, of which hardly any is used before answers wait
+    expect([transport.calls, server.waitingBytes]).toEqual([["terminate"], 0]);
+    const other = connect({ room: 0, limits });
+    await other.receive(several(100));
+    expect(other.transport.calls).toEqual([]);
+    for (let i = 0; i < 10; i++) await other.receive(several(100));
+    expect([other.transport.calls, other.server.waitingBytes]).toEqual([["pause", "terminate"], 0]);
+  });
+
   test("ends when writing fails", async () => {
     const { transport, connection, receive, after } = connect({ room: -1 });
     await receive(Buffer.concat([GET, GET.subarray(0, 10)]));

@@ -95,16 +95,16 @@ describe.each(VARIANTS)("a connection (%s)", (variant) => {
   // ── deadlines ──
 
   test.concurrent("has its idle time, and its time for a head, anew after each answer", async () => {
-    await using server = await serve("--idle-timeout-ms", "1500", "--head-timeout-ms", "1500");
+    await using server = await serve("--idle-timeout-ms", "2500", "--head-timeout-ms", "2500");
     const keepAsking = async (first: string, second: string) => {
       using peer = await Peer.connect(server.port);
       for (let i = 0; i < 24; i++) {
         peer.received = "";
         await peer.send(first);
-        await Bun.sleep(50);
+        await Bun.sleep(75);
         await peer.send(second);
         await peer.waitFor(/^HTTP\/1\.1 200 [^]*Hello, World!$/);
-        await Bun.sleep(50);
+        await Bun.sleep(75);
       }
     };
     // Halves of a head a little apart: these moments add up to more than one head may take. And whole ones.
