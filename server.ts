@@ -950,6 +950,9 @@ class Content {
     this.kept = appended(this.kept, this.keptLength, bytes, from, to);
     this.keptLength += to - from;
     server.waitingBytes += this.kept.length;
+    if (server.waitingBytes <= server.limits.waitingBytesMax) return;
+    this.connection.abort();
+    throw GONE;
   }
 }
 

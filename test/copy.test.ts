@@ -48,6 +48,9 @@ test("content that a copy keeps is its own: requests in a row and byte by byte, 
   const requests = post("one") + "GET / HTTP/1.1\r\nHost: x\r\n\r\n" + post("two") + chunked;
   expect(contents(await exchange(server.port, [requests]))).toEqual(["one", "Hello, World!", "two", "abcde"]);
   expect(contents(await exchange(server.port, [...requests]))).toEqual(["one", "Hello, World!", "two", "abcde"]);
+  // Content that is kept counts among the bytes that wait for all peers.
+  const many = `POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n${"x".repeat(200_000)}`;
+  await expect(exchange(server.port, [many])).rejects.toThrow("reset");
   // Many times what may wait in all: what was answered is forgotten.
   for (let i = 0; i < 40; i++) {
     const answer = await exchange(server.port, [`${post("x".repeat(20_000))}${chunked}`]);

@@ -223,6 +223,7 @@ export class Peer {
   readonly closed: Promise<"end" | "reset">;
   private readonly settleClosed: (how: "end" | "reset") => void;
   private socket: Bun.Socket | undefined;
+  private isClosed = false;
   private wake = () => {};
 
   private constructor() {
@@ -245,7 +246,10 @@ export class Peer {
       },
     });
     peer.socket.setNoDelay(true);
-    void peer.closed.then(() => peer.wake());
+    void peer.closed.then(() => {
+      peer.isClosed = true;
+      peer.wake();
+    });
     return peer;
   }
 
@@ -259,7 +263,7 @@ export class Peer {
     const bytes = Buffer.from(piece);
     for (let sent = 0; sent < bytes.length;) {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
-      if (written < 0) return;
+      if (written < 0 || this.isClosed) return;
       sent += written;
       if (sent < bytes.length) await new Promise<void>((resolve) => (this.wake = resolve));
     }
@@ -281,10 +285,8 @@ export class Peer {
 
   /** Waits until what came matches. @throws where the connection closes before */
   async waitFor(pattern: RegExp): Promise<void> {
-    let isClosed = false;
-    void this.closed.then(() => (isClosed = true));
     while (!pattern.test(this.received)) {
-      if (isClosed) throw new Error(`closed without ${pattern}: ${JSON.stringify(this.received.slice(0, 500))}`);
+      if (this.isClosed) throw new Error(`closed without ${pattern}: ${JSON.stringify(this.received.slice(0, 500))}`);
       await new Promise<void>((resolve) => (this.wake = resolve));
     }
   }

@@ -152,16 +152,16 @@ describe.each(VARIANTS)("a connection (%s)", (variant) => {
   });
 
   test.concurrent("has time for its content as long as enough of it comes, and anew for each request", async () => {
-    await using server = await serve("--content-timeout-ms", "1000");
+    await using server = await serve("--content-timeout-ms", "2500");
     using peer = await Peer.connect(server.port);
-    for (let request = 1; request <= 2; request++) {
-      await peer.send(`${POST}Content-Length: 60000\r\n\r\n`);
-      for (let i = 0; i < 20; i++) {
+    for (const pieces of [30, 3]) {
+      peer.received = "";
+      await peer.send(`${POST}Content-Length: ${3000 * pieces}\r\n\r\n`);
+      for (let i = 0; i < pieces; i++) {
         await peer.send("x".repeat(3000));
-        await Bun.sleep(90);
+        await Bun.sleep(100); // 30 of them take longer than one interval
       }
       await peer.waitFor(/^HTTP\/1\.1 200 [^]*Hello, World!$/);
-      peer.received = "";
     }
   });
 
@@ -243,6 +243,9 @@ describe.each(VARIANTS)("a connection (%s)", (variant) => {
     expect(await post(peer, expectation)).toEqual([100, 200]);
     using other = await Peer.connect(server.port);
     expect(await post(other)).toEqual([200]);
+    // Nor where the content is already there.
+    const whole = `${POST}${expectation}Content-Length: 2\r\n\r\nok`;
+    expect(statusesOf(await exchange(server.port, [whole + whole + GET_AND_CLOSE]))).toEqual([200, 200, 200]);
     const old = await exchange(server.port, [`POST / HTTP/1.0\r\n${expectation}Content-Length: 2\r\n\r\n`, "ok"]);
     expect(statusesOf(old)).toEqual([200]);
   });
