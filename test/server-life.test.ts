@@ -608,12 +608,16 @@ print(sent)`;
     using peer = await Peer.connect(server.port);
     await peer.send(GET);
     await peer.waitFor(/Hello, World!$/);
+    // Both are there when the server looks again.
+    server.child.kill("SIGSTOP");
     server.child.kill("SIGTERM");
-    await Bun.sleep(60);
     await peer.send(GET);
+    await Bun.sleep(50);
+    server.child.kill("SIGCONT");
     await peer.closed;
     expect(statusesOf(peer.received)).toEqual([200, 200]);
-    expect(count(peer.received, "Connection: close")).toBe(1);
+    // Its answer says close if the server learned of the stop first.
+    expect(count(peer.received, "Connection: close")).toBeLessThanOrEqual(1);
     expect(await server.child.exited).toBe(0);
   });
 
