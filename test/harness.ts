@@ -41,6 +41,11 @@ export function hasTool(name: string): boolean {
   return false;
 }
 
+/** Waits for what no program says: looks until it is so. */
+export async function until(isSo: () => boolean): Promise<void> {
+  while (!isSo()) await Bun.sleep(5);
+}
+
 type Options = { cwd?: string; env?: Record<string, string>; stdin?: Uint8Array; stdout?: string };
 
 /** The environment of what is tested: ours, but for what would change the programs. */

@@ -1,6 +1,5 @@
 /** What client-robust.ts does after a failure: the policy as a table, then against origins that follow a script. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { createHash } from "node:crypto";
 import {
   chmodSync,
   existsSync,
@@ -25,6 +24,7 @@ import {
   TransferError,
 } from "../client-robust.ts";
 import { command, run, runProgram, temporaryFolder, Transcript, VARIANTS } from "./harness.ts";
+import { type Answer, CONTENT, raw, reprDigest, scripted, serving, sha256 } from "./origin.ts";
 
 // Most of the time nothing happens here: what waits for its retry waits beside the others.
 setDefaultTimeout(30_000);
@@ -222,66 +222,8 @@ test("Retry-After is seconds or a date, and anything else is not there", () => {
 
 // ── origins that follow a script ──
 
-const CONTENT = Buffer.from(Array.from({ length: 5000 }, (_, i) => `${i}\n`).join(""));
-const SHA256 = createHash("sha256").update(CONTENT).digest("hex");
-const REPR_DIGEST = `Repr-Digest: sha-256=:${Buffer.from(SHA256, "hex").toString("base64")}:\r\n`;
-
-/** What a connection gets: bytes, and then its end. */
-type Answer = { readonly bytes: string | Buffer; readonly end?: "fin" | "reset" | "stall" };
-/** Request heads as they came, with the answers of the script, one a connection; the last one goes on. */
-function scripted(answers: ((request: string) => Answer)[]) {
-  const requests: string[] = [];
-  const listener = Bun.listen<{ rest: Buffer; end: Answer["end"] }>({
-    hostname: "127.0.0.1",
-    port: 0,
-    allowHalfOpen: true,
-    socket: {
-      data(socket, bytes) {
-        requests.push(bytes.toString("latin1"));
-        const answer = answers[Math.min(requests.length, answers.length) - 1]?.(requests.at(-1) ?? "");
-        socket.data = { rest: Buffer.from(answer?.bytes ?? ""), end: answer?.end };
-        proceed(socket);
-      },
-      drain: (socket) => proceed(socket),
-      end: (socket) => void socket.end(),
-    },
-  });
-  const proceed = (socket: Bun.Socket<{ rest: Buffer; end: Answer["end"] }>) => {
-    const written = socket.write(socket.data.rest);
-    socket.data.rest = socket.data.rest.subarray(Math.max(0, written));
-    if (socket.data.rest.length > 0 || socket.data.end === "stall") return;
-    if (socket.data.end === "reset") setTimeout(() => socket.terminate(), 50);
-    else socket.shutdown();
-  };
-  return { requests, url: `http://127.0.0.1:${listener.port}/file`, [Symbol.dispose]: () => listener.stop(true) };
-}
-
-/** The whole, or what Range asks for, as a server should; `cut` bytes of it at the most. */
-const serving =
-  ({
-    etag = '"a"',
-    cut = Number.POSITIVE_INFINITY,
-    end = "fin" as Answer["end"],
-    content = CONTENT,
-    fields = "",
-  } = {}) =>
-  (request: string): Answer => {
-    const range = /\r\nRange: bytes=(\d+)-\r\n/.exec(request)?.[1];
-    const isSame = /\r\nIf-Range: (.*)\r\n/.exec(request)?.[1] === etag;
-    const from = range !== undefined && isSame ? Number(range) : 0;
-    const status =
-      from > 0
-        ? `206 Partial Content\r\nContent-Range: bytes ${from}-${content.length - 1}/${content.length}`
-        : "200 OK";
-    const tag = etag === "" ? "" : `ETag: ${etag}\r\n`;
-    const text = `HTTP/1.1 ${status}\r\n${tag}${fields}Content-Length: ${content.length - from}\r\n\r\n`;
-    const part = content.subarray(from, from + Math.min(cut, content.length));
-    return { bytes: Buffer.concat([Buffer.from(text), part]), ...(end && { end }) };
-  };
-
-const raw =
-  (text: string, end: NonNullable<Answer["end"]> = "fin") =>
-  () => ({ bytes: text, end });
+const SHA256 = sha256(CONTENT);
+const REPR_DIGEST = reprDigest(CONTENT);
 
 /** Whether this machine lets us have a small disk of our own; the limit on the size of a file does for the rest. */
 const canMount = Bun.spawnSync([
@@ -352,7 +294,7 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
         raw(
           `HTTP/1.1 200 OK\r\nETag: "a"\r\nTransfer-Encoding: chunked\r\n\r\n${bytes.toString(16)}\r\n${CONTENT.subarray(0, bytes)}\r\n`,
         );
-      const ended = (bytes: number) => () => ({ bytes: `${unknownLength(bytes)().bytes}0\r\n\r\n` });
+      const ended = (bytes: number) => () => ({ bytes: `${unknownLength(bytes)("").bytes}0\r\n\r\n` });
       using origin = scripted([unknownLength(9000), ended(5000), serving()]);
       const { content, exitCode } = await save(origin.url);
       expect([exitCode, content?.equals(CONTENT)]).toEqual([0, true]);
