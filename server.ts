@@ -1067,15 +1067,19 @@ export function formatRequestLog(head: RequestHead, content: Uint8Array, content
   return `${text}${text.endsWith("\n") ? "" : "\n"}${more > 0 ? `(${more} more bytes)\n` : ""}`;
 }
 
+const UNSAFE_IN_QUOTES = /[^\x20\x21\x23-\x5b\x5d-\x7e]/g;
+const escapeByte = (c: string) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`;
+const inQuotes = (text = "") => `"${text.replace(UNSAFE_IN_QUOTES, escapeByte) || "-"}"`;
+
 /** A line of the Combined Log Format, which tools for the logs of web servers read. */
 export function formatAccessLog(head: RequestHead, address: string, date: Date, status: number, bytes: number): string {
-  const escape = (c: string) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`;
-  const quote = (text = "") => `"${text.replace(/[^\x20\x21\x23-\x5b\x5d-\x7e]/g, escape) || "-"}"`;
   const [, day, month, year, time] = date.toUTCString().split(" ");
   const { fields } = head;
-  const [requestLine] = head.text.trimStart().split("\r", 1);
-  const about = [quote(requestLine), status, bytes, quote(fields.get("referer")), quote(fields.get("user-agent"))];
-  return `${address} - - [${day}/${month}/${year}:${time} +0000] ${about.join(" ")}\n`;
+  const text = head.text.trimStart();
+  const end = text.indexOf("\r");
+  const requestLine = inQuotes(end < 0 ? text : text.slice(0, end));
+  const about = `${requestLine} ${status} ${bytes} ${inQuotes(fields.get("referer"))} ${inQuotes(fields.get("user-agent"))}`;
+  return `${address} - - [${day}/${month}/${year}:${time} +0000] ${about}\n`;
 }
 
 // ═══ 7 Text mode ═════════════════════════════════════════════════════════════════════════════════
