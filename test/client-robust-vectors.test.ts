@@ -1,6 +1,6 @@
 /**
- * Plays the response vectors of test/vectors/response against client-robust.ts: against its ResponseReader with
- * every split of every message, and over real sockets against the script and the binary.
+ * Plays the response vectors of test/vectors/response against client-robust.ts: against receiveHead and receiveContent
+ * with every split of every message, and over real sockets against the script and the binary.
  *
  *     outcome: partial        a name in EXIT_CODES
  *     content: Hello          what has to be delivered, in the escapes of the message; (none) is no content.
@@ -8,18 +8,22 @@
  *     status: 200             that of the head that is delivered
  *     keepOpen: yes           the server does not close after the message, and the client has to finish all the same
  */
-import { expect, test } from "bun:test";
+import { expect, setDefaultTimeout, test } from "bun:test";
 import {
   EXIT_CODES,
   type Outcome,
-  requireComplete,
   requireSuccess,
-  requireWellFormed,
-  ResponseReader,
+  receiveContent,
+  receiveHead,
+  type ResponseHead,
+  type Source,
   TransferError,
 } from "../client-robust.ts";
 import { command, ROOT, type Variant, VARIANTS } from "./harness.ts";
 import { parseMessage, readVectors, splits, type Vector } from "./vector.ts";
+
+// A machine that is busy otherwise takes its time; READ_MS_MAX bounds each reading.
+setDefaultTimeout(30_000);
 
 const SEED = Number(process.env["SEED"] ?? Date.now() % 2 ** 31);
 console.log(`SEED=${SEED}`);
@@ -56,61 +60,81 @@ function expectationOf({ name, outcome, options, message }: Vector): Expectation
 /** The first head that is not of a 1xx, as sent. Only for messages whose heads are well-formed. */
 function finalHead(message: Buffer): string {
   const text = message.toString("latin1");
+  const end = (from: number) => from + (/\n\r?\n/.exec(text.slice(from))?.index ?? Number.NaN) + 1;
+  const next = (from: number) => text.indexOf("\n", end(from)) + 1;
   let from = 0;
-  while (/^HTTP\/1\.\d 1/.test(text.slice(from, from + 10))) from = text.indexOf("\r\n\r\n", from) + 4;
-  return text.slice(from, text.indexOf("\r\n\r\n", from) + 4);
+  while (/^HTTP\/1\.\d 1/.test(text.slice(from, from + 10))) from = next(from);
+  return text.slice(from, next(from));
 }
 
 /** Bytes as they are shown where a test fails: a megabyte of them tells nobody anything. */
 const show = (bytes: Buffer) =>
   bytes.length <= 1000 ? bytes.toString("latin1") : `${bytes.length} bytes with hash ${Bun.hash(bytes)}`;
 
-// ── (a) ResponseReader ──
+// ── (a) receiveHead and receiveContent ──
 
 /** Reading in time that grows with the square of the length is a way to hang. What is sound takes a hundredth of this. */
 const READ_MS_MAX = 2000;
 
-/** The outcome as the program decides it; "waiting" where it would go on to receive. */
-function outcomeOf(reader: ResponseReader, closes: boolean): Outcome | "waiting" {
-  if (closes && !reader.isComplete && reader.fault === "") reader.end(true);
-  if (!closes && !reader.isComplete && reader.fault === "") return "waiting";
-  try {
-    requireWellFormed(reader);
-    requireComplete(reader);
-    if (reader.head === undefined) throw new Error("a response without a head is complete");
-    requireSuccess(reader.head, false);
-    return "ok";
-  } catch (error) {
-    if (error instanceof TransferError) return error.outcome;
-    throw error;
+/** Gives pieces as a connection would. Where the peer does not close, it would go on waiting after the last one. */
+class Pieces implements Source {
+  readonly endsInOrder = true;
+  isWaiting = false;
+  private readonly left: Uint8Array[];
+
+  constructor(
+    pieces: readonly Buffer[],
+    private readonly closes: boolean,
+  ) {
+    // The content is compacted in place: the bytes are the vector's, so what is given is a copy.
+    this.left = pieces.map((piece) => new Uint8Array(piece));
+  }
+
+  async receive(): Promise<Uint8Array | undefined> {
+    const piece = this.left.shift();
+    if (piece !== undefined || this.closes) return piece;
+    this.isWaiting = true;
+    throw new TransferError("timeout", "");
+  }
+
+  putBack(bytes: Uint8Array): void {
+    if (bytes.length > 0) this.left.unshift(bytes);
   }
 }
 
-/** Reads all pieces. The program stops at the end and at a fault; here what comes after them must not matter. */
-function read(pieces: readonly Buffer[], { closes, status }: Expectation) {
-  const reader = new ResponseReader("GET");
-  // `take` may change the bytes that it is given: they are the vector's, so it gets a copy.
-  const content = Buffer.concat(pieces.map((piece) => reader.take(Buffer.from(piece))));
-  const outcome = outcomeOf(reader, closes);
-  expect(reader.contentBytes).toBe(content.length);
+/** Reads all pieces, as `transfer` does. */
+async function read(pieces: readonly Buffer[], { closes, status }: Expectation) {
+  const source = new Pieces(pieces, closes);
+  const content: Buffer[] = [];
+  let final: ResponseHead | undefined;
+  let outcome: Outcome | "waiting" = "ok";
+  try {
+    const { head, framing } = await receiveHead(source, "GET");
+    final = head;
+    for await (const piece of receiveContent(source, framing)) content.push(Buffer.from(piece));
+    requireSuccess(head, false, "GET");
+  } catch (error) {
+    if (!(error instanceof TransferError)) throw error;
+    outcome = source.isWaiting ? "waiting" : error.outcome;
+  }
   return {
     outcome,
-    head: reader.head?.text,
-    status: status === undefined ? undefined : reader.head?.status,
-    content: show(content),
+    head: final?.text,
+    status: status === undefined ? undefined : final?.status,
+    content: show(Buffer.concat(content)),
   };
 }
 
 const vectors = readVectors("response");
 
 for (const vector of vectors)
-  test(`response ${vector.name}: ${vector.title}`, () => {
+  test(`response ${vector.name}: ${vector.title}`, async () => {
     const expectation = expectationOf(vector);
     const { outcome, head, status } = expectation;
     const expected = { outcome, head, status, content: show(expectation.content) };
     for (const pieces of splits(vector.message, SEED)) {
       const startedAt = performance.now();
-      const found = read(pieces, expectation);
+      const found = await read(pieces, expectation);
       const split = `${pieces.length} pieces, the first of ${pieces[0]?.length} bytes`;
       expect({ split, ...found }).toEqual({ split, ...expected });
       expect(performance.now() - startedAt).toBeLessThan(READ_MS_MAX);

@@ -41,6 +41,18 @@ export function hasTool(name: string): boolean {
   return false;
 }
 
+/** Whether this machine lets us have a small disk of our own; the limit on the size of a file does for the rest. */
+export const canMount = Bun.spawnSync([
+  "unshare",
+  "--map-root-user",
+  "--mount",
+  "mount",
+  "-t",
+  "tmpfs",
+  "tmpfs",
+  "/mnt",
+]).success;
+
 /** Waits for what no program says: looks until it is so. */
 export async function until(isSo: () => boolean): Promise<void> {
   while (!isSo()) await Bun.sleep(5);

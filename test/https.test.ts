@@ -51,7 +51,7 @@ describe.each(VARIANTS)("client-robust over TLS (%s)", (variant) => {
       const misnamed = await get("--cacert", cert, server.url.replace("localhost", "127.0.0.2"));
       expect(misnamed.exitCode).toBe(EXIT_CODES.connect); // nobody listens there
       expect((await get("-k", server.url)).stdout).toBe("Hello, World!");
-      expect((await get("--cacert", "/nowhere", server.url)).exitCode).toBe(EXIT_CODES.usage);
+      expect((await get("--cacert", "/nowhere", server.url)).exitCode).toBe(EXIT_CODES.authorities);
     },
   );
 
@@ -135,7 +135,7 @@ test("RecordWatch tells an alert from content of the same length, however the re
     watch.take(record(22, 300));
     watch.take(Buffer.concat([content, last]).subarray(0, cut));
     if (cut < content.length + last.length) watch.take(Buffer.concat([content, last]).subarray(cut));
-    watch.noteContent(plaintext);
+    watch.content += plaintext;
     return watch.endsInOrder;
   };
   const whole = content.length + alert.length;

@@ -1,7 +1,7 @@
 /** An origin that follows a script, for tests of what the client does after a failure. */
 import { createHash } from "node:crypto";
 
-export const CONTENT = Buffer.from(Array.from({ length: 5000 }, (_, i) => `${i}\n`).join(""));
+export const CONTENT: Buffer = Buffer.from(Array.from({ length: 5000 }, (_, i) => `${i}\n`).join(""));
 export const sha256 = (content: Buffer) => createHash("sha256").update(content).digest("hex");
 export const reprDigest = (content: Buffer) =>
   `Repr-Digest: sha-256=:${Buffer.from(sha256(content), "hex").toString("base64")}:\r\n`;
@@ -42,6 +42,9 @@ async function play(socket: Bun.Socket<Line>, { bytes, pause, rest, end }: Answe
 /** Request heads as they came, with the answers of the script, one a connection; the last one goes on. */
 export function scripted(answers: Script[], { port = 0, tls = false as Bun.TLSOptions | false } = {}) {
   const requests: string[] = [];
+  /** When each request came, in milliseconds. */
+  const times: number[] = [];
+  let connections = 0;
   /** From here on there are other answers, and no request has come yet. */
   const answerAnew = (...others: Script[]) => {
     requests.length = 0;
@@ -53,8 +56,12 @@ export function scripted(answers: Script[], { port = 0, tls = false as Bun.TLSOp
     tls,
     allowHalfOpen: true,
     socket: {
-      open: (socket) => void (socket.data = { isGone: false, wake() {} }),
+      open(socket) {
+        connections++;
+        socket.data = { isGone: false, wake() {} };
+      },
       data(socket, bytes) {
+        times.push(performance.now());
         requests.push(bytes.toString("latin1"));
         const answer = answers[Math.min(requests.length, answers.length) - 1]?.(requests.at(-1) ?? "");
         void play(socket, answer ?? { bytes: "" });
@@ -70,7 +77,16 @@ export function scripted(answers: Script[], { port = 0, tls = false as Bun.TLSOp
   });
   const dispose = () => listener.stop(true);
   const url = `http${tls ? "s" : ""}://127.0.0.1:${listener.port}/file`;
-  return { requests, port: listener.port, url, answerAnew, [Symbol.dispose]: dispose };
+  return {
+    requests,
+    times,
+    /** Those that brought no request are counted too. */
+    connections: () => connections,
+    port: listener.port,
+    url,
+    answerAnew,
+    [Symbol.dispose]: dispose,
+  };
 }
 
 /** The first byte that a request asks for; undefined where it asks for the whole. */
@@ -83,6 +99,9 @@ export function rangeOf(request = ""): number | undefined {
 export const serving =
   ({
     etag = '"a"',
+    /** Sent as it is, with a Date that it is older than. */
+    lastModified = "",
+    date = new Date().toUTCString(),
     cut = Number.POSITIVE_INFINITY,
     end = "fin" as NonNullable<Answer["end"]>,
     content = CONTENT,
@@ -90,13 +109,19 @@ export const serving =
   } = {}): Script =>
   (request) => {
     const condition = /\r\nIf-Range: (.*)\r\n/.exec(request)?.[1];
-    const from = condition === undefined || condition === etag ? (rangeOf(request) ?? 0) : 0;
+    const isSame = condition === undefined || condition === etag || condition === lastModified;
+    const from = isSame ? (rangeOf(request) ?? 0) : 0;
+    if (from > 0 && from >= content.length)
+      return {
+        bytes: `HTTP/1.1 416 No\r\nContent-Range: bytes */${content.length}\r\nContent-Length: 0\r\n\r\n`,
+      };
     const status =
       from > 0
         ? `206 Partial Content\r\nContent-Range: bytes ${from}-${content.length - 1}/${content.length}`
         : "200 OK";
     const tag = etag === "" ? "" : `ETag: ${etag}\r\n`;
-    const text = `HTTP/1.1 ${status}\r\n${tag}${fields}Content-Length: ${content.length - from}\r\n\r\n`;
+    const dates = lastModified === "" ? "" : `Date: ${date}\r\nLast-Modified: ${lastModified}\r\n`;
+    const text = `HTTP/1.1 ${status}\r\n${tag}${dates}${fields}Content-Length: ${content.length - from}\r\n\r\n`;
     const part = content.subarray(from, from + Math.min(cut, content.length));
     return { bytes: Buffer.concat([Buffer.from(text), part]), end };
   };

@@ -1,10 +1,13 @@
 /** The shape of the project: what a copy of one file, a binary in a hostile folder and the README rely on. */
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { accessSync, constants, existsSync, readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { PROGRAMS } from "../.ci/build.ts";
 import { LIMITS } from "../server.ts";
 import { ROOT, run, runProgram, startServer, temporaryFolder, VARIANTS } from "./harness.ts";
+
+// The binaries are built for the first test that needs one.
+setDefaultTimeout(30_000);
 
 const read = (path: string) => readFileSync(join(ROOT, path), "utf8");
 const sources = PROGRAMS.map((program) => ({ program, text: read(`${program}.ts`) }));
