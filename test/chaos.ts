@@ -9,12 +9,15 @@
  * Run n of seed s has a schedule: the faults that its first requests meet, one after the other. The same schedule is
  * played to each client, as far as timing allows. After its last fault the origin is right, but in some runs (`dooms`)
  * it never is: then the right end is a failure. Exit 1 where ours was wrong; each such run is told with its seed.
+ *
+ * In some runs two of our clients save to one FILE at once, and meet the faults between them. FILE is right if it is
+ * one whole version, and if nothing else is left after one more run, without faults.
  */
 import { createHash } from "node:crypto";
 import { mkdirSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
-import { binaries, command, temporaryFolder, VARIANTS } from "./harness.ts";
+import { binaries, command, makeCertificate, temporaryFolder, VARIANTS } from "./harness.ts";
 import { Random } from "./random.ts";
 
 const CONCURRENT = 40;
@@ -26,7 +29,7 @@ const PIECE_BYTES = 16_384;
 const ARRIVAL_MS = 20;
 /** Each may make our client wait twice as long as the one before: with seven a transfer would take minutes. */
 const FAULTS_MAX = 6;
-/** Of ours, on average, over the size of the file, where the origin has strong ETags. */
+/** Of ours, on average, over the size of the file, where the origin has strong ETags or dates. */
 const FETCHED_MAX = 1.6;
 
 // ── the origin ──
@@ -133,6 +136,9 @@ class Exchange {
   }
 }
 
+/** Old enough for a date to be a strong validator: no number of changes makes it a fresh one. */
+const OLD_MS = 86_400_000;
+
 /** Bun.listen on a free port; outside of the range that outgoing connections take theirs from. */
 let nextPort = 11_000 + (process.pid % 100) * 100;
 
@@ -142,7 +148,10 @@ class Origin {
   /** The version whose length, and digest if it has any, an answer has told. */
   toldVersion = -1;
   content: Buffer;
+  /** All that the content has been: of two clients the slower one may have begun with an earlier version. */
+  readonly versions: Buffer[];
   readonly port: number;
+  private readonly startedAt = Date.now();
   private readonly faults: Fault[];
   private isOver = false;
   private listener: Bun.TCPSocketListener<Exchange> | undefined;
@@ -150,8 +159,10 @@ class Origin {
   constructor(
     readonly schedule: Schedule,
     private readonly log: (line: string) => void,
+    readonly tls: Bun.TLSOptions | undefined,
   ) {
     this.content = new Random(schedule.seed).bytes(schedule.size);
+    this.versions = [this.content];
     this.faults = [...schedule.faults];
     do this.port = ++nextPort;
     while (!this.listens());
@@ -168,7 +179,8 @@ class Origin {
       error() {},
     };
     try {
-      this.listener = Bun.listen<Exchange>({ hostname: "127.0.0.1", port: this.port, allowHalfOpen: true, socket });
+      const options = { hostname: "127.0.0.1", port: this.port, allowHalfOpen: true, socket };
+      this.listener = Bun.listen<Exchange>(this.tls === undefined ? options : { ...options, tls: this.tls });
     } catch {}
     return this.listener !== undefined;
   }
@@ -186,6 +198,7 @@ class Origin {
   change(): void {
     const random = new Random(this.schedule.seed + ++this.version);
     this.content = random.bytes(random.once(2) ? this.content.length : 100_000 + random.below(this.content.length));
+    this.versions.push(this.content);
   }
 
   get etag(): string {
@@ -193,17 +206,32 @@ class Origin {
     return tags === "none" ? "" : `${tags === "weak" ? "W/" : ""}"${seed}-${this.version}"`;
   }
   private tagField = (etag: string) => (etag === "" ? [] : [`ETag: ${etag}`]);
+  /** Of this version; "" where the origin tells none. */
+  get lastModified(): string {
+    const { dates } = this.schedule;
+    const age = dates === "old" ? OLD_MS : 0;
+    return dates === "none" ? "" : new Date(this.startedAt - age + this.version * 1000).toUTCString();
+  }
+  private dateFields = (lastModified: string) => [
+    `Date: ${new Date().toUTCString()}`,
+    ...(lastModified === "" ? [] : [`Last-Modified: ${lastModified}`]),
+  ];
   private digestField = () => (this.schedule.hasDigests ? [digestField(this.content)] : []);
 
   whole(): Answer {
-    const fields = ["Accept-Ranges: bytes", ...this.tagField(this.etag), ...this.digestField()];
+    const validators = [...this.tagField(this.etag), ...this.dateFields(this.lastModified)];
+    const fields = ["Accept-Ranges: bytes", ...validators, ...this.digestField()];
     return { status: 200, fields, content: this.content };
   }
   /** As it should be, but for what `wrong` says. */
-  part(from: number, wrong: { size?: number; etag?: string; to?: number; range?: string } = {}): Answer {
-    const { size = this.content.length, etag = this.etag, to = size } = wrong;
+  part(
+    from: number,
+    wrong: { size?: number; etag?: string; lastModified?: string; to?: number; range?: string } = {},
+  ): Answer {
+    const { size = this.content.length, etag = this.etag, lastModified = this.lastModified, to = size } = wrong;
     const range = wrong.range ?? `bytes ${from}-${to - 1}/${size}`;
-    const fields = [`Content-Range: ${range}`, ...this.tagField(etag), ...this.digestField()];
+    const validators = [...this.tagField(etag), ...this.dateFields(lastModified)];
+    const fields = [`Content-Range: ${range}`, ...validators, ...this.digestField()];
     // Longer than there is content it is filled up with zeros.
     return { status: 206, fields, content: Buffer.concat([this.content, Buffer.alloc(100)], to).subarray(from) };
   }
@@ -213,8 +241,10 @@ class Origin {
   /** RFC 9110 §13.1.5, §14.2: what a right origin says. */
   right(x: Exchange): Answer {
     const condition = x.field("if-range");
-    if (x.from === 0 || (condition !== undefined && (condition !== this.etag || condition.startsWith("W/"))))
-      return this.whole();
+    const isStrong =
+      (condition === this.etag && !this.etag.startsWith("W/")) ||
+      (condition === this.lastModified && this.schedule.dates === "old");
+    if (x.from === 0 || (condition !== undefined && !isStrong)) return this.whole();
     return x.from < this.content.length ? this.part(x.from) : this.unsatisfiable();
   }
 
@@ -282,6 +312,23 @@ const FAULTS = {
     await x.sendHead(x.origin.right(x), random.pick(["length", "chunked", "close"]));
     await x.reset();
   },
+  /** Something that is just starting, or a page that asks for a login. */
+  garbage: async (x, random) => {
+    const noise = new Random(random.below(2 ** 31)).bytes(1 + random.below(3000));
+    const page = "<!DOCTYPE html><title>Log in</title>";
+    await x.send(random.pick(["220 mail ESMTP\r\n", "SSH-2.0-x\r\n", page, "HTTP/2 200\r\n\r\n", noise]));
+    x.finish();
+  },
+  /** Chunked content that is damaged on the way: where a size should stand, or in the line end after the data. */
+  "garbage-in-chunks": async (x, random) => {
+    const answer = x.origin.right(x);
+    await x.sendHead(answer, "chunked");
+    const chunks = encode(answer.content.subarray(0, random.below(answer.content.length)), "chunked").subarray(0, -5);
+    await x.send(
+      Buffer.concat([chunks, Buffer.from(random.pick(["zz\r\n", "\r\n\r\n", "\0\0", "-1\r\n", "5\r\nhelloX\r\n"]))]),
+    );
+    x.finish();
+  },
   "reset-in-content": cut("reset", "length", "chunked", "close"),
   "fin-short": cut("finish", "length"),
   "chunk-cut": cut("finish", "chunked"),
@@ -317,11 +364,53 @@ const FAULTS = {
   "206-wrong-total": (x, random) =>
     x.sendWhole(x.origin.part(x.from, { size: x.origin.content.length + random.pick([-1, 1, 100]) })),
   "206-wrong-etag": (x) => x.sendWhole(x.origin.part(x.from, { etag: '"another"' })),
+  /** Of servers that ignore If-Range. */
+  "206-wrong-date": (x) => x.sendWhole(x.origin.part(x.from, { lastModified: new Date(0).toUTCString() })),
+  /** No fault: to the same content, with a query that is new each time, or another way to write it. */
+  redirect: (x, random) => {
+    const query = `?sig=${random.below(2 ** 31)}`;
+    const { port, tls } = x.origin;
+    const scheme = tls === undefined ? "http" : "https";
+    const location = random.pick([
+      `/file${query}`,
+      query,
+      `file${query}`,
+      `../file${query}`,
+      `//127.0.0.1:${port}/file${query}`,
+      `${scheme}://127.0.0.1:${port}/file${query}`,
+    ]);
+    return x.sendWhole(empty(random.pick([301, 302, 303, 307, 308]), `Location: ${location}`));
+  },
+  /** A name that leads to this machine, and one that leads nowhere until the next attempt. */
+  name: (x, random) => {
+    const scheme = x.origin.tls === undefined ? "http" : "https";
+    const host = random.pick(["localhost", "nowhere.invalid"]);
+    return x.sendWhole(empty(302, `Location: ${scheme}://${host}:${x.origin.port}/file?${random.below(2 ** 31)}`));
+  },
   "206-garbled": (x, random) =>
     x.sendWhole(x.origin.part(x.from, { range: random.pick(["", "bytes", "bytes */5", "items 0-1/2"]) })),
   /** No fault: RFC 9110 §15.3.7 lets a server send less than was asked for. */
   "206-of-less": (x, random) =>
     x.sendWhole(x.origin.part(x.from, { to: x.from + 1 + random.below(x.origin.content.length - x.from) })),
+  /** No fault either: caches that work in blocks begin before the byte that was asked for, and end where they like. */
+  "206-overlap": (x, random) => {
+    const block = random.pick([512, 4096, 65_536]);
+    const from = x.from - (x.from % block);
+    const to = Math.min(x.origin.content.length, from + block * (1 + random.below(20)));
+    return x.sendWhole(x.origin.part(from, random.once(2) ? {} : { to: Math.max(to, x.from + 1) }));
+  },
+  /** The slice that a 206 would have, or another one where none was asked for. */
+  "200-slice": (x, random) => {
+    const from = x.from > 0 ? x.from : random.below(x.origin.content.length);
+    const to = x.from > 0 || from > 0 ? x.origin.content.length : from + 1;
+    return x.sendWhole({ ...x.origin.part(from, { to }), status: 200 }, random.pick(["length", "chunked"]));
+  },
+  /** Not done yet: what comes with it, if anything, is not the file. */
+  "202": (x, random) => {
+    const later = random.pick([[], ["Retry-After: 0"], ["Retry-After: 1"]]);
+    const content = Buffer.from(random.pick(["", '{"state":"pending"}\n']));
+    return x.sendWhole({ status: 202, fields: later, content }, random.pick(["length", "chunked", "close"]));
+  },
   "206-unasked": (x, random) => {
     if (x.from > 0) return x.finish();
     const [from, missing] = [random.pick([0, 1000]), random.pick([0, 1000])];
@@ -337,7 +426,9 @@ const FAULTS = {
   "416-wrong": (x, random) => {
     const { origin, from } = x;
     const wrong = [origin.unsatisfiable(), origin.unsatisfiable(""), origin.unsatisfiable(from, '"another"')];
-    return x.sendWhole(random.pick([...wrong, empty(416)]));
+    // All that is held, though an earlier answer has promised more.
+    const isKnown = origin.toldVersion === origin.version && !origin.schedule.isPair;
+    return x.sendWhole(random.pick([...wrong, empty(416), ...(isKnown ? [origin.unsatisfiable(from)] : [])]));
   },
   /** Between two answers, or while one is sent. */
   changed: async (x, random) => {
@@ -393,9 +484,14 @@ const NEED_PART = /^(206-(?!unasked)|416|range-ignored|truncated-later|shrunken)
 
 const BREAKS: readonly Kind[] = ["fin-short", "fin-short", "chunk-cut"];
 
-/** A fault that only an earlier answer gives away needs that answer. */
+/** A fault that only an earlier answer gives away needs that answer; of two clients the other one may have had it. */
 function isFit(kind: Kind, { from, origin }: Exchange): boolean {
-  if (kind === "206-corrupt" && !origin.schedule.hasDigests) return false;
+  const { isPair, hasDigests } = origin.schedule;
+  if (isPair && /^(206-corrupt|truncated-later|206-wrong-total)$/.test(kind)) return false;
+  // Of two clients one may go on with what the other has got of it, and without a digest.
+  if (isPair && kind === "mixed" && !hasDigests) return false;
+  if (kind === "206-corrupt" && !hasDigests) return false;
+  if (kind === "206-wrong-date" && origin.schedule.dates === "none") return false;
   if (/^(truncated-later|206-wrong-total)$/.test(kind) && origin.toldVersion !== origin.version) return false;
   return !NEED_PART.test(kind) || (from > 0 && from < origin.content.length);
 }
@@ -411,11 +507,17 @@ interface Schedule {
   readonly size: number;
   readonly opensAfterMs: number;
   readonly tags: "strong" | "weak" | "none";
+  /** Last-Modified of the first version, each next one a second later: a strong validator, or a weak one, or none. */
+  readonly dates: "old" | "fresh" | "none";
   readonly hasDigests: boolean;
+  readonly isSecure: boolean;
   /** Of the right answers. */
   readonly framing: Framing;
   readonly faults: readonly Fault[];
   readonly doom: Fault | undefined;
+  /** Of ours two run at once, and the second one begins so much later. */
+  readonly isPair: boolean;
+  readonly secondAfterMs: number;
 }
 
 function makeSchedule(seed: number, run: number): Schedule {
@@ -430,11 +532,15 @@ function makeSchedule(seed: number, run: number): Schedule {
     seed: random.below(2 ** 31),
     size: 100_000 + random.below(random.pick([100_000, 500_000, 2_000_000])),
     opensAfterMs: random.once(10) ? random.below(1500) : 0,
-    tags: random.pick(["strong", "strong", "strong", "strong", "weak", "none"]),
+    tags: random.pick(["strong", "strong", "strong", "weak", "none"]),
+    dates: random.pick(["old", "old", "fresh", "none"]),
     hasDigests: random.once(3),
     framing: random.pick(["length", "length", "chunked", "close"]),
     faults: doom === undefined ? all.slice(0, FAULTS_MAX) : [fault("fin-short")],
     doom,
+    isPair: random.once(6),
+    secondAfterMs: random.pick([0, random.below(30), random.below(1000)]),
+    isSecure: random.once(5),
   };
 }
 
@@ -448,16 +554,16 @@ interface Client {
   readonly loops?: true;
 }
 
-const CURL = "curl -sS --fail --connect-timeout 5 --speed-time 1 --speed-limit 1 -o FILE";
+const CURL = "curl -sS --fail -L -k --connect-timeout 5 --speed-time 1 --speed-limit 1 -o FILE";
 // -C - would be no help here: curl 7.88 cuts FILE to where the command found it before each retry.
 const CURL_RETRY = `${CURL} --retry-all-errors --retry-connrefused --retry-delay 1 --remove-on-error --retry`;
 const WGET =
-  "wget -nv -c -O FILE --retry-connrefused --retry-on-http-error=408,429,500,502,503,504 " +
+  "wget -nv -c --no-check-certificate -O FILE --retry-connrefused --retry-on-http-error=408,429,500,502,503,504 " +
   "--connect-timeout=5 --read-timeout=1 --waitretry=1 --tries=";
 
 const OURS: Client = {
   name: "client-robust",
-  line: (retries) => `-o FILE --stall-timeout 0.5 --retry ${Math.min(12, retries)}`,
+  line: (retries) => `-L -k -o FILE --stall-timeout 0.5 --retry ${Math.min(12, retries)}`,
 };
 const CLIENTS: readonly Client[] = [
   OURS,
@@ -477,10 +583,22 @@ async function spawn(argv: string[], cwd: string, timeout: number) {
   return { stderr, exitCode };
 }
 
-async function transfer(client: Client, { run, doom }: Schedule, port: number, folder: string) {
+/** Ours, twice at once: all that they say, and 0 if one of them has succeeded. */
+async function transferTwice(schedule: Schedule, port: number, folder: string) {
+  const second = Bun.sleep(schedule.secondAfterMs).then(() => transfer(OURS, schedule, port, folder));
+  const both = await Promise.all([transfer(OURS, schedule, port, folder), second]);
+  const codes = both.map(({ exitCode }) => exitCode);
+  return {
+    exitCode: Math.min(...codes),
+    isClean: Math.max(...codes) === 0,
+    stderr: both.map(({ stderr }) => stderr).join(""),
+  };
+}
+
+async function transfer(client: Client, { run, doom, isSecure }: Schedule, port: number, folder: string) {
   const retries = doom === undefined ? 20 : 3;
   const program = client === OURS ? await command("client-robust", VARIANTS[run % 2] ?? "script") : [];
-  const argv = [...program, ...client.line(retries).split(" "), `http://127.0.0.1:${port}/file`];
+  const argv = [...program, ...client.line(retries).split(" "), `http${isSecure ? "s" : ""}://127.0.0.1:${port}/file`];
   const until = performance.now() + TRANSFER_MS;
   let result = await spawn(argv, folder, TRANSFER_MS);
   for (let left = client.loops ? retries : 0; result.exitCode !== 0 && left > 0 && performance.now() < until; left--) {
@@ -509,27 +627,39 @@ interface Result {
   readonly stderr: string;
 }
 
-function judge(folder: string, content: Buffer, exitCode: number): End {
+/** @param contents what FILE may be; `mayKeep`: one of two has failed, and what it has kept is beside FILE */
+function judge(folder: string, contents: Buffer[], exitCode: number, mayKeep = false): End {
   const names = readdirSync(folder);
   if (exitCode !== 0) return names.includes("FILE") ? "FILE left" : "no FILE";
-  return names.join() === "FILE" && readFileSync(join(folder, "FILE")).equals(content) ? "right" : "silently wrong";
+  if (!names.includes("FILE") || (names.length > 1 && !mayKeep)) return "silently wrong";
+  const found = readFileSync(join(folder, "FILE"));
+  return contents.some((content) => found.equals(content)) ? "right" : "silently wrong";
 }
 
-async function play(client: Client, schedule: Schedule, root: string, log: (line: string) => void): Promise<Result> {
+async function play(
+  client: Client,
+  schedule: Schedule,
+  root: string,
+  tls: Bun.TLSOptions,
+  log: (line: string) => void,
+): Promise<Result> {
   const folder = join(root, `${schedule.run} ${client.name}`);
   mkdirSync(folder);
-  using origin = new Origin(schedule, log);
+  using origin = new Origin(schedule, log, schedule.isSecure ? tls : undefined);
   const startedAt = performance.now();
-  const { exitCode, stderr } = await transfer(client, schedule, origin.port, folder);
+  const isPair = schedule.isPair && client === OURS;
+  const { exitCode, stderr, isClean } = isPair
+    ? await transferTwice(schedule, origin.port, folder)
+    : { ...(await transfer(client, schedule, origin.port, folder)), isClean: true };
   const ms = performance.now() - startedAt;
-  const end = judge(folder, origin.content, exitCode);
+  const end = judge(folder, isPair ? origin.versions : [origin.content], exitCode, !isClean);
   log(`== ${client.name}: exit ${exitCode}, ${end}\n${stderr}`);
   const fetched = origin.sentBytes / origin.content.length;
   let isMended = false;
-  if (exitCode !== 0 && schedule.doom === undefined) {
+  if ((exitCode !== 0 || isPair) && schedule.doom === undefined) {
     origin.heal();
     const again = await transfer(client, schedule, origin.port, folder);
-    isMended = judge(folder, origin.content, again.exitCode) === "right";
+    isMended = judge(folder, [origin.content], again.exitCode) === "right";
     log(`== again: exit ${again.exitCode}, ${isMended ? "right" : "wrong"}\n${again.stderr}`);
   }
   rmSync(folder, { recursive: true });
@@ -559,19 +689,24 @@ function describe(client: Client, results: Result[]): Record<string, string | nu
   return {
     client: client.name,
     ...Object.fromEntries(ends),
-    "then mended": possible.filter(({ isMended }) => isMended).length,
+    "then mended": possible.filter(({ end, isMended }) => end !== "right" && isMended).length,
     "fetched / size": average(possible.map(({ fetched }) => fetched)).toFixed(2),
     "average s": (average(possible.map(({ ms }) => ms)) / 1000).toFixed(1),
     "in vain: no FILE": `${vain.filter(({ end }) => end === "no FILE").length} of ${vain.length}`,
   };
 }
 
-/** Not even a later run came to the right end; or there was no right end, and this is not a failure without FILE. */
-const isWrong = ({ schedule: { doom }, end, isMended }: Result) =>
-  doom === undefined ? end !== "right" && !(end === "no FILE" && isMended) : end !== "no FILE";
+/**
+ * Not even a later run came to the right end; or there was no right end, and this is not a failure without FILE. After
+ * two at once a later run has to come to the right end in any case.
+ */
+const isWrong = ({ schedule: { doom, isPair }, client, end, isMended }: Result) =>
+  doom === undefined
+    ? !(end === "right" && (isMended || !isPair || client !== OURS)) && !(end === "no FILE" && isMended)
+    : end !== "no FILE";
 
-const outline = ({ run, tags, hasDigests, framing, faults, doom }: Schedule) =>
-  `run ${run}: ETag ${tags}, ${hasDigests ? "digests, " : ""}${framing}: ${faults.map(({ kind }) => kind).join(", ")}` +
+const outline = ({ run, tags, dates, hasDigests, isSecure, framing, faults, doom, isPair }: Schedule) =>
+  `run ${run}: ${isPair ? "two at once, " : ""}${isSecure ? "TLS, " : ""}ETag ${tags}, date ${dates}, ${hasDigests ? "digests, " : ""}${framing}: ${faults.map(({ kind }) => kind).join(", ")}` +
   (doom === undefined ? "" : `, then for ever ${doom.kind}`);
 
 /** @returns the exit code */
@@ -585,12 +720,13 @@ function report(seed: number, results: Result[], clients: readonly Client[]): nu
     console.log(`${ending} (--seed ${seed} --only ${schedule.run}) ${error}\n   ${outline(schedule)}`);
   }
   const fetched = average(ours.filter(canResume).map((result) => result.fetched));
-  console.log(`fetched / size of ours with strong ETags: ${fetched.toFixed(2)} (at most ${FETCHED_MAX})`);
+  console.log(`fetched / size of ours with strong validators: ${fetched.toFixed(2)} (at most ${FETCHED_MAX})`);
   return ours.some(isWrong) || fetched > FETCHED_MAX ? 1 : 0;
 }
 
-/** Only a strong validator lets a client go on from what it holds. */
-const canResume = ({ schedule: { doom, tags } }: Result) => doom === undefined && tags === "strong";
+/** Only a strong validator, be it a tag or a date, lets a client go on from what it holds. */
+const canResume = ({ schedule: { doom, tags, dates, isPair } }: Result) =>
+  doom === undefined && (tags === "strong" || dates === "old") && !isPair;
 
 async function main(): Promise<number> {
   const string = { type: "string" } as const;
@@ -611,9 +747,13 @@ async function main(): Promise<number> {
   process.once("SIGINT", quit).once("SIGTERM", quit);
   try {
     const log = only === undefined ? () => {} : console.log;
+    const { cert, key } = await makeCertificate(root.path);
+    const tls = { cert: Bun.file(cert), key: Bun.file(key) };
     const schedules = runs.map((run) => makeSchedule(seed, run));
     if (only !== undefined) for (const schedule of schedules) log(outline(schedule));
-    const jobs = schedules.flatMap((schedule) => clients.map((client) => () => play(client, schedule, root.path, log)));
+    const jobs = schedules.flatMap((schedule) =>
+      clients.map((client) => () => play(client, schedule, root.path, tls, log)),
+    );
     return report(seed, await playAll(jobs, only === undefined ? CONCURRENT : 1), clients);
   } finally {
     for (const child of children) child.kill("SIGKILL");
