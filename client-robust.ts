@@ -661,10 +661,8 @@ function trimOws(text: string): string {
 // ── shared: chunked ──
 const TOKEN = "[!#$%&'*+\\-.^_`|~\\w]+";
 const QUOTED_STRING = '"(?:[^"\\\\]|\\\\.)*"';
-/** chunk-size [ chunk-ext ], chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ) */
-const CHUNK_LINE = new RegExp(
-  `^([\\dA-Fa-f]+)((?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*)`,
-);
+/** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ); before it stands chunk-size = 1*HEXDIG */
+const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*$`);
 /** field-line = field-name ":" OWS field-value OWS */
 const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
 
@@ -673,6 +671,7 @@ const CHUNK_LINE_BYTES_MAX = 131_072;
 const CHUNK_SIZE_DIGITS_MAX = 64;
 /** What may stand behind a chunk-size: an extension, or the end of the line. */
 const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/g);
+const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 export type ChunkedFault =
   "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
@@ -724,7 +723,7 @@ export class ChunkedDecoder {
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(this.state === "trailer" ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail(this.state === "data-end" ? "chunk-data" : "bare-cr", end);
-    if (this.state === "line") this.takeChunkLine(latin1(bytes, from, end));
+    if (this.state === "line") this.takeChunkLine(bytes, from, end);
     else if (this.state === "trailer") this.takeTrailerLine(latin1(bytes, from, end));
     else this.state = "line";
     return end + 2;
@@ -752,15 +751,17 @@ export class ChunkedDecoder {
     return this.state === "failed";
   }
 
-  private takeChunkLine(line: string): void {
-    const [known, size = "", extensions = ""] = CHUNK_LINE.exec(line) ?? [];
-    this.left = Number.parseInt(size, 16);
+  private takeChunkLine(bytes: Uint8Array, from: number, end: number): void {
+    const digitsEnd = skipWhile(HEXDIG, bytes, from, end);
+    for (let at = from; at < digitsEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
     // Past 2^53 sums stop being exact: refuse, never wrap around.
     if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return void this.fail("chunk-size", 0);
     // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-    this.extensionBytes += extensions.length;
-    const excess = this.extensionBytes - this.announced;
-    if (known !== line || excess > this.limits.chunkExtensionBytesMax) return void this.fail("chunk-extension", 0);
+    this.extensionBytes += end - digitsEnd;
+    const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
+    const isExtended = digitsEnd < end; // most lines are a size alone, and no text is made of them
+    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, digitsEnd, end))))
+      return void this.fail("chunk-extension", 0);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
   }
@@ -956,13 +957,12 @@ export async function* receiveContent(source: Source, framing: Framing): AsyncGe
 /** Chunks are compacted in place, over the framing: one piece is left to write, and nothing is allocated. */
 function takeContent(decoder: ChunkedDecoder | undefined, bytes: Uint8Array, left: number) {
   if (decoder === undefined) return { content: bytes.subarray(0, left), used: bytes.length };
-  for (let at = 0, to = 0; ;) {
-    const next = decoder.next(bytes, at, bytes.length);
-    bytes.copyWithin(to, decoder.contentFrom, decoder.contentTo);
+  for (let at = 0, to = 0, next = 0; ; at = next) {
+    next = decoder.next(bytes, at, bytes.length);
+    if (decoder.contentTo > decoder.contentFrom) bytes.copyWithin(to, decoder.contentFrom, decoder.contentTo);
     to += decoder.contentTo - decoder.contentFrom;
     if (next === at || decoder.state === "done" || decoder.state === "failed")
       return { content: bytes.subarray(0, to), used: next };
-    at = next;
   }
 }
 
