@@ -1,6 +1,7 @@
 /**
  * Starts the real programs and real peers, waits for what they say, and ends what it has started.
  */
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -92,6 +93,16 @@ export async function measureResidentMiB(argv: string[]): Promise<number> {
 /** Runs one of the programs to its end. */
 export const runProgram = async (program: Program, variant: Variant, args: string[], options?: Options) =>
   run([...(await command(program, variant)), ...args], options);
+
+/** Gets the URL into a new file by client-robust, which prints nothing on stdout, and says how that ended. */
+export async function saveToFile(variant: Variant, url: string, ...args: string[]) {
+  await using folder = await temporaryFolder();
+  const file = join(folder.path, "file");
+  const { stdout, stderr, exitCode } = await runProgram("client-robust", variant, ["-o", file, ...args, url]);
+  if (stdout !== "") throw new Error(`printed ${JSON.stringify(stdout)}`);
+  const content = existsSync(file) ? readFileSync(file) : undefined;
+  return { content, stderr, exitCode, files: readdirSync(folder.path) };
+}
 
 /** Collects what a stream brings and lets tests wait for a text in it. */
 export class Transcript {

@@ -27,6 +27,7 @@ import {
   measureResidentMiB,
   run,
   runProgram,
+  saveToFile,
   start,
   startPython,
   temporaryFolder,
@@ -127,15 +128,7 @@ while True:
 describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
   const get = (...args: string[]) => runProgram("client-robust", variant, args);
 
-  /** Gets the URL into a new file, and says how that ended. */
-  async function save(url: string, ...args: string[]) {
-    await using folder = await temporaryFolder();
-    const file = `${folder.path}/file`;
-    const { stdout, stderr, exitCode } = await get("-o", file, ...args, url);
-    expect(stdout).toBe("");
-    const content = existsSync(file) ? readFileSync(file) : undefined;
-    return { content, stderr, exitCode, files: readdirSync(folder.path) };
-  }
+  const save = (url: string, ...args: string[]) => saveToFile(variant, url, ...args);
 
   /** Starts it in a terminal of its own, and returns all that is seen there. */
   async function seenOnTerminal(...args: string[]): Promise<string> {

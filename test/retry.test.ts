@@ -25,7 +25,7 @@ import {
   TransferError,
   versionOf,
 } from "../client-robust.ts";
-import { canMount, command, run, runProgram, temporaryFolder, VARIANTS } from "./harness.ts";
+import { canMount, command, run, runProgram, saveToFile, temporaryFolder, VARIANTS } from "./harness.ts";
 import { type Answer, CONTENT, rangeOf, raw, reprDigest, scripted, serving, sha256 } from "./origin.ts";
 
 // Most of the time nothing happens here: what waits for its retry waits beside the others.
@@ -389,15 +389,7 @@ const REPR_DIGEST = reprDigest(CONTENT);
 describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) => {
   const get = (...args: string[]) => runProgram("client-robust", variant, args);
 
-  /** Gets the URL into a file, and says how that ended. */
-  async function save(url: string, ...args: string[]) {
-    await using folder = await temporaryFolder();
-    const file = `${folder.path}/file`;
-    const { stdout, stderr, exitCode } = await get("-o", file, ...args, url);
-    expect(stdout).toBe("");
-    const content = existsSync(file) ? readFileSync(file) : undefined;
-    return { content, stderr, exitCode, files: readdirSync(folder.path) };
-  }
+  const save = (url: string, ...args: string[]) => saveToFile(variant, url, ...args);
 
   const hasRetried = (stderr: string) => stderr.split("\n").filter((line) => line.startsWith("Retry in ")).length;
 
