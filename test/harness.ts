@@ -1,7 +1,7 @@
 /**
  * Starts the real programs and real peers, waits for what they say, and ends what it has started.
  */
-import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -14,9 +14,15 @@ export type Program = "server" | "client" | "client-robust";
 export const VARIANTS = ["script", "binary"] as const;
 export type Variant = (typeof VARIANTS)[number];
 
-/** Where the binaries are built for this run; test/preload.ts removes it. */
-export const binaries = join(tmpdir(), `http-over-tcp-${process.pid}`);
-let built: Promise<void> | undefined;
+/** Binaries that `bun run test` has built for all workers. */
+const givenBinaries = process.env["TESTED_BINARIES"];
+/** Where the binaries are; those that are built here, test/preload.ts removes. */
+export const binaries = givenBinaries ?? join(tmpdir(), `http-over-tcp-${process.pid}`);
+let built: Promise<void> | undefined = givenBinaries === undefined ? undefined : Promise.resolve();
+
+export function removeBinaries(): void {
+  if (givenBinaries === undefined) rmSync(binaries, { recursive: true, force: true });
+}
 
 /** The command line that starts a program; builds the binaries at the first need. */
 export async function command(program: Program, variant: Variant): Promise<string[]> {

@@ -99,10 +99,10 @@ describe.each(VARIANTS)("limits (%s)", (variant) => {
       await using server = await serve("--content-timeout-ms", "600");
       expect(statusOf(await exchange(server.port, [`${POST}Content-Length: 5\r\n\r\n`, "1234"]))).toBe(408);
       using slow = await Peer.connect(server.port);
-      await slow.send(`${POST}Content-Length: 40000\r\n\r\n`);
+      await slow.send(`${POST}Content-Length: 100000\r\n\r\n`);
       for (let i = 0; i < 20; i++) {
-        await slow.send("x".repeat(2000));
-        await Bun.sleep(80); // 20 pieces take more than two spans, and each span brings seven of them
+        await slow.send("x".repeat(5000));
+        await Bun.sleep(80); // 20 pieces take more than two intervals, and one piece is enough for an interval
       }
       await slow.waitFor(/^HTTP\/1.1 200 OK/);
     },
