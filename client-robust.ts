@@ -646,8 +646,8 @@ function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: num
 }
 
 /** The bytes from..to as ISO 8859-1 text, one character a byte. */
-const latin1 = (bytes: Uint8Array, from: number, to: number) =>
-  Buffer.from(bytes.buffer, bytes.byteOffset + from, to - from).toString("latin1");
+const latin1 = (bytes: Uint8Array, from: number, to: number): string =>
+  Buffer.prototype.toString.call(bytes, "latin1", from, to);
 
 /** OWS is SP and HTAB. String.trim takes more, and a regular expression takes quadratic time on long runs. */
 function trimOws(text: string): string {

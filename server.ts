@@ -19,7 +19,7 @@
 import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
 import { dirname, join, sep } from "node:path";
-import { parseArgs } from "node:util";
+import { parseArgs, type ParseArgsConfig } from "node:util";
 
 export const VERSION = "0.1.0";
 
@@ -95,7 +95,8 @@ const RUNTIME_DESCRIPTORS = 16;
 const METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"] as const;
 export type Method = (typeof METHODS)[number] | "";
 
-export type LogFormat = "request" | "access" | "off";
+const LOG_FORMATS = ["request", "access", "wire", "off"] as const;
+export type LogFormat = (typeof LOG_FORMATS)[number];
 
 /** A response that is ready to be sent except for its Date. */
 export interface Response {
@@ -169,14 +170,12 @@ class Refusal {
 /** Thrown to end a conversation without one: the peer has gone, or an answer under way cannot be completed. */
 const GONE = Symbol("gone");
 
-/** What went wrong before there was a connection: shown as one line, with its exit code. */
+/** Thrown before there is a connection: shown as one line, with its exit code. */
 class StartError extends Error {
-  constructor(
-    message: string,
-    readonly exitCode: 1 | 2,
-  ) {
-    super(message);
-  }
+  exitCode = 1;
+}
+class UsageError extends StartError {
+  override exitCode = 2;
 }
 
 const NO_BYTES = new Uint8Array(0);
@@ -213,12 +212,15 @@ export async function serve(connection: Connection): Promise<void> {
       if (next < 0) next = await readHead(connection, deadline);
       if (next < 0) return;
       connection.at = next;
+      connection.trace?.complete("head");
 
       // read its content,
       if (head.contentLength !== 0) content = new Content(connection, site.refuse(head));
       while (content?.isComplete() === false)
         if (!connection.flush()) await connection.drain();
         else content.judge(await connection.receive(content.deadline));
+
+      if (content !== undefined) connection.trace?.complete("content complete");
 
       // respond,
       let response = site.respond(head);
@@ -304,6 +306,7 @@ function refuse(connection: Connection, content: Content | undefined, reason: un
   // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
   if (!(reason instanceof Refusal)) tell(`Error: ${reason}`);
   const response = reason instanceof Refusal ? reason.response : responseTo("internal");
+  connection.trace?.step("refuse", `with ${response.status}`);
   connection.server.output.appendResponse(connection.head, response, true);
   log(connection, content, response.status, sentBytes(connection.head, response));
 }
@@ -349,8 +352,8 @@ function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: num
 }
 
 /** The bytes from..to as ISO 8859-1 text, one character a byte. */
-const latin1 = (bytes: Uint8Array, from: number, to: number) =>
-  Buffer.from(bytes.buffer, bytes.byteOffset + from, to - from).toString("latin1");
+const latin1 = (bytes: Uint8Array, from: number, to: number): string =>
+  Buffer.prototype.toString.call(bytes, "latin1", from, to);
 
 /** OWS is SP and HTAB. String.trim takes more, and a regular expression takes quadratic time on long runs. */
 function trimOws(text: string): string {
@@ -366,15 +369,26 @@ const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/g);
 /** request-target: visible ASCII (RFC 9112 §3.2) except "#", which starts a fragment, and "%". */
 const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/g);
 const DIGIT = bytesLike(/[0-9]/g);
-/** reg-name (RFC 3986 §3.2.2) except "%", and except ",": in Host it can only be a list of hosts. */
+const OWS = bytesLike(/[\t ]/g);
+/** reg-name (RFC 3986 §3.2.2) but for "%", and but for ",": in Host it can only be a list of hosts. */
 const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/g);
-/** The other hosts: an IP-literal in brackets, and a reg-name with "%". */
-const OTHER_HOST = /^(?:\[([^\]]*)\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)/;
+/**
+ * uri-host [ ":" port ] (RFC 9110 §4.2): an IP-literal or a reg-name, never empty, without userinfo. No zone id
+ * ("fe80::1%eth0"): it means nothing to another machine.
+ */
+const AUTHORITY = /^(?:\[([^\]%]+)\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::(\d*))?$/;
 /** IPvFuture = "v" 1*HEXDIG "." 1*( unreserved / sub-delims / ":" ) */
 const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
 /** absolute-form or origin-form: an authority, if there is one, a path, a query. */
 const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i;
 const [HTAB, SP, COLON, PERCENT, SLASH] = [0x09, 0x20, 0x3a, 0x25, 0x2f];
+
+/** Codings that are not implemented, and after them chunked, last and once. */
+const OTHER_CODINGS = /^(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked$/;
+/** The fields that decide about the message: each name has a length of its own. */
+const DECIDING_FIELDS = ["host", "expect", "connection", "content-length", "transfer-encoding"] as const;
+const FIELD_OF_LENGTH: ((typeof DECIDING_FIELDS)[number] | undefined)[] = Array(18).fill(undefined);
+for (const name of DECIDING_FIELDS) FIELD_OF_LENGTH[name.length] = name;
 
 /** Content whose end is marked by the chunked transfer coding; other lengths are octets. */
 export const CHUNKED = -1;
@@ -394,14 +408,10 @@ export class RequestHead {
   minorVersion = 0;
   /** The index of the first field-line, once the request-line is complete. */
   fieldsFrom = 0;
-  hosts = 0;
-  hostFrom = 0;
-  hostTo = 0;
-  contentLengths = 0;
-  transferEncodings = 0;
-  /** The value of Content-Length or Transfer-Encoding. */
-  framingFrom = 0;
-  framingTo = 0;
+  /** Where the values of the fields that decide about the message start: 0 for none, -1 for several lines of the name. */
+  host = 0;
+  "content-length" = 0;
+  "transfer-encoding" = 0;
   hasClose = false;
   hasKeepAlive = false;
   expectsContinue = false;
@@ -418,7 +428,7 @@ export class RequestHead {
     this.from = this.to = from;
     this.rejection = this.method = "";
     this.targetFrom = this.targetTo = this.fieldsFrom = 0;
-    this.hosts = this.contentLengths = this.transferEncodings = this.contentLength = 0;
+    this.host = this["content-length"] = this["transfer-encoding"] = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = this.expectsContinue = this.hasOtherExpectation = false;
     this.content = NO_BYTES;
   }
@@ -435,7 +445,7 @@ export class RequestHead {
 
   /** RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to. */
   get keepsAlive(): boolean {
-    return !this.hasClose && (this.minorVersion >= 1 || this.hasKeepAlive);
+    return !this.hasClose && (this.minorVersion > 0 || this.hasKeepAlive);
   }
 
   /** The request-target as it stands in the request-line. */
@@ -483,7 +493,8 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   const { headBytesMax } = head.limits;
   if (next >= 0 && next - from <= headBytesMax) {
     head.to = next;
-    head.rejection = checkRequestTarget(head) || checkHost(head) || decideFraming(head) || checkExpectation(head);
+    head.rejection = checkRequestTarget(head) || checkHost(head) || decideFraming(head);
+    if (head.rejection === "" && head.hasOtherExpectation) head.rejection = "expectation";
     return head.rejection === "" ? next : REJECT;
   }
   const misfit = next < 0 ? ~next : next;
@@ -594,70 +605,48 @@ function isText(bytes: Uint8Array, from: number, to: number, lowerCase: string):
   return true;
 }
 
-/** The fields that decide about the message, by the lengths of their names: each has its own. */
-const DECIDING_FIELDS: (string | undefined)[] = Array(18).fill(undefined);
-for (const name of ["host", "expect", "connection", "content-length", "transfer-encoding"])
-  DECIDING_FIELDS[name.length] = name;
-
-/** Notes a field that decides about the message. OWS around its value is SP and HTAB, nothing else. */
+/** Notes a field that decides about the message. */
 function noteField(head: RequestHead, bytes: Uint8Array, nameFrom: number, nameTo: number, lineTo: number): void {
-  const name = DECIDING_FIELDS[nameTo - nameFrom];
+  const name = FIELD_OF_LENGTH[nameTo - nameFrom];
   if (name === undefined || !isText(bytes, nameFrom, nameTo, name)) return;
-  let from = nameTo + 1;
-  let to = lineTo;
-  while (from < to && (bytes[from] === SP || bytes[from] === HTAB)) from++;
-  while (to > from && (bytes[to - 1] === SP || bytes[to - 1] === HTAB)) to--;
-  if (name === "connection") noteConnection(head, bytes, from, to);
-  else if (name === "expect") noteExpectations(head, latin1(bytes, from, to));
-  else if (name === "host") {
-    head.hosts++;
-    head.hostFrom = from;
-    head.hostTo = to;
-  } else {
-    if (name === "content-length") head.contentLengths++;
-    else head.transferEncodings++;
-    head.framingFrom = from;
-    head.framingTo = to;
-  }
+  if (name === "connection") noteConnection(head, bytes, nameTo + 1, lineTo);
+  else if (name === "expect") noteExpectation(head, latin1(bytes, nameTo + 1, lineTo));
+  else head[name] = head[name] === 0 ? nameTo + 1 : -1;
 }
 
 /** RFC 9110 §7.6.1: Connection = #connection-option, tokens in any case. */
 function noteConnection(head: RequestHead, bytes: Uint8Array, from: number, to: number): void {
-  let at = from;
-  while (at < to) {
-    const tokenTo = skipWhile(TCHAR, bytes, at, to);
-    if (isText(bytes, at, tokenTo, "close")) head.hasClose = true;
-    else if (isText(bytes, at, tokenTo, "keep-alive")) head.hasKeepAlive = true;
-    at = Math.max(tokenTo, at + 1);
+  for (let at = from; at < to; at++) {
+    const tokenFrom = at;
+    at = skipWhile(TCHAR, bytes, at, to);
+    if (isText(bytes, tokenFrom, at, "close")) head.hasClose = true;
+    else if (isText(bytes, tokenFrom, at, "keep-alive")) head.hasKeepAlive = true;
   }
 }
+
+/** The text of the value that starts at this index, with the white space around it. */
+const valueAt = ({ bytes, to }: RequestHead, from: number) =>
+  latin1(bytes, from, skipWhile(FIELD_CONTENT, bytes, from, to));
 
 /** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
-function noteExpectations(head: RequestHead, value: string): void {
-  for (const expectation of value.toLowerCase().split(",").map(trimOws)) {
-    // In an HTTP/1.0 request 100-continue is ignored.
-    if (expectation === "100-continue") head.expectsContinue = head.minorVersion > 0;
-    else if (expectation !== "") head.hasOtherExpectation = true;
-  }
+function noteExpectation(head: RequestHead, value: string): void {
+  // In an HTTP/1.0 request 100-continue is ignored.
+  head.expectsContinue ||= head.minorVersion > 0 && /100-continue/i.test(value);
+  head.hasOtherExpectation ||= !/^(?:100-continue|[\t ,])*$/i.test(value);
 }
-
-const checkExpectation = (head: RequestHead): Rejection | "" => (head.hasOtherExpectation ? "expectation" : "");
 
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
 function checkRequestTarget(head: RequestHead): Rejection | "" {
-  const { bytes, method, targetFrom: from, targetTo: to } = head;
+  const { bytes, method, targetFrom } = head;
   // §3.2.1: origin-form = absolute-path [ "?" query ]
-  if (bytes[from] === SLASH && method !== "CONNECT") return "";
-  // §3.2.3: authority-form = uri-host ":" port, for CONNECT and only for it.
-  if (method === "CONNECT") return isAuthority(bytes, from, to, true) ? "" : "request-target";
-  // §3.2.4: asterisk-form = "*", for OPTIONS and only for it.
+  if (bytes[targetFrom] === SLASH && method !== "CONNECT") return "";
   const target = head.requestTarget;
+  // §3.2.3: authority-form = uri-host ":" port, for CONNECT and only for it.
+  if (method === "CONNECT") return isAuthority(target) && /:\d+$/.test(target) ? "" : "request-target";
+  // §3.2.4: asterisk-form = "*", for OPTIONS and only for it.
   if (target === "*") return method === "OPTIONS" ? "" : "request-target";
   // §3.2.2: absolute-form = absolute-URI, of the schemes that this server could answer for.
-  const authority = TARGET_PARTS.exec(target)?.[1];
-  if (authority === undefined) return "request-target";
-  const authorityFrom = from + target.indexOf("/") + 2;
-  return isAuthority(bytes, authorityFrom, authorityFrom + authority.length, false) ? "" : "request-target";
+  return isAuthority(TARGET_PARTS.exec(target)?.[1] ?? "") ? "" : "request-target";
 }
 
 /**
@@ -665,33 +654,19 @@ function checkRequestTarget(head: RequestHead): Rejection | "" {
  * one. In absolute-form the target's authority wins, but Host must still be valid.
  */
 function checkHost(head: RequestHead): Rejection | "" {
-  if (head.hosts === 0) return head.minorVersion === 0 ? "" : "host-missing";
-  if (head.hosts > 1) return "host-repeated";
-  return isAuthority(head.bytes, head.hostFrom, head.hostTo, false) ? "" : "host-invalid";
-}
-
-/** Is it uri-host [ ":" port ]? Without userinfo, and never empty: an http URI has a host (RFC 9110 §4.2.1). */
-function isAuthority(bytes: Uint8Array, from: number, to: number, needsPort: boolean): boolean {
+  const { bytes, host, to } = head;
+  if (host <= 0) return host < 0 ? "host-repeated" : head.minorVersion > 0 ? "host-missing" : "";
+  // Nearly every Host is a name, or a name and a port: no text is made of it.
+  const from = skipWhile(OWS, bytes, host, to);
   let at = skipWhile(REG_NAME, bytes, from, to);
-  if (at < to && bytes[at] !== COLON) {
-    const [host = "", literal] = OTHER_HOST.exec(latin1(bytes, from, to)) ?? [];
-    // A zone id ("fe80::1%eth0") means nothing to another machine and has no place in a URI.
-    const isLiteral = literal === undefined || (isIPv6(literal) && !literal.includes("%")) || IP_FUTURE.test(literal);
-    at = isLiteral ? from + host.length : from;
-  }
-  if (at === from || (at < to && bytes[at] !== COLON)) return false;
-  // RFC 3986 §3.2.3: port = *DIGIT; empty is the default port, but not if one is needed.
-  return at + 1 >= to ? !needsPort : parseDecimal(bytes, at + 1, to) <= 65_535;
+  if (at > from && bytes[at] === COLON) at = skipWhile(DIGIT, bytes, at + 1, at + 5);
+  return (at > from && bytes[at] === CR) || isAuthority(trimOws(valueAt(head, host))) ? "" : "host-invalid";
 }
 
-/** The value of 1*DIGIT; NaN if the bytes from..to are anything else. Past 2^53 it is not exact. */
-function parseDecimal(bytes: Uint8Array, from: number, to: number): number {
-  let value = from === to ? Number.NaN : 0;
-  for (let at = from; at < to; at++) {
-    const byte = byteAt(bytes, at);
-    value = DIGIT[byte] === 1 ? 10 * value + (byte - 0x30) : Number.NaN;
-  }
-  return value;
+function isAuthority(text: string): boolean {
+  const [whole, literal, port = ""] = AUTHORITY.exec(text) ?? [];
+  if (literal !== undefined && !isIPv6(literal) && !IP_FUTURE.test(literal)) return false;
+  return whole !== undefined && Number(port) <= 65_535;
 }
 
 /**
@@ -699,33 +674,25 @@ function parseDecimal(bytes: Uint8Array, from: number, to: number): number {
  * the content of the first. So nothing is guessed.
  */
 function decideFraming(head: RequestHead): Rejection | "" {
-  const { bytes, framingFrom: from, framingTo: to } = head;
-  if (head.transferEncodings > 0) {
+  const { "content-length": length, "transfer-encoding": codings, minorVersion } = head;
+  if (codings !== 0) {
     // §6.1: an HTTP/1.0 peer cannot know it: its framing is faulty.
-    if (head.minorVersion === 0) return "transfer-encoding-1.0";
+    if (minorVersion === 0) return "transfer-encoding-1.0";
     // §6.3 item 3: both present is an attempt at smuggling or at splitting.
-    if (head.contentLengths > 0) return "length-and-chunked";
+    if (length !== 0) return "length-and-chunked";
     // §6.3 item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
     head.contentLength = CHUNKED;
-    if (head.transferEncodings > 1) return "transfer-encoding";
-    return isText(bytes, from, to, "chunked") ? "" : explainCodings(latin1(bytes, from, to));
+    const value = codings > 0 ? trimOws(valueAt(head, codings)).toLowerCase() : "";
+    if (value === "chunked") return "";
+    return OTHER_CODINGS.test(value) ? "transfer-coding-unknown" : "transfer-encoding";
   }
   // §6.3 item 7: a request with neither has no content.
-  if (head.contentLengths === 0) return "";
+  if (length === 0) return "";
   // §6.3 item 5: repeated or listed values are refused even if they are equal.
-  if (head.contentLengths > 1) return "content-length";
+  const value = length > 0 ? valueAt(head, length) : "";
   // RFC 9110 §8.6: guard against values that overflow: past 2^53 numbers are no longer exact.
-  head.contentLength = parseDecimal(bytes, from, to);
+  head.contentLength = /^[\t ]*\d+[\t ]*$/.test(value) ? Number(value) : Number.NaN;
   return Number.isSafeInteger(head.contentLength) ? "" : "content-length";
-}
-
-/** RFC 9112 §6.1: 501 for codings that are not implemented, if chunked comes after them, last and once. */
-function explainCodings(value: string): Rejection {
-  const codings = value.toLowerCase().split(",").map(trimOws);
-  const isForeign =
-    codings.pop() === "chunked" &&
-    codings.every((coding) => coding !== "chunked" && /^[!#$%&'*+\-.^_`|~\w]+$/.test(coding));
-  return isForeign ? "transfer-coding-unknown" : "transfer-encoding";
 }
 
 // ═══ 5 Content ═══════════════════════════════════════════════════════════════════════════════════
@@ -910,6 +877,7 @@ class Content {
       else this.checkChunked(decoder);
       if (RESPOND_NEEDS_CONTENT) this.keep(decoder?.contentFrom ?? from, decoder?.contentTo ?? next);
       isComplete = decoder === undefined ? this.left === 0 : decoder.state === "done";
+      if (next > from && !isComplete) this.connection.trace?.complete("content");
       if (!isComplete && next === from) {
         head.keep();
         return false;
@@ -948,7 +916,7 @@ class Content {
   private keep(from: number, to: number): void {
     const { bytes, server } = this.connection;
     server.waitingBytes -= this.kept.length;
-    this.kept = appended(this.kept, this.keptLength, bytes, from, to);
+    this.kept = appended(this.kept, this.keptLength, bytes.subarray(from, to));
     this.keptLength += to - from;
     server.waitingBytes += this.kept.length;
     if (server.waitingBytes <= server.limits.waitingBytesMax) return;
@@ -957,14 +925,14 @@ class Content {
   }
 }
 
-/** A buffer with bytes[from..to] behind its first `length` bytes. It doubles when it is full, and is 0 behind its end. */
-function appended(buffer: Uint8Array, length: number, bytes: Uint8Array, from: number, to: number): Uint8Array {
+/** A buffer with more bytes behind its first `length`. It doubles when it is full, and is 0 behind its end. */
+function appended(buffer: Uint8Array, length: number, more: Uint8Array): Uint8Array {
   let larger = buffer;
-  if (length + to - from > buffer.length) {
-    larger = new Uint8Array(Math.max(256, 2 * (length + to - from)));
+  if (length + more.length > buffer.length) {
+    larger = new Uint8Array(Math.max(256, 2 * (length + more.length)));
     larger.set(buffer.subarray(0, length));
   }
-  larger.set(bytes.subarray(from, to), length);
+  larger.set(more, length);
   return larger;
 }
 
@@ -1133,15 +1101,16 @@ export class TextSite implements Site {
 
 // ═══ 8 Sockets ═══════════════════════════════════════════════════════════════════════════════════
 
-/** What a connection needs of a socket; Bun's sockets have it. */
+/**
+ * What a connection needs of Bun's socket. `write` returns how many of the bytes the kernel took, a negative number once
+ * the connection has gone. `shutdown` sends FIN behind what was written: the peer gets all of it, and may still send.
+ * `end` closes in order, once both sides have sent FIN. `terminate` closes at once: with a reset (RST) if something was
+ * unread or unsent.
+ */
 export interface Transport {
-  /** Returns how many of the bytes the kernel took; negative if the connection has gone. */
   write(bytes: Uint8Array, from: number, length: number): number;
-  /** Sends FIN behind what was written: the peer gets all of it, and may still send. */
   shutdown(): void;
-  /** Closes in order, once both sides have sent FIN. */
   end(): void;
-  /** Closes at once, with a reset if something was unread or unsent. */
   terminate(): void;
   pause(): void;
   resume(): void;
@@ -1152,8 +1121,8 @@ export interface Transport {
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop" | "gone";
 
 /**
- * A socket turned into steps, for one conversation. The socket's events arrive in handlers; these store what happened
- * and wake the step that waits. At most one step waits at a time.
+ * A socket turned into steps, for one conversation. The handlers (`on…`) take the socket's events, store what happened
+ * and wake the step that waits. Steps come after them, from `receive` on. At most one waits at a time.
  */
 export class Connection {
   /** Received and not used yet: bytes[at..to]. Behind them is 0, or the end of the array. */
@@ -1168,6 +1137,7 @@ export class Connection {
   deadline: number;
   /** Taken when the connection opens: a closed socket does not know it any more. */
   readonly address: string;
+  readonly trace: Trace | undefined;
   /** Answers that the kernel did not take. */
   private unsent: Uint8Array = NO_BYTES;
   private isPaused = false;
@@ -1175,9 +1145,7 @@ export class Connection {
   private needsRoom = false;
   private resolve: ((outcome: Outcome) => void) | undefined;
   /** One for all promises of this connection: making them costs nothing else. */
-  private readonly executor = (resolve: (outcome: Outcome) => void) => {
-    this.resolve = resolve;
-  };
+  private readonly executor = (resolve: (outcome: Outcome) => void) => void (this.resolve = resolve);
 
   constructor(
     private readonly socket: Transport,
@@ -1187,15 +1155,14 @@ export class Connection {
     this.deadline = server.now + server.limits.headTimeoutMs;
     this.address = server.logFormat === "access" ? socket.remoteAddress : "";
     server.connections.add(this);
+    this.trace = server.startTrace(socket.remoteAddress);
   }
 
   onData(bytes: Uint8Array): void {
     if (this.isGone) return;
+    this.trace?.receive(bytes);
     if (this.at === this.to) this.hold(bytes, 0, bytes.length);
-    else {
-      const all = appended(this.bytes, this.to, bytes, 0, bytes.length);
-      this.hold(all, this.at, this.to + bytes.length);
-    }
+    else this.hold(appended(this.bytes, this.to, bytes), this.at, this.to + bytes.length);
     if (this.resolve !== undefined && !this.needsRoom) return this.wake("bytes");
     // Backpressure: a peer that sends before it has its answers is not read from until then. (Its FIN still shows.)
     if (!this.isPaused) this.socket.pause();
@@ -1204,6 +1171,7 @@ export class Connection {
   }
 
   onEnd(): void {
+    this.trace?.step("FIN", "received");
     this.hasEnded = true;
     if (!this.needsRoom) this.wake("end");
   }
@@ -1212,12 +1180,15 @@ export class Connection {
     if (this.needsRoom) this.wake("room");
   }
 
-  onClose(): void {
+  onClose(error?: Error): void {
+    if (!this.isGone && !this.hasEnded) this.trace?.step(error === undefined ? "FIN" : "reset", "received");
+    this.trace?.flush();
     this.leave();
     this.server.remove(this);
   }
 
   onDeadline(): void {
+    this.trace?.step("deadline", this.needsRoom ? "the peer takes nothing" : "nothing has come in time");
     if (this.resolve === undefined) this.abort();
     else this.wake("late");
   }
@@ -1234,17 +1205,14 @@ export class Connection {
     resolve(outcome);
   }
 
-  // From here on: steps.
-
   /** Waits for bytes behind those that are there. */
   receive(deadline: number): Promise<Outcome> | Outcome {
     if (this.isGone) return "gone";
     if (this.hasEnded) return "end";
     if (this.at === this.to) this.hold(NO_BYTES, 0, 0);
-    else if (this.at > 0 || this.to === this.bytes.length) {
-      // A part of a message is kept in a buffer with room for more, so that the bytes of the read can be freed.
-      this.hold(appended(NO_BYTES, 0, this.bytes, this.at, this.to), 0, this.to - this.at);
-    }
+    // A part of a message is kept in a buffer with room for more, so that the bytes of the read can be freed.
+    else if (this.at > 0 || this.to === this.bytes.length)
+      this.hold(appended(NO_BYTES, 0, this.bytes.subarray(this.at, this.to)), 0, this.to - this.at);
     if (this.isPaused) this.socket.resume();
     this.isPaused = false;
     return this.wait(deadline);
@@ -1257,9 +1225,8 @@ export class Connection {
     if (length === 0) return true;
     output.length = 0;
     const written = this.write(output.bytes, length);
-    if (written === length) return true;
-    this.keepUnsent(output.bytes.slice(written, length));
-    return false;
+    if (written < length) this.keepUnsent(output.bytes.slice(written, length));
+    return written === length;
   }
 
   /** Waits until the kernel has taken what is left. @throws GONE */
@@ -1267,9 +1234,8 @@ export class Connection {
     for (let deadline = this.server.writeDeadline; this.unsent.length > 0;) {
       await this.waitForRoom(deadline);
       const taken = this.write(this.unsent, this.unsent.length);
-      if (taken === 0) continue;
+      if (taken > 0) deadline = this.server.writeDeadline;
       this.keepUnsent(this.unsent.slice(taken));
-      deadline = this.server.writeDeadline;
     }
   }
 
@@ -1277,6 +1243,7 @@ export class Connection {
   write(bytes: Uint8Array, length: number): number {
     if (!this.isGone) {
       const written = this.socket.write(bytes, 0, length);
+      this.trace?.step("send", `${written} of ${length} B`);
       if (written >= 0) return written;
       this.abort();
     }
@@ -1284,16 +1251,15 @@ export class Connection {
   }
 
   /**
-   * Waits until it is worth writing again: the kernel tells of room, or the deadline passes. A slow peer may have taken
-   * some by then, since the kernel waits until a third of its buffer is free.
-   * @throws GONE if the deadline has passed already: the caller must renew it when the kernel takes something
+   * Waits until the kernel tells of room, or the deadline passes: a slow peer may have taken some by then, since the
+   * kernel waits until a third of its buffer is free. The caller must renew the deadline when the kernel takes something.
+   * @throws GONE if it has passed already
    */
   async waitForRoom(deadline: number): Promise<void> {
     if (deadline < this.server.now) this.abort();
     this.needsRoom = true;
-    const outcome = await this.wait(deadline);
+    if ((await this.wait(deadline)) === "gone") throw GONE;
     this.needsRoom = false;
-    if (outcome === "gone") throw GONE;
   }
 
   /**
@@ -1306,6 +1272,7 @@ export class Connection {
       if (!this.flush()) await this.drain();
       if (this.isGone) return;
       this.socket.shutdown();
+      this.trace?.step("close", "FIN sent");
       const deadline = this.server.now + LINGER_TIMEOUT_MS;
       for (let dropped = 0, outcome: Outcome = "bytes"; !endsReading(outcome);) {
         dropped += this.to - this.at;
@@ -1315,16 +1282,16 @@ export class Connection {
       }
       // No reset: a slow peer may still be reading what the kernel has taken.
       if (!this.isGone) this.socket.end();
+      this.leave();
     } catch {
       this.abort();
-    } finally {
-      this.hold(NO_BYTES, 0, 0);
     }
   }
 
   /** Drops the connection without an answer or a FIN. */
   abort(): void {
     if (!this.isGone) this.socket.terminate();
+    if (!this.isGone) this.trace?.step("close", "dropped");
     this.leave();
   }
 
@@ -1340,6 +1307,7 @@ export class Connection {
     if (isHolding && this.server.waitingBytes > this.server.limits.waitingBytesMax) this.abort();
     if (this.isGone) return "gone";
     this.deadline = deadline;
+    this.trace?.flush();
     return new Promise(this.executor);
   }
 
@@ -1360,6 +1328,7 @@ export class Connection {
 export class Server {
   readonly connections = new Set<Connection>();
   readonly output = new Output();
+  connectionsTraced = 0;
   /** Bytes that the buffers of all connections hold. */
   waitingBytes = 0;
   stoppedAt = Number.POSITIVE_INFINITY;
@@ -1387,6 +1356,13 @@ export class Server {
 
   get idleDeadline(): number {
     return this.now + (this.isStopping ? STOP_IDLE_MS : this.limits.idleTimeoutMs);
+  }
+
+  startTrace(address: string): Trace | undefined {
+    if (this.logFormat !== "wire") return undefined;
+    const trace = new Trace(++this.connectionsTraced, (line) => this.log(`${line}\n`));
+    trace.step("connect", `from ${address}`);
+    return trace;
   }
 
   /** Refuses a connection above the limit; in a flood, without a word. @throws Refusal */
@@ -1448,11 +1424,15 @@ export function listen(server: Server, options: ListenOptions): Bun.TCPSocketLis
       if (tls === undefined) void serve(socket.data);
     },
     // Without this handler `open` would wait for the handshake, and nothing would bound how long it takes.
-    handshake: (socket, isSecure) => void (isSecure ? serve(socket.data) : socket.terminate()),
+    handshake(socket, isSecure) {
+      socket.data.trace?.step("TLS", isSecure ? "agreed" : "failed");
+      if (isSecure) void serve(socket.data);
+      else socket.data.abort();
+    },
     data: (socket, bytes) => socket.data.onData(bytes),
     drain: (socket) => socket.data.onDrain(),
     end: (socket) => socket.data.onEnd(),
-    close: (socket) => socket.data.onClose(),
+    close: (socket, error) => socket.data.onClose(error),
     error(socket, error) {
       tell(`Error: ${error}`);
       socket.terminate();
@@ -1471,7 +1451,7 @@ export function listen(server: Server, options: ListenOptions): Bun.TCPSocketLis
       for (const listener of listeners) listener.stop();
       // The free port that 127.0.0.1 got may be taken on ::1: look for another.
       if (listeners.length > 0 && port === 0) return listen(server, options);
-      throw new StartError(explainListenError(code, options), 1);
+      throw new StartError(explainListenError(code, options));
     }
   }
   return listeners;
@@ -1525,26 +1505,96 @@ class Log {
   }
 }
 
+/** The first bytes, for people: as many as fit into a line, and what is not printable as an escape. */
+function quote(bytes: Uint8Array): string {
+  const text = latin1(bytes, 0, Math.min(bytes.length, 40));
+  const escaped = text.replace(/[^\x20-\x7e]|["\\]/g, (character) => {
+    const known = { "\r": "\\r", "\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\" }[character];
+    return known ?? `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`;
+  });
+  return `"${escaped}"${bytes.length > text.length ? "…" : ""}`;
+}
+
+/**
+ * Prints each step on a connection as one line: its number, the time since it began, the step.
+ *
+ *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
+ *     #1      0.9 ms  send     153 of 153 B
+ *
+ * Over TLS the bytes are the decrypted ones.
+ */
+class Trace {
+  private readonly startedAt = performance.now();
+  /** The last receive, printed once it is known what it has completed. */
+  private received = "";
+  private readonly completed = new Map<string, number>();
+
+  constructor(
+    private readonly number: number,
+    private readonly print: (line: string) => void,
+  ) {}
+
+  step(event: string, details: string): void {
+    this.flush();
+    this.print(this.format(event, details));
+  }
+
+  receive(bytes: Uint8Array): void {
+    this.flush();
+    this.received = this.format("receive", `${bytes.length} B  ${quote(bytes)}`);
+  }
+
+  /** Notes what the last receive has completed, or brought a part of. */
+  complete(what: "head" | "content" | "content complete"): void {
+    if (what === "content complete") this.completed.delete("content");
+    this.completed.set(what, (this.completed.get(what) ?? 0) + 1);
+  }
+
+  /** Nothing more comes of the last receive. */
+  flush(): void {
+    if (this.received === "") return;
+    const completed = [...this.completed].map(([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
+    this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);
+    this.received = "";
+    this.completed.clear();
+  }
+
+  private format(event: string, details: string): string {
+    const ms = (performance.now() - this.startedAt).toFixed(1).padStart(8);
+    return `#${this.number} ${ms} ms  ${event.padEnd(8)} ${details}`.trimEnd();
+  }
+}
+
 // ═══ 10 Command line ═════════════════════════════════════════════════════════════════════════════
 
 export const DEFAULTS = Object.freeze({ host: "localhost", port: 8888, text: "Hello, World!", log: "request" });
 
+/** The options: the argument of each ("" for none), its lines in `--help`, its short form. */
+const OPTIONS = {
+  host: ["HOST", `address to listen on (${DEFAULTS.host}: 127.0.0.1 and, if there is one, ::1)`],
+  port: ["PORT", `port to listen on (${DEFAULTS.port}); 0 picks a free one, which the ready line tells`],
+  text: ["TEXT", `the answer to every request-target ("${DEFAULTS.text}")`],
+  root: ["DIR", "serve the files below DIR instead, for GET and HEAD;\ndotfiles, and links that leave DIR, get 404"],
+  log: [
+    "FORMAT",
+    "on stdout: request, each request as received (default);\naccess, a line of the Combined Log Format;\nwire, each step of each connection; or off",
+  ],
+  "tls-cert": ["FILE", "serve TLS with this certificate (PEM, the chain after it) ..."],
+  "tls-key": ["FILE", "... and this private key (PEM)"],
+  "reuse-port": ["", "let several processes listen on the port (Linux)"],
+  help: ["", "print this text; --help limits: the limits, each of which has a flag", "h"],
+  version: ["", "print the version", "V"],
+} as const satisfies Record<string, readonly [argument: string, meaning: string, short?: string]>;
+
+const HELP_ROWS = Object.entries(OPTIONS).map(([name, [argument, meaning, short]]) => {
+  const label = `${short === undefined ? "" : `-${short}, `}--${name} ${argument}`;
+  return `  ${label.padEnd(17)}${meaning.replaceAll("\n", `\n${" ".repeat(19)}`)}\n`;
+});
+
 export const HELP = `Usage: server [options]
 An HTTP/1.1 server that prints each request and answers it with a text, or with a file.
 
-  --host HOST      address to listen on (${DEFAULTS.host}: 127.0.0.1 and, if there is one, ::1)
-  --port PORT      port to listen on (${DEFAULTS.port}); 0 picks a free one, which the ready line tells
-  --text TEXT      the answer to every request-target ("${DEFAULTS.text}")
-  --root DIR       serve the files below DIR instead, for GET and HEAD;
-                   dotfiles, and links that leave DIR, get 404
-  --log FORMAT     on stdout: request, each request as received (default);
-                   access, a line of the Combined Log Format; or off
-  --tls-cert FILE  serve TLS with this certificate (PEM, the chain after it) ...
-  --tls-key FILE   ... and this private key (PEM)
-  --reuse-port     let several processes listen on the port (Linux)
-  -h, --help       print this text; --help limits: the limits, each of which has a flag
-  -V, --version    print the version
-
+${HELP_ROWS.join("")}
 Environment: HOST and PORT are used if --host and --port are absent.
 It is ready when stderr says "Listening on http://...". SIGINT or SIGTERM: requests in flight
 are answered, then exit 0; a second signal exits at once. SIGHUP, with TLS: certificate and key
@@ -1559,50 +1609,44 @@ export const HELP_LIMITS = `Limits, each a flag that takes a number, with its de
 ${LIMIT_NAMES.map((name) => `  --${flagOf(name).padEnd(26)} ${String(BOUNDS[name][0]).padStart(9)}  ${BOUNDS[name][1]}\n`).join("")}`;
 
 export type CommandLine = ReturnType<typeof parseCommandLine>;
+type Flags = { [Name in keyof typeof OPTIONS]?: (typeof OPTIONS)[Name][0] extends "" ? boolean : string };
 
-/** @throws StartError that says in one line what is wrong */
+/** @throws UsageError that says in one line what is wrong */
 export function parseCommandLine(args: string[], env: Record<string, string | undefined>) {
-  const { flags, topics, limits } = parseFlags(args);
-  const { log = DEFAULTS.log, text = DEFAULTS.text, root, "tls-cert": cert, "tls-key": key } = flags;
-  if (log !== "request" && log !== "access" && log !== "off") throw usageError("--log takes request, access or off");
+  const { flags, limits, show } = parseFlags(args);
+  const { text = DEFAULTS.text, root, "tls-cert": cert, "tls-key": key } = flags;
+  const log = LOG_FORMATS.find((format) => format === (flags.log ?? DEFAULTS.log));
+  if (log === undefined) throw usageError("--log takes request, access, wire or off");
   if ((cert === undefined) !== (key === undefined)) throw usageError("--tls-cert and --tls-key need each other");
   if (root !== undefined && flags.text !== undefined) throw usageError("--root and --text exclude each other");
   if (root === "") throw usageError("--root takes a folder");
   // An empty variable counts as absent.
+  const hostVariable = flags.host === undefined && env["HOST"] ? "HOST" : undefined;
   const host = (flags.host ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
   if (host === "") throw usageError("--host takes a name or an address");
   const [portName, portText] = flags.port === undefined && env["PORT"] ? ["PORT", env["PORT"]] : ["--port", flags.port];
   const port = portText === undefined ? DEFAULTS.port : parseNumber(portName, portText, 65_535);
-  return {
-    show: flags.help ? (topics.length > 0 ? "limits" : "help") : flags.version ? "version" : "",
-    host,
-    hostVariable: flags.host === undefined && env["HOST"] ? "HOST" : undefined,
-    port,
-    text,
-    root,
-    log: log as LogFormat, // as was just checked
-    tlsFiles: cert !== undefined && key !== undefined ? { cert, key } : undefined,
-    reusePort: flags["reuse-port"] ?? false,
-    limits,
-  } as const;
+  const tlsFiles = cert !== undefined && key !== undefined ? { cert, key } : undefined;
+  return { show, host, hostVariable, port, text, root, log, tlsFiles, reusePort: flags["reuse-port"] === true, limits };
 }
 
 function parseFlags(args: string[]) {
-  const string = { type: "string" } as const;
-  const texts = { host: string, port: string, text: string, root: string, log: string };
-  const tls = { "tls-cert": string, "tls-key": string, "reuse-port": { type: "boolean" } } as const;
-  const shown = { help: { type: "boolean", short: "h" }, version: { type: "boolean", short: "V" } } as const;
-  const numbers = Object.fromEntries(LIMIT_NAMES.map((name) => [flagOf(name), string]));
+  const options: NonNullable<ParseArgsConfig["options"]> = {};
+  for (const name of LIMIT_NAMES) options[flagOf(name)] = { type: "string" };
+  for (const [name, [argument, , short]] of Object.entries<readonly [string, string, string?]>(OPTIONS))
+    options[name] = { type: argument === "" ? "boolean" : "string", ...(short !== undefined && { short }) };
   try {
-    const options = { ...numbers, ...texts, ...tls, ...shown };
-    const { values: flags, positionals: topics } = parseArgs({ args, options, allowPositionals: true });
+    const { values, positionals: topics } = parseArgs({ args, options, allowPositionals: true });
+    const flags = values as Flags; // made of the same table
     const [extra] = flags.help && topics[0] === "limits" ? topics.slice(1) : topics;
     if (extra !== undefined) throw usageError(`Unexpected argument '${extra}'`);
-    const limits = LIMIT_NAMES.map((name) => {
-      const text = (flags as Record<string, unknown>)[flagOf(name)]; // a flag of `numbers`: a string, if present
-      return [name, text === undefined ? LIMITS[name] : parseNumber(`--${flagOf(name)}`, String(text), MAX_LIMIT)];
-    });
-    return { flags, topics, limits: Object.fromEntries(limits) as Limits }; // fromEntries does not keep the names
+    const limits: Record<keyof Limits, number> = { ...LIMITS };
+    for (const name of LIMIT_NAMES) {
+      const text = values[flagOf(name)];
+      if (typeof text === "string") limits[name] = parseNumber(`--${flagOf(name)}`, text, MAX_LIMIT);
+    }
+    const help = topics.length > 0 ? HELP_LIMITS : HELP;
+    return { flags, limits, show: flags.help ? help : flags.version ? `server ${VERSION}\n` : "" };
   } catch (error) {
     if (error instanceof StartError) throw error;
     throw usageError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
@@ -1618,13 +1662,13 @@ function parseNumber(name: string, text: string, max: number): number {
   throw usageError(`${variable}${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
 }
 
-const usageError = (message: string) => new StartError(`${message} (see server --help)`, 2);
+const usageError = (message: string) => new UsageError(`${message} (see server --help)`);
 
 function readPem(path: string): string {
   try {
     return fs.readFileSync(path, "utf8");
   } catch (error) {
-    throw new StartError(`cannot read ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
+    throw new StartError(`cannot read ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
   }
 }
 
@@ -1695,9 +1739,8 @@ function run(commandLine: CommandLine): void {
 function main(): void {
   try {
     const commandLine = parseCommandLine(process.argv.slice(2), process.env);
-    const { show } = commandLine;
-    if (show === "") run(commandLine);
-    else process.stdout.write(show === "help" ? HELP : show === "limits" ? HELP_LIMITS : `server ${VERSION}\n`);
+    if (commandLine.show === "") run(commandLine);
+    else process.stdout.write(commandLine.show);
   } catch (error) {
     if (!(error instanceof StartError)) throw error;
     tell(`Error: ${error.message}`);
@@ -2480,7 +2523,7 @@ function findRoot(path: string): string {
     fs.readdirSync(path);
     return fs.realpathSync(path);
   } catch (error) {
-    throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
+    throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
   }
 }
 
