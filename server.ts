@@ -16,9 +16,10 @@
  * what the loop calls, in the order in which a request meets it. Section 11, Files, is for `--root`
  * alone: a reader can stop before it, and a copy of this file can do without it.
  */
+import { isUtf8 } from "node:buffer";
 import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
-import { dirname, join, sep } from "node:path";
+import { dirname, join, resolve, sep } from "node:path";
 import { parseArgs } from "node:util";
 
 export const VERSION = "0.1.0";
@@ -149,7 +150,7 @@ export const REJECTIONS = Object.freeze({
   "trailer-too-large": [431, "the trailer section is too large"],
   "trailer-forbidden": [400, "a field that is not allowed in a trailer section"],
   expectation: [417, "only the expectation 100-continue is known here"],
-  path: [400, "no path of a file: it has .., a backslash, NUL, an encoded slash or what is not UTF-8"],
+  path: [400, "no path of a file: it leads above the root, or has NUL, an encoded slash or what is not UTF-8"],
   forbidden: [403, "the server may not read this"],
   "not-found": [404, "there is no such file here"],
   precondition: [412, "the file is not in the version that the request is about"],
@@ -1654,7 +1655,7 @@ function run(commandLine: CommandLine): void {
   const { host, text, root, log: logFormat, tlsFiles } = commandLine;
   const { limits, reserve } = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
   const log = new Log();
-  const site = root === undefined ? new TextSite(text) : new FileSite(findRoot(root), reserve);
+  const site = root === undefined ? new TextSite(text) : new FileSite(root, reserve);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
   const readTls = () => tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
   let listeners = listen(server, { ...commandLine, tls: readTls() });
@@ -1739,28 +1740,30 @@ export interface TargetPath {
   readonly query: string;
 }
 
-/** Characters that no file name may have: on some systems they lead to other folders. On Windows ":" names streams. */
-const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]|^\.\.$/ : /[\0/\\]|^\.\.$/;
+/** Bytes that no file name may have: on Windows a backslash is a slash too, and ":" names streams. */
+const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/;
 
 /**
- * Takes the path of a request-target apart. It is decoded once, and ".." is not resolved but refused: clients resolve it
- * themselves, so a client that sends it wants to leave the folder. Slashes in a row count as one, so that no path starts
- * with "//".
- * @returns undefined if no file can have this path
+ * Takes the path of a request-target apart. It is decoded once. Then dot segments are resolved (RFC 3986 §5.2.4), by
+ * their text alone, and slashes in a row count as one.
+ * @returns undefined if no file can have this path, or if it leads above the root
  */
 export function parseTargetPath(requestTarget: string): TargetPath | undefined {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
+  const segments: string[] = [];
+  let last = "";
   try {
-    const segments = path
-      .split("/")
-      .filter((segment) => segment !== "")
-      .map(decodeURIComponent);
-    if (segments.some((segment) => NO_FILE_NAME.test(segment))) return undefined;
-    const hasQuery = requestTarget.includes("?");
-    return { segments, isFolder: path === "" || path.endsWith("/"), query: hasQuery ? `?${query}` : "" };
+    for (const encoded of path.split("/")) {
+      last = decodeURIComponent(encoded);
+      if (NO_FILE_NAME.test(last)) return undefined;
+      if (last === ".." && segments.pop() === undefined) return undefined;
+      if (last !== "" && last !== "." && last !== "..") segments.push(last);
+    }
   } catch {
     return undefined; // decodeURIComponent: not UTF-8
   }
+  const isFolder = last === "" || last === "." || last === "..";
+  return { segments, isFolder, query: requestTarget.includes("?") ? `?${query}` : "" };
 }
 
 /** The bytes from `from` up to, but not including, `to`. */
@@ -1819,7 +1822,7 @@ export interface FileVersion {
   readonly size: number;
   /** Strong (RFC 9110 §8.8.3). */
   readonly etag: string;
-  /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. */
+  /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
   /** Modified within the clock's resolution: a second change might leave the same timestamps, so this ETag is used once. */
   readonly isFresh: boolean;
@@ -1883,8 +1886,9 @@ function versionOf({ size, ino, mtimeMs, ctimeMs }: fs.Stats, dateNow: number): 
   const parts = [mtimeMs * 1000, size, ino, ctimeMs * 1000].map((part) => Math.round(part).toString(36));
   const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
   if (isFresh) parts.push(`${now}.${freshVersions++}`);
-  const modified = Math.max(0, Math.min(mtimeMs, dateNow));
-  return { size, etag: `"${parts.join("-")}"`, lastModified: Math.floor(modified / 1000) * 1000, isFresh };
+  const modified = Math.floor(Math.min(mtimeMs, dateNow) / 1000) * 1000;
+  // Reproducible images and Nix give every version of a file the time 0 or 1: that is none.
+  return { size, etag: `"${parts.join("-")}"`, lastModified: modified > 1000 ? modified : Number.NaN, isFresh };
 }
 
 // ── what is opened ──
@@ -1948,7 +1952,8 @@ class OpenFile {
   /** What a response says of its version (RFC 9110 §8.8). */
   get validators(): Record<string, string> {
     const { etag, lastModified } = this.version;
-    return { ETag: etag, "Last-Modified": new Date(lastModified).toUTCString() };
+    const date = Number.isNaN(lastModified) ? {} : { "Last-Modified": new Date(lastModified).toUTCString() };
+    return { ETag: etag, ...date };
   }
 
   /** What a response says of it, whatever part it sends. */
@@ -1972,6 +1977,33 @@ function realPathOf(fd: number, path: string): string {
 const isBelow = (root: string, realPath: string) =>
   realPath === root || realPath.startsWith(root.endsWith(sep) ? root : root + sep);
 
+/** The folder that is served. A link is followed anew every 250 ms, and whenever something is not below it. */
+class Root {
+  readonly path: string;
+  private realPath = "";
+
+  /** @throws StartError if it is no folder, or cannot be read */
+  constructor(path: string) {
+    this.path = resolve(path);
+    try {
+      fs.readdirSync(this.path);
+    } catch (error) {
+      throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
+    }
+  }
+
+  forget(): void {
+    this.realPath = "";
+  }
+
+  /** Is this real path below it? @throws SystemError if the root is not there */
+  has(realPath: string): boolean {
+    if (this.realPath !== "" && isBelow(this.realPath, realPath)) return true;
+    this.realPath = fs.realpathSync(this.path);
+    return isBelow(this.realPath, realPath);
+  }
+}
+
 /** What a failed system call means for the request. */
 function rejectionFor(error: unknown): Rejection {
   const { code } = error as { code?: string }; // node:fs throws SystemErrors
@@ -1981,7 +2013,7 @@ function rejectionFor(error: unknown): Rejection {
 }
 
 /** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
-function openBelow(root: string, path: string, dateNow: number): OpenFile | Rejection {
+function openBelow(root: Root, path: string, dateNow: number): OpenFile | Rejection {
   let fd = -1;
   try {
     // Opening a device or a FIFO may already do something, so only files and folders are opened.
@@ -1991,7 +2023,7 @@ function openBelow(root: string, path: string, dateNow: number): OpenFile | Reje
     fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
     const realPath = realPathOf(fd, path);
     const stats = fs.fstatSync(fd);
-    if (!isBelow(root, realPath) || !(stats.isFile() || stats.isDirectory())) return "not-found";
+    if (!root.has(realPath) || !(stats.isFile() || stats.isDirectory())) return "not-found";
     const file = new OpenFile(fd, path, realPath, stats, dateNow);
     fd = -1;
     return file;
@@ -2004,10 +2036,10 @@ function openBelow(root: string, path: string, dateNow: number): OpenFile | Reje
 }
 
 /** Whether an unreadable path is reported as 403, or hidden as 404 because a link leads out of the root. */
-function isKnownBelow(root: string, path: string): boolean {
-  for (let at = path; isBelow(root, at); at = dirname(at)) {
+function isKnownBelow(root: Root, path: string): boolean {
+  for (let at = path; isBelow(root.path, at); at = dirname(at)) {
     try {
-      return isBelow(root, fs.realpathSync(at));
+      return root.has(fs.realpathSync(at));
     } catch {} // try the folder above
   }
   return false;
@@ -2015,20 +2047,18 @@ function isKnownBelow(root: string, path: string): boolean {
 
 // ── what is answered ──
 
-/** Names in a folder that are neither hidden nor impossible in a request. */
-const isServed = (name: string) => !name.startsWith(".") && !NO_FILE_NAME.test(name);
+/** Names with a leading dot are hidden. Of the path of a request, /.well-known/ is not (RFC 8615). */
+const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
 
 /** Does a head have a field that decides what of a file is sent? Most have not, and need no map of their fields. */
 const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
 const NO_FIELDS: ReadonlyMap<string, string> = new Map();
 const conditionsOf = (request: RequestHead) => (HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS);
 
-/** The version of a listing: it has no tag, and no date to compare. */
-const NO_VERSION: FileVersion = { size: 0, etag: "", lastModified: Number.NaN, isFresh: true };
-
 /** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
 export class FileSite implements Site {
-  private readonly notAllowed = prepareNotAllowed("GET, HEAD");
+  private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
+  private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
   private readonly digests: Digests;
   /** Files that were asked for since the last sweep, by path. */
   private readonly recent = new Map<string, OpenFile>();
@@ -2038,29 +2068,33 @@ export class FileSite implements Site {
   /** The time that answers have as their Date. */
   private dateNow = Date.now();
 
+  private readonly root: Root;
+
   /**
-   * @param root its real path
+   * @param root the path of a folder
    * @param openMax files that may stay open for a moment, and digests that may be computed at once
    */
   constructor(
-    private readonly root: string,
+    root: string,
     private readonly openMax: number,
   ) {
+    this.root = new Root(root);
     this.digests = new Digests(Math.min(PENDING_DIGESTS_MAX, openMax));
   }
 
   refuse({ method }: RequestHead): Response | undefined {
-    if (method === "GET" || method === "HEAD") return undefined;
+    if (method === "GET" || method === "HEAD" || method === "OPTIONS") return undefined;
     return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
   }
 
   respond(request: RequestHead): Response | Promise<Response> {
     const refusal = this.refuse(request);
     if (refusal !== undefined) return refusal;
+    if (request.method === "OPTIONS") return this.options;
     const path = parseTargetPath(request.requestTarget);
     if (path === undefined) return responseTo("path");
-    if (!path.segments.every(isServed)) return responseTo("not-found");
-    const found = this.find(join(this.root, ...path.segments));
+    if (path.segments.some(isHidden)) return responseTo("not-found");
+    const found = this.find(join(this.root.path, ...path.segments));
     if (typeof found === "string") return responseTo(found);
     try {
       if (found.isFolder) return this.respondFolder(request, path, found);
@@ -2072,6 +2106,7 @@ export class FileSite implements Site {
 
   sweep(now: number): void {
     this.dateNow = now;
+    this.root.forget();
     for (const file of this.recent.values()) file.close();
     this.recent.clear();
   }
@@ -2094,24 +2129,18 @@ export class FileSite implements Site {
 
   private respondFolder(request: RequestHead, path: TargetPath, folder: OpenFile): Response | Promise<Response> {
     if (!path.isFolder) {
-      const location = `/${path.segments.map(encodeURIComponent).join("/")}/${path.query}`;
+      // Relative, so that it is right behind a proxy that puts the folder elsewhere.
+      const location = `${encodeURIComponent(path.segments.at(-1) ?? "")}/${path.query}`;
       return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
     }
-    const index = this.find(join(folder.realPath, "index.html"));
-    const list = () => this.respondListing(request, path.segments, folder.path);
+    const index = this.find(join(folder.path, "index.html"));
+    const list = () => this.list(path.segments, folder.path);
     if (typeof index === "string") return index === "not-found" ? list() : responseTo(index);
     try {
       return index.isFolder ? list() : this.respondFile(request, index);
     } finally {
       index.close();
     }
-  }
-
-  /** A listing has no validator. Conditions on whether there is anything at all can still fail. */
-  private respondListing(request: RequestHead, segments: readonly string[], path: string) {
-    const status = evaluateConditions(conditionsOf(request), NO_VERSION);
-    if (status === 412) return responseTo("precondition");
-    return status === 304 ? prepareResponse(304, {}) : this.list(segments, path);
   }
 
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
@@ -2333,12 +2362,12 @@ export interface ListingEntry {
 }
 
 /** Looks at a name in a folder. @returns undefined if a request for it would find nothing */
-function lookAt(root: string, folder: string, name: string): ListingEntry | undefined {
+function lookAt(root: Root, folder: string, name: string): ListingEntry | undefined {
   try {
     const path = join(folder, name);
     let stats = fs.lstatSync(path);
     if (stats.isSymbolicLink()) {
-      if (!isBelow(root, fs.realpathSync(path))) return undefined;
+      if (!root.has(fs.realpathSync(path))) return undefined;
       stats = fs.statSync(path);
     }
     if (!stats.isFile() && !stats.isDirectory()) return undefined;
@@ -2349,10 +2378,12 @@ function lookAt(root: string, folder: string, name: string): ListingEntry | unde
 }
 
 /** Reads a folder, and answers with its page. */
-async function listFolder(root: string, segments: readonly string[], folder: OpenFile): Promise<Response> {
+async function listFolder(root: Root, segments: readonly string[], folder: OpenFile): Promise<Response> {
   // The very folder that was opened, wherever its path leads by now.
   const path = process.platform === "linux" ? `/proc/self/fd/${folder.fd}` : folder.realPath;
-  const served = (await fs.promises.readdir(path)).filter(isServed);
+  const names = await fs.promises.readdir(path, { encoding: "buffer" });
+  const readable = names.filter((name) => isUtf8(name)).map(String);
+  const served = readable.filter((name) => !isHidden(name) && !NO_FILE_NAME.test(name));
   const entries: ListingEntry[] = [];
   for (const [i, name] of served.slice(0, LISTING_ENTRIES_MAX).entries()) {
     const entry = lookAt(root, path, name);
@@ -2360,7 +2391,8 @@ async function listFolder(root: string, segments: readonly string[], folder: Ope
     if (i % 256 === 255) await nextTurn();
   }
   const unlisted = Math.max(0, served.length - LISTING_ENTRIES_MAX);
-  return prepareResponse(200, fieldsOfListing(), formatListing(segments, entries, unlisted));
+  const page = formatListing(segments, entries, unlisted, names.length - readable.length);
+  return prepareResponse(200, fieldsOfListing(), page);
 }
 
 /** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
@@ -2384,12 +2416,17 @@ function formatBytes(bytes: number): string {
 const escapeText = (text: string) => Bun.escapeHTML(printable(text));
 
 /**
- * The page that lists a folder. Links are relative and start with "./", so that no name is taken for a scheme or a host,
- * and the page works behind a proxy that puts the folder elsewhere.
+ * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
  * @param segments the path of the folder
- * @param unlisted how many names the page leaves out
+ * @param unlisted how many more names there are than the page may have
+ * @param unreadable how many names are not UTF-8
  */
-export function formatListing(segments: readonly string[], entries: readonly ListingEntry[], unlisted: number): string {
+export function formatListing(
+  segments: readonly string[],
+  entries: readonly ListingEntry[],
+  unlisted = 0,
+  unreadable = 0,
+): string {
   // Folders first; then "file9" before "file10".
   const { compare } = new Intl.Collator("en", { numeric: true });
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
@@ -2410,7 +2447,7 @@ export function formatListing(segments: readonly string[], entries: readonly Lis
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${formatListingSummary(entries, unlisted)}</p>
+<p>${formatListingSummary(entries, unlisted, unreadable)}</p>
 </main>
 </body>
 </html>
@@ -2418,21 +2455,24 @@ ${items.join("\n")}
 }
 
 /** How much is on the page, and how much is not. */
-function formatListingSummary(entries: readonly ListingEntry[], unlisted: number): string {
-  if (entries.length === 0 && unlisted === 0) return "This folder is empty.";
-  const count = (n: number, what: string) => (n === 0 ? [] : [`${n} ${what}${n === 1 ? "" : "s"}`]);
+function formatListingSummary(entries: readonly ListingEntry[], unlisted: number, unreadable: number): string {
+  if (entries.length === 0 && unlisted === 0 && unreadable === 0) return "This folder is empty.";
+  const count = (n: number, one: string) => (n === 0 ? [] : [`${n} ${one}${n === 1 ? "" : "s"}`]);
   const folders = entries.filter(({ isFolder }) => isFolder).length;
   const counts = [...count(folders, "folder"), ...count(entries.length - folders, "file")];
-  const more = unlisted > 0 ? [`and ${unlisted} more that the page leaves out`] : [];
-  return `${[...counts, ...more].join(", ")}. Times are in UTC.`;
+  if (unlisted > 0) counts.push(`and ${unlisted} more that the page leaves out`);
+  const left = count(unreadable, "name").map((names) => `${names} that ${unreadable === 1 ? "is" : "are"} not UTF-8`);
+  const sentences = left.map((names) => `${names} ${unreadable === 1 ? "is" : "are"} left out.`);
+  if (counts.length > 0) sentences.unshift(`${counts.join(", ")}.`);
+  return [...sentences, "Times are in UTC."].join(" ");
 }
 
 function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): string {
   const slash = isFolder ? "/" : "";
-  const link = `<a href="./${encodeURIComponent(name).replaceAll("'", "%27")}${slash}"><bdi>${escapeText(name)}</bdi>${slash}</a>`;
+  const link = `<a href="${encodeURIComponent(name).replaceAll("'", "%27")}${slash}"><bdi>${escapeText(name)}</bdi>${slash}</a>`;
   const time = Number.isNaN(modified.getTime()) ? "" : modified.toISOString(); // a date that no calendar has
   const length = isFolder ? "" : `<span title="${size} bytes">${formatBytes(size)}</span>`;
-  return `<li>${link}${length}<time datetime="${time}">${time.slice(0, 16).replace("T", " ")}</time></li>`;
+  return `<li>${link} ${length} <time datetime="${time}">${time.slice(0, 16).replace("T", " ")}</time></li>`;
 }
 
 /**
@@ -2473,16 +2513,6 @@ p { margin: 0; padding: .75rem .5rem; white-space: normal; }
   span { grid-area: 2 / 2; }
 }
 `;
-
-/** The real path of the folder to serve. @throws StartError if it is none, or cannot be read */
-function findRoot(path: string): string {
-  try {
-    fs.readdirSync(path);
-    return fs.realpathSync(path);
-  } catch (error) {
-    throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
-  }
-}
 
 // ═══ 12 Main ═════════════════════════════════════════════════════════════════════════════════════
 

@@ -3,7 +3,7 @@
  * connection that sends files, to a transport that takes what the test says.
  */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { realpathSync, writeFileSync } from "node:fs";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
   type ByteRange,
@@ -52,6 +52,14 @@ describe("parseTargetPath", () => {
     ["/a+b;c=d", ["a+b;c=d"], false, ""],
     ["/...", ["..."], false, ""],
     ["/a..b", ["a..b"], false, ""],
+    ["/a%5Cb\\c", ["a\\b\\c"], false, ""],
+    ["/..%5c..", ["..\\.."], false, ""],
+    ["/./a", ["a"], false, ""],
+    ["/a/../b", ["b"], false, ""],
+    ["/a/..", [], true, ""],
+    ["/a/.", ["a"], true, ""],
+    ["/a/b/%2e%2E/./c?d/..", ["a", "c"], false, "?d/.."],
+    ["http://x/a/../b/.", ["b"], true, ""],
     ["http://x", [], true, ""],
     ["http://x/", [], true, ""],
     ["HTTPS://x:1/a/b?c", ["a", "b"], false, "?c"],
@@ -72,15 +80,15 @@ describe("parseTargetPath", () => {
   test.each([
     "/..",
     "/../etc/passwd",
-    "/a/../b",
-    "/a/..",
+    "/a/../../b",
+    "/a/../..",
     "/%2e%2e/b",
     "/.%2E",
+    "/a/%2e%2e/./%2E./b",
+    "//..",
+    "/a//../..",
     "/a%2fb",
     "/a%2F..%2Fb",
-    "/a%5Cb",
-    "/a\\b",
-    "/..%5c..",
     "/a%00",
     "/%00",
     "/a%00.html",
@@ -498,20 +506,20 @@ describe("formatListing", () => {
     }
   });
 
-  test("starts every link with ./ so that no name is taken for a scheme, a host or a query", () => {
+  test("has links that are plain names: nothing in them is a scheme, a host, a query or a path", () => {
     const page = formatListing(
       [],
       ODD_NAMES.map((name) => entry(name, true)),
       0,
     );
-    expect(hrefs(page).every((href) => /^\.\/[^/:?#"'<>\s]+\/$/.test(href))).toBeTrue();
+    expect(hrefs(page).every((href) => /^[^/:?#"'<>\s]+\/$/.test(href))).toBeTrue();
   });
 
   test("has folders first, with a slash, then files as people count", () => {
     const entries = [entry("file10"), entry("file9"), entry("b", true), entry("File1"), entry("a"), entry("z10", true)];
     const page = formatListing([], [...entries, entry("z9", true)], 0);
-    expect(hrefs(page)).toEqual(["./b/", "./z9/", "./z10/", "./a", "./File1", "./file9", "./file10"]);
-    expect(page).toContain('<a href="./b/"><bdi>b</bdi>/</a>');
+    expect(hrefs(page)).toEqual(["b/", "z9/", "z10/", "a", "File1", "file9", "file10"]);
+    expect(page).toContain('<a href="b/"><bdi>b</bdi>/</a> ');
   });
 
   test("leads up from everywhere but the root", () => {
@@ -529,6 +537,24 @@ describe("formatListing", () => {
     expect(page).toContain("and 7 more");
     expect(formatListing([], [], 0)).not.toContain("more");
     expect(page).toStartWith("<!DOCTYPE html>\n");
+  });
+
+  test("has white space between name, size and time, for browsers without styles", () => {
+    const page = formatListing([], [entry("file", false, 1536), entry("folder", true)]);
+    const text = page.replace(/<li>/g, "\n").replace(/<[^>]*>/g, "");
+    expect(text).toContain("\nfile 1.5 KiB 2026-11-22 11:30");
+    expect(text).toMatch(/\nfolder\/ +2026-11-22 11:30/);
+  });
+
+  test.each([
+    [0, 0, "This folder is empty."],
+    [0, 1, "1 name that is not UTF-8 is left out. Times are in UTC."],
+    [0, 2, "2 names that are not UTF-8 are left out. Times are in UTC."],
+    [1, 0, "1 file. Times are in UTC."],
+    [2, 1, "2 files. 1 name that is not UTF-8 is left out. Times are in UTC."],
+  ])("counts %d files, and %d names that are not UTF-8: %s", (files, unreadable, summary) => {
+    const entries = Array.from({ length: files }, (_, i) => entry(`f${i}`));
+    expect(formatListing([], entries, 0, unreadable)).toContain(`<p>${summary}</p>`);
   });
 });
 
@@ -548,7 +574,7 @@ describe("a connection that sends files", () => {
     const folder = await temporaryFolder();
     writeFileSync(join(folder.path, "a"), A);
     writeFileSync(join(folder.path, "b"), B);
-    const server = new Server(new FileSite(realpathSync(folder.path), 256), "off", () => {});
+    const server = new Server(new FileSite(folder.path, 256), "off", () => {});
     const transport = new FakeTransport(room);
     const connection = converse(transport, server);
     const dispose = async () => {

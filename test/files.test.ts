@@ -9,6 +9,8 @@ import {
   openSync,
   readdirSync,
   readFileSync,
+  renameSync,
+  rmSync,
   statSync,
   symlinkSync,
   utimesSync,
@@ -70,7 +72,7 @@ function parseAnswers(received: string, methods: readonly string[]): Answer[] {
     const fields = Object.fromEntries(
       lines.map((line) => [line.slice(0, line.indexOf(":")).toLowerCase(), line.slice(line.indexOf(":") + 1).trim()]),
     );
-    const length = method === "HEAD" || status === 304 ? 0 : Number(fields["content-length"]);
+    const length = method === "HEAD" || status === 204 || status === 304 ? 0 : Number(fields["content-length"]);
     at = headTo + length;
     if (received.length < at) throw new Error(`${received.length} bytes came, not ${at}`);
     return { status, fields, content: Buffer.from(received.slice(headTo, at), "latin1") };
@@ -222,11 +224,11 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     ]);
     expect(index.fields["etag"]).toBeDefined();
     expect([listing.status, listing.fields["content-type"]]).toEqual([200, "text/html; charset=utf-8"]);
-    expect(listing.content.toString()).toContain('<a href="./a%20b.txt">');
+    expect(listing.content.toString()).toContain('<a href="a%20b.txt">');
     expect([moved, query, spaced].map(({ status, fields }) => [status, fields["location"]])).toEqual([
-      [301, "/without/"],
-      [301, "/with/?a=b&c"],
-      [301, "/a%20b/"],
+      [301, "without/"],
+      [301, "with/?a=b&c"],
+      [301, "a%20b/"],
     ]);
     expect((await ask(server.port, "GET /with/index.html")).content.toString()).toBe("<p>index");
     expect((await run(["curl", "-sL", `${server.url}/with`])).stdout).toBe("<p>index");
@@ -235,9 +237,7 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
   test.concurrent("a listing changes with its folder, and HEAD tells its length", async () => {
     await using server = await serve({ a: "" });
     const namesNow = async () =>
-      [...(await ask(server.port, "GET /")).content.toString().matchAll(/<a href="\.\/([^"]*)"/g)].map(
-        ([, name]) => name,
-      );
+      [...(await ask(server.port, "GET /")).content.toString().matchAll(/<a href="([^"]*)"/g)].map(([, name]) => name);
     expect(await namesNow()).toEqual(["a"]);
     writeFileSync(server.pathOf("b"), "");
     expect(await namesNow()).toEqual(["a", "b"]);
@@ -252,9 +252,9 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     symlinkSync("file", server.pathOf("inside"));
     symlinkSync("inside", server.pathOf("twice"));
     symlinkSync("loop", server.pathOf("loop"));
-    const methods = ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"];
+    const methods = ["POST", "PUT", "DELETE", "PATCH", "TRACE"];
     const refused = await Promise.all(methods.map((method) => ask(server.port, `${method} /file`)));
-    for (const { status, fields } of refused) expect([status, fields["allow"]]).toEqual([405, "GET, HEAD"]);
+    for (const { status, fields } of refused) expect([status, fields["allow"]]).toEqual([405, "GET, HEAD, OPTIONS"]);
     expect((await ask(server.port, "BREW /file")).status).toBe(501);
     const outcomes = [
       ["/file", 200],
@@ -281,11 +281,111 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     expect(await Promise.all(found)).toEqual(outcomes.map(([target, status]) => [target, status]));
     const page = (await ask(server.port, "GET /")).content.toString();
     expect([...page.matchAll(/<a href="([^"]*)"/g)].map(([, href]) => href)).toEqual([
-      "./folder/",
-      "./file",
-      "./inside",
-      "./twice",
+      "folder/",
+      "file",
+      "inside",
+      "twice",
     ]);
+  });
+
+  test.concurrent("OPTIONS is answered with the methods, for any path and for *", async () => {
+    await using server = await serve({ file: "x" });
+    const requests = ["OPTIONS /file", "OPTIONS /nothing", "OPTIONS *", "GET /file"] as const;
+    const answers = await askAll(
+      server.port,
+      requests.map((line) => [line] as const),
+    );
+    expect(answers.map(({ status, fields }) => [status, fields["allow"]])).toEqual([
+      ...Array(3).fill([204, "GET, HEAD, OPTIONS"]),
+      [200, undefined],
+    ]);
+  });
+
+  test.concurrent(
+    "dot segments are resolved, a backslash is a part of a name, /.well-known/ is not hidden",
+    async () => {
+      const files = {
+        "sub/f": "sub",
+        f: "f",
+        "a\\x2db": "unit",
+        ".well-known/security.txt": "Contact: x",
+        ".env": "x",
+      };
+      await using server = await serve(files);
+      const asked = [
+        ["/./f", 200, "f"],
+        ["/sub/../f", 200, "f"],
+        ["/sub/./%2e/f", 200, "sub"],
+        ["/nowhere/../sub/f", 200, "sub"],
+        ["/a%5Cx2db", 200, "unit"],
+        ["/a\\x2db", 200, "unit"],
+        ["/.well-known/security.txt", 200, "Contact: x"],
+        ["/sub/../.env", 404],
+        ["/.well-known/../.env", 404],
+        ["/sub/../../f", 400],
+      ] as const;
+      for (const [target, status, content] of asked) {
+        const answer = await ask(server.port, `GET ${target}`);
+        expect([target, answer.status]).toEqual([target, status]);
+        if (content !== undefined) expect(answer.content.toString()).toBe(content);
+      }
+      const page = (await ask(server.port, "GET /")).content.toString();
+      expect([...page.matchAll(/<a href="([^"]*)"/g)].map(([, href]) => href)).toEqual(["sub/", "a%5Cx2db", "f"]);
+    },
+  );
+
+  test.concurrent("names that are not UTF-8 are counted on the page", async () => {
+    await using server = await serve({});
+    writeFileSync(Buffer.from(`${server.folder}/\xff`, "latin1"), "x");
+    const page = (await ask(server.port, "GET /")).content.toString();
+    expect(page).toContain("1 name that is not UTF-8 is left out.");
+    expect(page).not.toContain("This folder is empty");
+  });
+
+  test.concurrent("a root that is a link, or is replaced, is the folder of a moment later", async () => {
+    await using folder = await temporaryFolder();
+    const at = (name: string) => join(folder.path, name);
+    for (const version of ["1", "2"]) {
+      mkdirSync(at(`releases/${version}/sub`), { recursive: true });
+      for (const name of ["v", "sub/v", `only${version}`])
+        writeFileSync(at(`releases/${version}/${name}`), `release ${version}`);
+    }
+    symlinkSync("../1/v", at("releases/2/old"));
+    symlinkSync("releases/1", at("current"));
+    await using server = await startServer(variant, ["--root", at("current"), "--log", "off", ...PATIENCE]);
+    const get = async (target: string) => {
+      const { status, content } = await ask(server.port, `GET ${target}`);
+      return status === 200 ? content.toString() : status;
+    };
+    expect(await get("/v")).toBe("release 1");
+    symlinkSync("releases/2", at("next"));
+    renameSync(at("next"), at("current"));
+    expect(await get("/v")).toBe("release 2");
+    expect([await get("/sub/v"), await get("/only2"), await get("/only1")]).toEqual(["release 2", "release 2", 404]);
+    expect(await get("/")).toContain('href="only2"');
+    expect(await get("/old")).toBe(404); // a link that leaves the new root
+    rmSync(at("releases/1"), { recursive: true });
+    expect(await get("/v")).toBe("release 2");
+    rmSync(at("releases/2"), { recursive: true });
+    expect([await get("/v"), await get("/")]).toEqual([404, 404]);
+    mkdirSync(at("releases/2"));
+    writeFileSync(at("releases/2/v"), "again");
+    expect(await get("/v")).toBe("again");
+  });
+
+  test.concurrent("a time of 0 or 1, which says nothing, is no Last-Modified", async () => {
+    await using server = await serve({ zero: "0", one: "1", two: "2" });
+    for (const [i, name] of ["zero", "one", "two"].entries()) utimesSync(server.pathOf(name), i, i);
+    const dates = ["zero", "one", "two"].map(async (name) => {
+      const { fields } = await ask(server.port, `HEAD /${name}`);
+      return fields["last-modified"];
+    });
+    expect(await Promise.all(dates)).toEqual([undefined, undefined, "Thu, 01 Jan 1970 00:00:02 GMT"]);
+    const since = "If-Modified-Since: Fri, 02 Jan 1970 00:00:00 GMT";
+    expect((await ask(server.port, "GET /one", since)).status).toBe(200);
+    expect((await ask(server.port, "GET /two", since)).status).toBe(304);
+    const range = await ask(server.port, "GET /one", "Range: bytes=0-0", "If-Range: Thu, 01 Jan 1970 00:00:01 GMT");
+    expect(range.status).toBe(200);
   });
 
   test.concurrent("names with odd characters are listed and found", async () => {
@@ -304,7 +404,7 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     ];
     await using server = await serve(Object.fromEntries(names.map((name) => [name, `this is ${name}`])));
     const page = (await ask(server.port, "GET /")).content.toString();
-    const hrefs = [...page.matchAll(/<a href="\.\/([^"]*)"/g)].map(([, href = ""]) => href);
+    const hrefs = [...page.matchAll(/<a href="([^"]*)"/g)].map(([, href = ""]) => href);
     expect(hrefs.map(decodeURIComponent).toSorted()).toEqual(names.toSorted());
     const answers = await askAll(
       server.port,
@@ -717,7 +817,7 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
           ["GET /large", "Range: bytes=100000-299999"],
           ({ content }) => content.equals(large.subarray(100_000, 300_000)),
         ],
-        [["GET /folder/"], ({ status, content }) => status === 200 && content.includes('href="./a"')],
+        [["GET /folder/"], ({ status, content }) => status === 200 && content.includes('href="a"')],
         [["HEAD /folder/"], ({ status, content }) => status === 200 && content.length === 0],
         [["GET /folder"], ({ status }) => status === 301],
         [["GET /small", `If-None-Match: ${tag}`], ({ status }) => status === 304],
