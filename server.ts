@@ -19,7 +19,7 @@
 import { isUtf8 } from "node:buffer";
 import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
-import { dirname, join, resolve, sep } from "node:path";
+import { dirname, extname, join, resolve, sep } from "node:path";
 import { parseArgs } from "node:util";
 
 export const VERSION = "0.1.0";
@@ -105,7 +105,7 @@ export interface Response {
   readonly head: Uint8Array;
   readonly content: Uint8Array;
   /** Content that is read while it is sent, instead of `content`. The holder must close it. */
-  readonly part?: Part;
+  readonly part?: FilePart;
 }
 
 /** What a server answers with: a text, or files. */
@@ -1655,7 +1655,7 @@ function run(commandLine: CommandLine): void {
   const { host, text, root, log: logFormat, tlsFiles } = commandLine;
   const { limits, reserve } = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
   const log = new Log();
-  const site = root === undefined ? new TextSite(text) : new FileSite(root, reserve);
+  const site = root === undefined ? new TextSite(text) : new FileSite(root);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
   const readTls = () => tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
   let listeners = listen(server, { ...commandLine, tls: readTls() });
@@ -1708,8 +1708,18 @@ function main(): void {
 
 // ═══ 11 Files ════════════════════════════════════════════════════════════════════════════════════
 //
-// All that is only for --root. Without this section, and without the line of `run` that names
-// FileSite, the rest serves a text.
+// Only for --root. Without this section, and without the line of `run` that names FileSite, the
+// rest serves a text. A request meets these, one after the other:
+//
+//   parseTargetPath     its path, decoded, without dot segments
+//   FileSite.respond    a method or a name that is not served is refused here
+//   openBelow           opens the path if it is a file or a folder below the root
+//   KnownFile           what a response says about this version of the file
+//   evaluateConditions  304 or 412
+//   decideRanges        the parts of the file that are asked for, or 416
+//   respondContent      a small file is read at once; a large one is
+//   sendPart            read and sent in turns
+//   listFolder          the page of a folder without index.html
 
 /** A file is read and written to a socket in pieces of this size. */
 const PIECE_BYTES = 262_144;
@@ -1717,30 +1727,39 @@ const PIECE_BYTES = 262_144;
 const PIECES_PER_TURN = 16;
 /** A file up to this size is read at once, and sent together with its head. */
 const SMALL_FILE_BYTES_MAX = 65_536;
-/** A name takes some 300 bytes of a page. The names that a page leaves out can still be fetched. */
-const LISTING_ENTRIES_MAX = 10_000;
-/** A digest is requested, never required. client-robust waits three times as long for a byte. */
-const DIGEST_TIMEOUT_MS = 10_000;
-/** Digests being computed: each holds a file open. Answers above that go without. */
-const PENDING_DIGESTS_MAX = 64;
-/** Digests that are remembered, each with the path of its file. */
-const DIGESTS_KEPT_MAX = 4096;
+/** More ranges in one request get the whole file. PDF readers and zsync ask for some ten at once. */
+const RANGES_MAX = 50;
+/** Versions of files that are remembered, with some 600 bytes each. */
+const KNOWN_FILES_MAX = 16_384;
+/** An open file is known to be below the root if it was found there within this time. */
+const FOUND_BELOW_MS = 1000;
+/** A digest is requested, never required: an answer waits this long for it. */
+const DIGEST_TIMEOUT_MS = 1000;
+/** Answers that wait for a digest at once. More go without. */
+const WAITING_FOR_DIGEST_MAX = 8;
+/** Files that changed within this time may change again while they are sent: a log, a recording. */
+const LIVELY_MS = 3_600_000;
 /** Two changes within one tick of the kernel's clock leave a file with the same time: 10 ms at most. */
 const CLOCK_TICK_MS = 10;
+/** A read that takes this long has waited for a disk. For a while, reads then wait in the thread pool. */
+const SLOW_READ_MS = 5;
+const SLOW_DISK_MS = 2000;
+/** A name takes some 300 bytes of a page. The names that a page leaves out can still be fetched. */
+const LISTING_ENTRIES_MAX = 10_000;
 
 // ── what is requested ──
 
 /** The path of a request-target (RFC 3986 §3.3), taken apart. */
 export interface TargetPath {
-  /** Decoded, none of them empty. */
+  /** Decoded, without empty and dot segments. */
   readonly segments: readonly string[];
-  /** It ends in a slash: it names a folder. */
+  /** It ends in a slash or a dot segment: it names a folder. */
   readonly isFolder: boolean;
   /** "?" and what follows; "" if there is none. */
   readonly query: string;
 }
 
-/** Bytes that no file name may have: on Windows a backslash is a slash too, and ":" names streams. */
+/** Characters that no file name may have: on Windows a backslash is a slash too, and ":" names streams. */
 const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/;
 
 /**
@@ -1754,7 +1773,7 @@ export function parseTargetPath(requestTarget: string): TargetPath | undefined {
   let last = "";
   try {
     for (const encoded of path.split("/")) {
-      last = decodeURIComponent(encoded);
+      last = encoded.includes("%") ? decodeURIComponent(encoded) : encoded;
       if (NO_FILE_NAME.test(last)) return undefined;
       if (last === ".." && segments.pop() === undefined) return undefined;
       if (last !== "" && last !== "." && last !== "..") segments.push(last);
@@ -1766,56 +1785,282 @@ export function parseTargetPath(requestTarget: string): TargetPath | undefined {
   return { segments, isFolder, query: requestTarget.includes("?") ? `?${query}` : "" };
 }
 
-/** The bytes from `from` up to, but not including, `to`. */
-export interface ByteRange {
-  readonly from: number;
-  readonly to: number;
+/** Names with a leading dot are hidden. Of the path of a request, /.well-known/ is not (RFC 8615). */
+const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
+
+/** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */
+const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
+const NO_FIELDS: ReadonlyMap<string, string> = new Map();
+const conditionsOf = (request: RequestHead) => (HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS);
+
+/** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
+export class FileSite implements Site {
+  private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
+  private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
+  private readonly root: Root;
+  /** Listings that wait for their turn, by the path of the folder, and the last of them. */
+  private readonly listings = new Map<string, Promise<Response>>();
+  private lastListing: Promise<unknown> = Promise.resolve();
+  private waitingForDigest = 0;
+
+  /** @throws StartError if the path is not that of a folder that can be read */
+  constructor(root: string) {
+    this.root = new Root(root);
+  }
+
+  refuse({ method }: RequestHead): Response | undefined {
+    if (method === "GET" || method === "HEAD" || method === "OPTIONS") return undefined;
+    return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
+  }
+
+  respond(request: RequestHead): Response | Promise<Response> {
+    const refusal = this.refuse(request);
+    if (refusal !== undefined) return refusal;
+    if (request.method === "OPTIONS") return this.options;
+    const path = parseTargetPath(request.requestTarget);
+    if (path === undefined) return responseTo("path");
+    if (path.segments.some(isHidden)) return responseTo("not-found");
+    const found = openBelow(this.root, [this.root.path, ...path.segments].join(sep));
+    if (typeof found === "string") return responseTo(found);
+    if (found.isFolder) return this.respondFolder(request, path, found);
+    return path.isFolder ? closeAfter(found, responseTo("not-found")) : this.respondFile(request, found);
+  }
+
+  sweep(now: number): void {
+    this.root.now = now;
+    this.root.isResolved = false;
+  }
+
+  private respondFolder(request: RequestHead, path: TargetPath, folder: OpenFile): Response | Promise<Response> {
+    folder.close();
+    if (!path.isFolder) {
+      // Relative, so that it is right behind a proxy that puts the folder elsewhere.
+      const location = `${encodeURIComponent(path.segments.at(-1) ?? "")}/${path.query}`;
+      return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
+    }
+    const index = openBelow(this.root, join(folder.path, "index.html"));
+    if (index === "not-found") return this.list(path.segments, folder.path);
+    if (typeof index === "string") return responseTo(index);
+    if (!index.isFolder) return this.respondFile(request, index);
+    index.close();
+    return this.list(path.segments, folder.path);
+  }
+
+  /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
+  private list(segments: readonly string[], path: string): Promise<Response> {
+    const known = this.listings.get(path);
+    if (known !== undefined) return known;
+    const openAndList = async () => {
+      this.listings.delete(path); // a later request may know of a change that this listing misses
+      // The folder was not kept open: many may wait, and their peers may have gone.
+      const folder = openBelow(this.root, path);
+      if (typeof folder === "string") return responseTo(folder);
+      return listFolder(this.root, segments, folder).finally(() => folder.close());
+    };
+    const listing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
+    this.listings.set(path, listing);
+    this.lastListing = listing;
+    return listing;
+  }
+
+  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
+    const { method } = request;
+    const { known } = file;
+    const fields = conditionsOf(request);
+    const status = evaluateConditions(fields, known);
+    if (status === 412) return closeAfter(file, responseTo("precondition"));
+    if (status === 304) return closeAfter(file, prepareFile(304, known.validators));
+    const ranges = decideRanges(method, fields, known, Date.now());
+    if (ranges === "unsatisfiable") return closeAfter(file, respondUnsatisfiable(known));
+    const want = fields.get("want-repr-digest");
+    const wantsDigest = want !== undefined && wantsSha256(want);
+    if (wantsDigest) known.hashNext(file);
+    if (!wantsDigest || known.digest !== undefined || this.waitingForDigest >= WAITING_FOR_DIGEST_MAX)
+      return respondContent(method, file, ranges, wantsDigest);
+    this.waitingForDigest++;
+    return hashInTurns(file).then(() => {
+      this.waitingForDigest--;
+      return respondContent(method, file, ranges, wantsDigest);
+    });
+  }
 }
+
+// ── what is opened ──
+
+/** The folder that is served. If it is a link, it is followed anew at each sweep, and before anything is refused. */
+class Root {
+  readonly path: string;
+  /** The time that answers have as their Date. */
+  now = Date.now();
+  isResolved = false;
+  private realPath = "";
+  /** By path; those that were asked for last. */
+  private readonly knownFiles = new Map<string, KnownFile>();
+
+  /** @throws StartError */
+  constructor(path: string) {
+    this.path = resolve(path);
+    try {
+      fs.readdirSync(this.path);
+    } catch (error) {
+      throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
+    }
+  }
+
+  /** Was there a file at this path less than a second ago? */
+  hasSeen(path: string): boolean {
+    const known = this.knownFiles.get(path);
+    return known !== undefined && this.now - known.foundAt < FOUND_BELOW_MS;
+  }
+
+  /** Is a real path below it? @throws SystemError if the root is not there */
+  has(realPath: string): boolean {
+    if (this.isResolved && isBelow(this.realPath, realPath)) return true;
+    this.realPath = fs.realpathSync(this.path);
+    this.isResolved = true;
+    return isBelow(this.realPath, realPath);
+  }
+
+  /**
+   * What is known about an open file; undefined if it is not below the root. Whoever changes links or moves folders just
+   * now cannot show a file that is elsewhere: the very file that is open, in the same version, was found below the root
+   * less than a second ago, or it is looked for.
+   */
+  know(fd: number, path: string, stats: fs.Stats): KnownFile | undefined {
+    const known = this.knownFiles.get(path);
+    if (known?.isOf(stats) && this.now - known.foundAt < FOUND_BELOW_MS) return known;
+    if (!this.has(realPathOf(fd, path))) return undefined;
+    if (known?.isOf(stats)) {
+      known.foundAt = this.now;
+      return known;
+    }
+    const found = new KnownFile(path, stats, this.now);
+    this.knownFiles.delete(path);
+    if (found.isLasting && !stats.isDirectory()) this.knownFiles.set(path, found);
+    const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
+    this.knownFiles.delete(oldest);
+    return found;
+  }
+}
+
+const isBelow = (root: string, realPath: string) =>
+  realPath === root || realPath.startsWith(root.endsWith(sep) ? root : root + sep);
+
+const OPEN_DESCRIPTORS = `/proc/${process.pid}/fd/`;
 
 /**
- * Parses a Range of one range (RFC 9110 §14.1.2).
- * @returns "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another unit, a syntax error, or
- * several ranges, for which a server may send the whole (§14.2)
+ * The real path of an open file. Linux knows it. Elsewhere the path is resolved once more, and whoever can change links
+ * below the root between the two could reach any file that the server may read.
  */
-export function parseRange(value: string, size: number): ByteRange | "unsatisfiable" | undefined {
-  const [, first, last] = /^bytes=[ \t]*(\d*)-(\d*)[ \t]*$/i.exec(value) ?? [];
-  if (first === undefined || last === undefined || (first === "" && last === "")) return undefined;
-  if (first === "") {
-    if (Number(last) === 0) return "unsatisfiable";
-    // The last bytes of an empty file are the whole, and Content-Range has no way to say so.
-    return size === 0 ? undefined : { from: Math.max(0, size - Number(last)), to: size };
+const realPathOf = (fd: number, path: string) =>
+  process.platform === "linux" ? fs.readlinkSync(`${OPEN_DESCRIPTORS}${fd}`) : fs.realpathSync(path);
+
+/** What a failed system call means for the request. */
+function rejectionFor(error: unknown): Rejection {
+  const { code } = error as { code?: string }; // node:fs throws SystemErrors
+  if (code === "EACCES" || code === "EPERM") return "forbidden";
+  if (code === "EMFILE" || code === "ENFILE") return "too-many-files";
+  return code === "EIO" || code === undefined ? "internal" : "not-found";
+}
+
+/** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
+function openBelow(root: Root, path: string): OpenFile | Rejection {
+  let fd = -1;
+  try {
+    // Opening a device or a FIFO may already do something, so only what is, or just was, a file or a folder is opened.
+    const found = root.hasSeen(path) ? undefined : fs.statSync(path);
+    if (found !== undefined && !found.isFile() && !found.isDirectory()) return "not-found";
+    // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
+    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
+    const stats = fs.fstatSync(fd);
+    const known = stats.isFile() || stats.isDirectory() ? root.know(fd, path, stats) : undefined;
+    if (known === undefined) return "not-found";
+    const file = new OpenFile(fd, path, known, stats.isDirectory());
+    fd = -1;
+    return file;
+  } catch (error) {
+    const rejection = rejectionFor(error);
+    return rejection === "forbidden" && !isKnownBelow(root, path) ? "not-found" : rejection;
+  } finally {
+    if (fd >= 0) fs.closeSync(fd);
   }
-  if (last !== "" && Number(last) < Number(first)) return undefined;
-  if (Number(first) >= size) return "unsatisfiable";
-  return { from: Number(first), to: last === "" ? size : Math.min(size, Number(last) + 1) };
 }
 
-const IMF_FIXDATE = /^[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) (\d{4}) (\d\d:\d\d:\d\d) GMT$/;
-const RFC850_DATE = /^[A-Z][a-z]+day, (\d\d)-([A-Z][a-z]{2})-(\d\d) (\d\d:\d\d:\d\d) GMT$/;
-const ASCTIME_DATE = /^[A-Z][a-z]{2} ([A-Z][a-z]{2}) ([ \d]\d) (\d\d:\d\d:\d\d) (\d{4})$/;
-
-/** RFC 9110 §5.6.7: HTTP-date, in the form that is sent today or in one of the two obsolete ones. NaN if it is none. */
-export function parseHttpDate(text: string, now = Date.now()): number {
-  const [, asctimeMonth = "", asctimeDay = "", asctimeTime = "", asctimeYear = ""] = ASCTIME_DATE.exec(text) ?? [];
-  const [, day = asctimeDay.replace(" ", "0"), month = asctimeMonth, year = asctimeYear, time = asctimeTime] =
-    IMF_FIXDATE.exec(text) ?? RFC850_DATE.exec(text) ?? [];
-  // Two digits are the year that is not more than 50 years ahead.
-  const century = new Date(now).getUTCFullYear() + 50 - Number(year);
-  const wholeYear = year.length === 2 ? String(Number(year) + 100 * Math.floor(century / 100)) : year;
-  const date = new Date(`${day} ${month} ${wholeYear} ${time} GMT`);
-  // There is no 31st of February, but Date reads it as a day in March.
-  const isDate =
-    !Number.isNaN(date.getTime()) && date.toUTCString().endsWith(`${day} ${month} ${wholeYear} ${time} GMT`);
-  return isDate ? date.getTime() : Number.NaN;
+/** Whether an unreadable path is reported as 403, or hidden as 404 because a link leads out of the root. */
+function isKnownBelow(root: Root, path: string): boolean {
+  for (let at = path; isBelow(root.path, at); at = dirname(at)) {
+    try {
+      return root.has(fs.realpathSync(at));
+    } catch {} // try the folder above
+  }
+  return false;
 }
 
-/** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. */
-export function wantsSha256(wantReprDigest: string): boolean {
-  const last = [...wantReprDigest.matchAll(/(?:^|,)[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/g)].at(-1);
-  return Number(last?.[1] ?? 0) > 0;
+/** Until then, a piece is read in the thread pool before it is read again to be sent: a disk is slow. */
+let slowUntil = 0;
+
+/** Filled by several threads at once, and never looked at. */
+const unused = new Uint8Array(PIECE_BYTES);
+
+/** A file or a folder below the root. The holder must close it. */
+class OpenFile {
+  constructor(
+    private readonly fd: number,
+    /** As it was asked for, links included. */
+    readonly path: string,
+    readonly known: KnownFile,
+    readonly isFolder: boolean,
+  ) {}
+
+  /** Fills into[from..to] with what stands at a position. False if there is less, or the disk fails. */
+  read(into: Uint8Array, from: number, to: number, position: number): boolean {
+    const start = performance.now();
+    try {
+      for (let at = from; at < to;) {
+        const more = fs.readSync(this.fd, into, at, to - at, position + at - from);
+        if (more === 0) return false;
+        at += more;
+      }
+      return true;
+    } catch {
+      return false;
+    } finally {
+      const end = performance.now();
+      if (end - start > SLOW_READ_MS) slowUntil = end + SLOW_DISK_MS;
+    }
+  }
+
+  /** Reads a piece in the thread pool, for the page cache alone. */
+  warm(position: number): Promise<void> {
+    return new Promise((resolve) => fs.read(this.fd, unused, 0, PIECE_BYTES, position, () => resolve()));
+  }
+
+  /** Undefined if the disk fails. */
+  stat(): fs.Stats | undefined {
+    try {
+      return fs.fstatSync(this.fd);
+    } catch {
+      return undefined;
+    }
+  }
+
+  /** Leads to a folder, wherever that has been moved to. */
+  get ownPath(): string {
+    return process.platform === "linux" ? `${OPEN_DESCRIPTORS}${this.fd}` : this.path;
+  }
+
+  close(): void {
+    fs.closeSync(this.fd);
+  }
 }
 
-// ── what is decided ──
+/** Closes a file once there is a response, unless some of it is still to be sent. */
+function closeAfter(file: OpenFile, response: Response): Response {
+  if (response.part === undefined) file.close();
+  return response;
+}
+
+// ── what is known of it ──
 
 /** The version of a file: two with the same entity-tag are the same, byte by byte. */
 export interface FileVersion {
@@ -1824,9 +2069,98 @@ export interface FileVersion {
   readonly etag: string;
   /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
-  /** Modified within the clock's resolution: a second change might leave the same timestamps, so this ETag is used once. */
-  readonly isFresh: boolean;
 }
+
+/** Makes the tags of fresh versions unique. */
+let freshVersions = 0;
+
+/** A version of a file, and what responses say about it. */
+class KnownFile implements FileVersion {
+  readonly size: number;
+  readonly etag: string;
+  readonly lastModified: number;
+  readonly type: string;
+  /** Field-lines about the version (RFC 9110 §8.8). */
+  readonly validators: string;
+  /** Another request can find the same version: its tag and its date stay as they are. */
+  readonly isLasting: boolean;
+  /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
+  digest: string | undefined;
+  private hash: Bun.CryptoHasher | undefined;
+  private hashedTo = 0;
+
+  /** @param foundAt when it was found below the root: the time that answers have as their Date */
+  constructor(
+    path: string,
+    readonly stats: fs.Stats,
+    public foundAt: number,
+  ) {
+    const { size, ino, mtimeMs, ctimeMs } = stats;
+    const now = Date.now();
+    // Modified within the clock's resolution: a second change might leave the same times, so this tag is used once.
+    const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
+    const once = isFresh ? `-${now}.${freshVersions++}` : "";
+    // The time of the last change is part of the tag, since anyone can set that of the last modification. Both are exact
+    // to less than a microsecond.
+    this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
+    this.size = size;
+    this.isLasting = !isFresh && mtimeMs <= foundAt;
+    // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
+    const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
+    this.lastModified = modified > 1000 ? modified : Number.NaN;
+    const date = modified > 1000 ? `Last-Modified: ${new Date(modified).toUTCString()}\r\n` : "";
+    this.validators = `ETag: ${this.etag}\r\n${date}`;
+    this.type = typeOf(path);
+  }
+
+  /** Is it the version of an open file? */
+  isOf(found: fs.Stats | undefined): boolean {
+    const { dev, ino, size, mtimeMs, ctimeMs } = this.stats;
+    if (found?.ino !== ino || found.dev !== dev || found.size !== size) return false;
+    return found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
+  }
+
+  /** Hashes bytes of the file if they are the next ones. All transfers of a version bring on the one digest. */
+  hashOn(file: OpenFile, bytes: Uint8Array, position: number): void {
+    const from = this.hashedTo - position;
+    if (this.digest !== undefined || from < 0 || from > bytes.length) return;
+    this.hash ??= new Bun.CryptoHasher("sha256");
+    this.hash.update(bytes.subarray(from));
+    this.hashedTo = position + bytes.length;
+    if (this.hashedTo === this.size && this.isOf(file.stat())) this.digest = this.hash.digest("base64");
+  }
+
+  /** Reads and hashes the next piece. False if there is no more, or nothing that is right. */
+  hashNext(file: OpenFile): boolean {
+    const length = Math.min(PIECE_BYTES, this.size - this.hashedTo);
+    if (!file.read(piece, 0, length, this.hashedTo)) return false;
+    this.hashOn(file, piece.subarray(0, length), this.hashedTo);
+    return this.digest === undefined && length > 0;
+  }
+}
+
+/** Hashes a file until it has its digest, for as long as an answer waits. */
+async function hashInTurns(file: OpenFile): Promise<void> {
+  const deadline = performance.now() + DIGEST_TIMEOUT_MS;
+  do await nextTurn();
+  while (performance.now() < deadline && file.known.hashNext(file));
+}
+
+/** Types by extension: Bun knows them, but takes its time. */
+const types = new Map<string, string>();
+
+/** The media type by the name's extension. All text is taken for UTF-8. */
+function typeOf(path: string): string {
+  const extension = extname(path);
+  const known = types.get(extension);
+  if (known !== undefined) return known;
+  const [bare = ""] = Bun.file(`x${extension}`).type.split(";");
+  const type = bare.startsWith("text/") ? `${bare}; charset=utf-8` : bare;
+  if (types.size < 1000) types.set(extension, type);
+  return type;
+}
+
+// ── what is decided ──
 
 /** entity-tag (RFC 9110 §8.8.3) */
 const ENTITY_TAG = /(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g;
@@ -1862,405 +2196,241 @@ function mayTakePart(ifRange: string | undefined, version: FileVersion, now: num
   return parseHttpDate(ifRange) === version.lastModified && now - version.lastModified >= 1000;
 }
 
-/** The part of a file to send; undefined is the whole, "unsatisfiable" that the file has nothing of what is asked for. */
-export function decideRange(
+/** The bytes from `from` up to, but not including, `to`. */
+export interface ByteRange {
+  readonly from: number;
+  readonly to: number;
+}
+
+/** The parts of a file to send; undefined is the whole, "unsatisfiable" that the file has nothing of what is asked for. */
+export function decideRanges(
   method: Method,
   fields: ReadonlyMap<string, string>,
   version: FileVersion,
   now: number,
-): ByteRange | "unsatisfiable" | undefined {
+): readonly ByteRange[] | "unsatisfiable" | undefined {
   const range = fields.get("range");
   // RFC 9110 §14.2: Range has a meaning only in a GET.
   if (method !== "GET" || range === undefined || !mayTakePart(fields.get("if-range"), version, now)) return undefined;
-  return parseRange(range, version.size);
-}
-
-/** Makes the tags of fresh versions unique. */
-let freshVersions = 0;
-
-/** @param dateNow the time that answers have as their Date: Last-Modified is never later (RFC 9110 §8.8.2.1) */
-function versionOf({ size, ino, mtimeMs, ctimeMs }: fs.Stats, dateNow: number): FileVersion {
-  const now = Date.now();
-  // The time of the last change is part of the tag, since anyone can set that of the last modification. Both are exact to
-  // less than a microsecond, and changes that are closer together are told apart by the tag of a fresh version.
-  const parts = [mtimeMs * 1000, size, ino, ctimeMs * 1000].map((part) => Math.round(part).toString(36));
-  const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
-  if (isFresh) parts.push(`${now}.${freshVersions++}`);
-  const modified = Math.floor(Math.min(mtimeMs, dateNow) / 1000) * 1000;
-  // Reproducible images and Nix give every version of a file the time 0 or 1: that is none.
-  return { size, etag: `"${parts.join("-")}"`, lastModified: modified > 1000 ? modified : Number.NaN, isFresh };
-}
-
-// ── what is opened ──
-
-/** The media type by the name's extension. All text is taken for UTF-8. */
-function typeOf(path: string): string {
-  const [type = ""] = Bun.file(path).type.split(";");
-  return type.startsWith("text/") ? `${type}; charset=utf-8` : type;
-}
-
-/** A browser must not guess another type from the content. */
-const FILE_FIELDS = { "X-Content-Type-Options": "nosniff" };
-
-/** A file or a folder below the root. It is closed when the last of its holders has closed it. */
-class OpenFile {
-  readonly isFolder: boolean;
-  readonly version: FileVersion;
-  private knownFields: Record<string, string> | undefined;
-  private holders = 1;
-
-  constructor(
-    readonly fd: number,
-    /** As it was asked for, links included; and with links resolved. */
-    readonly path: string,
-    readonly realPath: string,
-    private readonly stats: fs.Stats,
-    dateNow: number,
-  ) {
-    this.isFolder = stats.isDirectory();
-    this.version = versionOf(stats, dateNow);
-  }
-
-  hold(): this {
-    this.holders++;
-    return this;
-  }
-
-  close(): void {
-    if (--this.holders === 0) fs.closeSync(this.fd);
-  }
-
-  /** Has nothing been written to it since it was opened? */
-  isUnchanged(): boolean {
-    const { size, mtimeMs } = fs.fstatSync(this.fd);
-    // Not the time of the last change: moving, replacing or deleting a file changes that too.
-    return size === this.stats.size && mtimeMs === this.stats.mtimeMs;
-  }
-
-  /** Does its path still lead to this file, in this version? */
-  isCurrent(): boolean {
-    const { dev, ino, size, mtimeMs, ctimeMs } = this.stats;
-    try {
-      const found = fs.statSync(this.path);
-      const isOne = found.dev === dev && found.ino === ino;
-      return isOne && found.size === size && found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
-    } catch {
-      return false;
-    }
-  }
-
-  /** What a response says of its version (RFC 9110 §8.8). */
-  get validators(): Record<string, string> {
-    const { etag, lastModified } = this.version;
-    const date = Number.isNaN(lastModified) ? {} : { "Last-Modified": new Date(lastModified).toUTCString() };
-    return { ETag: etag, ...date };
-  }
-
-  /** What a response says of it, whatever part it sends. */
-  get fields(): Record<string, string> {
-    return (this.knownFields ??= {
-      ...{ "Content-Type": typeOf(this.path), "Accept-Ranges": "bytes" },
-      ...this.validators,
-      ...FILE_FIELDS,
-    });
-  }
+  return parseRanges(range, version.size);
 }
 
 /**
- * The real path of an open file. Linux knows it. Elsewhere the path is resolved once more, and whoever can change links
- * below the root between the two could reach any file that the server may read.
+ * Parses a Range (RFC 9110 §14.1.2). Ranges that overlap or touch are joined, so that all together are at most the file.
+ * @returns in the order asked for; "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another
+ * unit, a syntax error, too many, or an empty file, of which Content-Range can say nothing
  */
-function realPathOf(fd: number, path: string): string {
-  return process.platform === "linux" ? fs.readlinkSync(`/proc/self/fd/${fd}`) : fs.realpathSync(path);
+export function parseRanges(value: string, size: number): readonly ByteRange[] | "unsatisfiable" | undefined {
+  const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
+  // §5.6.1: empty elements are ignored.
+  const specs = list
+    .split(",")
+    .map(trimOws)
+    .filter((spec) => spec !== "");
+  if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
+  let ranges: readonly ByteRange[] = [];
+  for (const spec of specs) {
+    const [, first = "", last = ""] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
+    if (first + last === "" || (first !== "" && last !== "" && Number(last) < Number(first))) return undefined;
+    const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
+    const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
+    if (from < to) ranges = joinRange(ranges, { from, to });
+  }
+  return ranges.length === 0 ? "unsatisfiable" : ranges;
 }
 
-const isBelow = (root: string, realPath: string) =>
-  realPath === root || realPath.startsWith(root.endsWith(sep) ? root : root + sep);
-
-/** The folder that is served. A link is followed anew every 250 ms, and whenever something is not below it. */
-class Root {
-  readonly path: string;
-  private realPath = "";
-
-  /** @throws StartError if it is no folder, or cannot be read */
-  constructor(path: string) {
-    this.path = resolve(path);
-    try {
-      fs.readdirSync(this.path);
-    } catch (error) {
-      throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
-    }
-  }
-
-  forget(): void {
-    this.realPath = "";
-  }
-
-  /** Is this real path below it? @throws SystemError if the root is not there */
-  has(realPath: string): boolean {
-    if (this.realPath !== "" && isBelow(this.realPath, realPath)) return true;
-    this.realPath = fs.realpathSync(this.path);
-    return isBelow(this.realPath, realPath);
-  }
+/** Adds a range to some that do not touch each other. If it touches any, the whole stands where the first of them was. */
+function joinRange(ranges: readonly ByteRange[], range: ByteRange): readonly ByteRange[] {
+  const isApart = ({ from, to }: ByteRange) => to < range.from || range.to < from;
+  const joined = ranges.filter((one) => !isApart(one)).concat(range);
+  const from = Math.min(...joined.map((one) => one.from));
+  const to = Math.max(...joined.map((one) => one.to));
+  const first = ranges.findIndex((one) => !isApart(one));
+  const before = first < 0 ? ranges : ranges.slice(0, first);
+  return [...before, { from, to }, ...ranges.slice(before.length).filter(isApart)];
 }
 
-/** What a failed system call means for the request. */
-function rejectionFor(error: unknown): Rejection {
-  const { code } = error as { code?: string }; // node:fs throws SystemErrors
-  if (code === "EACCES" || code === "EPERM") return "forbidden";
-  if (code === "EMFILE" || code === "ENFILE") return "too-many-files";
-  return code === "EIO" || code === undefined ? "internal" : "not-found";
+const IMF_FIXDATE = /^[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) (\d{4}) (\d\d:\d\d:\d\d) GMT$/;
+const RFC850_DATE = /^[A-Z][a-z]+day, (\d\d)-([A-Z][a-z]{2})-(\d\d) (\d\d:\d\d:\d\d) GMT$/;
+const ASCTIME_DATE = /^[A-Z][a-z]{2} ([A-Z][a-z]{2}) ([ \d]\d) (\d\d:\d\d:\d\d) (\d{4})$/;
+
+/** RFC 9110 §5.6.7: HTTP-date, in the form that is sent today or in one of the two obsolete ones. NaN if it is none. */
+export function parseHttpDate(text: string, now = Date.now()): number {
+  const [, asctimeMonth = "", asctimeDay = "", asctimeTime = "", asctimeYear = ""] = ASCTIME_DATE.exec(text) ?? [];
+  const [, day = asctimeDay.replace(" ", "0"), month = asctimeMonth, year = asctimeYear, time = asctimeTime] =
+    IMF_FIXDATE.exec(text) ?? RFC850_DATE.exec(text) ?? [];
+  // Two digits are the year that is not more than 50 years ahead.
+  const century = new Date(now).getUTCFullYear() + 50 - Number(year);
+  const wholeYear = year.length === 2 ? String(Number(year) + 100 * Math.floor(century / 100)) : year;
+  const date = new Date(`${day} ${month} ${wholeYear} ${time} GMT`);
+  // There is no 31st of February, but Date reads it as a day in March.
+  const isDate =
+    !Number.isNaN(date.getTime()) && date.toUTCString().endsWith(`${day} ${month} ${wholeYear} ${time} GMT`);
+  return isDate ? date.getTime() : Number.NaN;
 }
 
-/** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
-function openBelow(root: Root, path: string, dateNow: number): OpenFile | Rejection {
-  let fd = -1;
-  try {
-    // Opening a device or a FIFO may already do something, so only files and folders are opened.
-    const found = fs.statSync(path, { throwIfNoEntry: false });
-    if (found === undefined || !(found.isFile() || found.isDirectory())) return "not-found";
-    // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
-    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
-    const realPath = realPathOf(fd, path);
-    const stats = fs.fstatSync(fd);
-    if (!root.has(realPath) || !(stats.isFile() || stats.isDirectory())) return "not-found";
-    const file = new OpenFile(fd, path, realPath, stats, dateNow);
-    fd = -1;
-    return file;
-  } catch (error) {
-    const rejection = rejectionFor(error);
-    return rejection === "forbidden" && !isKnownBelow(root, path) ? "not-found" : rejection;
-  } finally {
-    if (fd >= 0) fs.closeSync(fd);
-  }
-}
-
-/** Whether an unreadable path is reported as 403, or hidden as 404 because a link leads out of the root. */
-function isKnownBelow(root: Root, path: string): boolean {
-  for (let at = path; isBelow(root.path, at); at = dirname(at)) {
-    try {
-      return root.has(fs.realpathSync(at));
-    } catch {} // try the folder above
-  }
-  return false;
+/** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. */
+export function wantsSha256(wantReprDigest: string): boolean {
+  const last = [...wantReprDigest.matchAll(/(?:^|,)[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/g)].at(-1);
+  return Number(last?.[1] ?? 0) > 0;
 }
 
 // ── what is answered ──
 
-/** Names with a leading dot are hidden. Of the path of a request, /.well-known/ is not (RFC 8615). */
-const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
+/** A response about a file. `lines` are field-lines. */
+const prepareFile = (status: number, lines: string, content: Uint8Array = NO_BYTES): Response => ({
+  status,
+  head: encoder.encode(`HTTP/1.1 ${REASON_PHRASES.get(status)}\r\n${lines}Date: `),
+  content,
+});
 
-/** Does a head have a field that decides what of a file is sent? Most have not, and need no map of their fields. */
-const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
-const NO_FIELDS: ReadonlyMap<string, string> = new Map();
-const conditionsOf = (request: RequestHead) => (HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS);
-
-/** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
-export class FileSite implements Site {
-  private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
-  private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
-  private readonly digests: Digests;
-  /** Files that were asked for since the last sweep, by path. */
-  private readonly recent = new Map<string, OpenFile>();
-  /** Listings that wait for their turn, by the path of the folder, and the last of them. */
-  private readonly listings = new Map<string, Promise<Response>>();
-  private lastListing: Promise<unknown> = Promise.resolve();
-  /** The time that answers have as their Date. */
-  private dateNow = Date.now();
-
-  private readonly root: Root;
-
-  /**
-   * @param root the path of a folder
-   * @param openMax files that may stay open for a moment, and digests that may be computed at once
-   */
-  constructor(
-    root: string,
-    private readonly openMax: number,
-  ) {
-    this.root = new Root(root);
-    this.digests = new Digests(Math.min(PENDING_DIGESTS_MAX, openMax));
-  }
-
-  refuse({ method }: RequestHead): Response | undefined {
-    if (method === "GET" || method === "HEAD" || method === "OPTIONS") return undefined;
-    return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
-  }
-
-  respond(request: RequestHead): Response | Promise<Response> {
-    const refusal = this.refuse(request);
-    if (refusal !== undefined) return refusal;
-    if (request.method === "OPTIONS") return this.options;
-    const path = parseTargetPath(request.requestTarget);
-    if (path === undefined) return responseTo("path");
-    if (path.segments.some(isHidden)) return responseTo("not-found");
-    const found = this.find(join(this.root.path, ...path.segments));
-    if (typeof found === "string") return responseTo(found);
-    try {
-      if (found.isFolder) return this.respondFolder(request, path, found);
-      return path.isFolder ? responseTo("not-found") : this.respondFile(request, found);
-    } finally {
-      found.close();
-    }
-  }
-
-  sweep(now: number): void {
-    this.dateNow = now;
-    this.root.forget();
-    for (const file of this.recent.values()) file.close();
-    this.recent.clear();
-  }
-
-  /** Opens a path, unless it is open and its file is still the one at the path. */
-  private find(path: string): OpenFile | Rejection {
-    const known = this.recent.get(path);
-    if (known?.isCurrent()) return known.hold();
-    let found = openBelow(this.root, path, this.dateNow);
-    if (found === "too-many-files" && this.recent.size > 0) {
-      this.sweep(this.dateNow);
-      found = openBelow(this.root, path, this.dateNow);
-    }
-    if (typeof found === "string" || found.isFolder || found.version.isFresh) return found;
-    if (this.recent.size >= this.openMax) this.sweep(this.dateNow);
-    this.recent.get(path)?.close();
-    this.recent.set(path, found.hold());
-    return found;
-  }
-
-  private respondFolder(request: RequestHead, path: TargetPath, folder: OpenFile): Response | Promise<Response> {
-    if (!path.isFolder) {
-      // Relative, so that it is right behind a proxy that puts the folder elsewhere.
-      const location = `${encodeURIComponent(path.segments.at(-1) ?? "")}/${path.query}`;
-      return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
-    }
-    const index = this.find(join(folder.path, "index.html"));
-    const list = () => this.list(path.segments, folder.path);
-    if (typeof index === "string") return index === "not-found" ? list() : responseTo(index);
-    try {
-      return index.isFolder ? list() : this.respondFile(request, index);
-    } finally {
-      index.close();
-    }
-  }
-
-  /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
-  private list(segments: readonly string[], path: string): Promise<Response> {
-    const known = this.listings.get(path);
-    if (known !== undefined) return known;
-    const openAndList = async () => {
-      this.listings.delete(path); // a later request may know of a change that this listing misses
-      // The folder was not kept open: many may wait, and their peers may have gone.
-      const folder = openBelow(this.root, path, this.dateNow);
-      if (typeof folder === "string") return responseTo(folder);
-      return listFolder(this.root, segments, folder).finally(() => folder.close());
-    };
-    const listing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
-    this.listings.set(path, listing);
-    this.lastListing = listing;
-    return listing;
-  }
-
-  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
-    const { version } = file;
-    const fields = conditionsOf(request);
-    const status = evaluateConditions(fields, version);
-    if (status === 412) return responseTo("precondition");
-    if (status === 304) return prepareResponse(304, file.validators);
-    const range = decideRange(request.method, fields, version, Date.now());
-    if (range === "unsatisfiable") {
-      const explained = { ...TEXT_FIELDS, "Content-Range": `bytes */${version.size}`, ...file.validators };
-      return prepareResponse(416, explained, "the file has none of these bytes\n");
-    }
-    const part = new FilePart(file.hold(), range ?? { from: 0, to: version.size });
-    const respond = (digest?: string) => respondPart(request.method, file, range, part, digest);
-    const want = fields.get("want-repr-digest");
-    const digest = want !== undefined && wantsSha256(want) ? this.digests.find(file) : undefined;
-    if (!(digest instanceof Promise)) return respond(digest);
-    return Promise.race([digest, Bun.sleep(DIGEST_TIMEOUT_MS).then(() => undefined)]).then(respond);
-  }
+function respondUnsatisfiable({ size, validators }: KnownFile): Response {
+  const content = encoder.encode("the file has none of these bytes\n");
+  const about = `Content-Type: text/plain; charset=utf-8\r\nContent-Length: ${content.length}\r\n`;
+  return prepareFile(416, `${about}Content-Range: bytes */${size}\r\n${validators}`, content);
 }
 
-/** The response with a part of a file. A small one is read now, a large one while it is sent. */
-function respondPart(
+const contentRange = ({ from, to }: ByteRange, size: number) => `Content-Range: bytes ${from}-${to - 1}/${size}\r\n`;
+
+/** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
+function respondContent(
   method: Method,
   file: OpenFile,
-  range: ByteRange | undefined,
-  part: FilePart,
-  digest: string | undefined,
+  ranges: readonly ByteRange[] | undefined,
+  wantsDigest: boolean,
 ): Response {
-  const status = range === undefined ? 200 : 206;
-  const length = part.left;
-  const head = formatHead(status, {
-    ...file.fields,
-    ...(range && { "Content-Range": `bytes ${range.from}-${range.to - 1}/${file.version.size}` }),
-    ...(digest !== undefined && { "Repr-Digest": `sha-256=:${digest}:` }),
-    "Content-Length": String(length),
-  });
-  if (method !== "HEAD" && length > SMALL_FILE_BYTES_MAX) return { status, head, content: NO_BYTES, part };
-  const content = method === "HEAD" ? NO_BYTES : new Uint8Array(length);
-  // If the file has just changed, fall through to the streaming path, which detects it and ends the connection.
-  if (!part.read(content, content.length)) return { status, head, content: NO_BYTES, part };
-  part.close();
-  return { status, head, content };
+  const { known } = file;
+  const [range = { from: 0, to: known.size }] = ranges ?? [];
+  const isMultipart = ranges !== undefined && ranges.length > 1;
+  const boundary = isMultipart ? crypto.randomUUID() : "";
+  const part = new FilePart(file, isMultipart ? separated(ranges, known, boundary) : [range], wantsDigest);
+  const type = isMultipart ? `multipart/byteranges; boundary=${boundary}` : known.type;
+  let about = known.validators;
+  if (ranges !== undefined && !isMultipart) about += contentRange(range, known.size);
+  if (wantsDigest && known.digest !== undefined) about += `Repr-Digest: sha-256=:${known.digest}:\r\n`;
+  // A browser must not guess another type from the content.
+  const lines = `Content-Type: ${type}\r\nX-Content-Type-Options: nosniff\r\nAccept-Ranges: bytes\r\n${about}`;
+  const response = prepareFile(ranges === undefined ? 200 : 206, `${lines}Content-Length: ${part.left}\r\n`);
+  if (method === "HEAD") return closeAfter(file, response);
+  if (part.left <= SMALL_FILE_BYTES_MAX) {
+    const content = new Uint8Array(part.left);
+    // If the file has just changed, the streaming path detects what has become of it.
+    if (part.read(content, content.length) === "same") return closeAfter(file, { ...response, content });
+  }
+  return { ...response, part };
+}
+
+/** RFC 9110 §14.6: the content of multipart/byteranges, in which each range has a head of its own. */
+function separated(ranges: readonly ByteRange[], { size, type }: KnownFile, boundary: string) {
+  const parts = ranges.flatMap((range) => [
+    encoder.encode(`\r\n--${boundary}\r\nContent-Type: ${type}\r\n${contentRange(range, size)}\r\n`),
+    range,
+  ]);
+  return [...parts, encoder.encode(`\r\n--${boundary}--\r\n`)];
 }
 
 // ── what is sent ──
 
-/** Bytes of a file that are read while they are sent. No piece of them is kept. */
-export class FilePart implements Part {
+/** Shared scratch buffer: its content is consumed before the event loop turns. */
+const piece = new Uint8Array(PIECE_BYTES);
+
+/** Lets all other connections have a turn. */
+const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
+
+/**
+ * Content that is read from a file while it is sent, and not kept. All of it must be one version: the last piece is held
+ * back until the file is seen to be unchanged, or to have only grown: then it still has what was sent, by a checksum.
+ */
+export class FilePart {
+  /** How many bytes are left, and how many have been sent. */
+  left: number;
+  sent = 0;
+  /** The file when it was last known to have what was sent. */
+  private compared: fs.Stats;
+  /** CRC-32 of what was sent. It takes some time, so that files which have long been the same go without. */
+  private checksum: number | undefined;
+
+  /**
+   * @param segments ranges of the file, and texts between them
+   * @param hashes whether to bring on the digest of the file
+   */
   constructor(
     private readonly file: OpenFile,
-    private readonly range: ByteRange,
-    private at = range.from,
-  ) {}
+    private readonly segments: readonly (ByteRange | Uint8Array)[],
+    private readonly hashes: boolean,
+  ) {
+    this.left = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
+    this.compared = file.known.stats;
+    this.checksum = Date.now() - this.compared.ctimeMs < LIVELY_MS ? 0 : undefined;
+  }
 
-  get name(): string {
+  get path(): string {
     return this.file.path;
   }
 
-  get left(): number {
-    return this.range.to - this.at;
+  /** Moves on: these bytes have been sent. */
+  advance(bytes: Uint8Array): void {
+    const [first] = this.segments;
+    if (this.hashes && first !== undefined && "from" in first)
+      this.file.known.hashOn(this.file, bytes, first.from + this.sent);
+    if (this.checksum !== undefined) this.checksum = Bun.hash.crc32(bytes, this.checksum);
+    this.sent += bytes.length;
+    this.left -= bytes.length;
   }
 
-  get sent(): number {
-    return this.at - this.range.from;
+  /** Reads the next bytes without moving on, and says what has become of the file meanwhile. */
+  read(into: Uint8Array, length: number): "same" | "longer" | "changed" {
+    const isThere = this.readAt(this.sent, into, length);
+    const found = this.file.stat();
+    if (!isThere || found === undefined) return "changed";
+    // Not the time of the last change: moving, replacing or deleting a file changes that too.
+    if (found.size === this.compared.size && found.mtimeMs === this.compared.mtimeMs) return "same";
+    return found.size > this.compared.size ? "longer" : "changed";
   }
 
-  read(piece: Uint8Array, length: number): boolean {
-    try {
-      for (let read = 0; read < length;) {
-        const more = fs.readSync(this.file.fd, piece, read, length - read, this.at + read);
-        if (more === 0) return false;
-        read += more;
-      }
-      // Checked before the last byte is sent, so that a changed file never arrives whole.
-      return length < this.left || this.file.isUnchanged();
-    } catch {
-      return false; // the disk fails
+  /** Of a file that has become longer: is what was sent still there? */
+  async hasOnlyGrown(): Promise<boolean> {
+    const found = this.file.stat();
+    if (found === undefined || (this.sent > 0 && this.checksum === undefined)) return false;
+    let checksum = 0;
+    for (let at = 0; at < this.sent; at += PIECE_BYTES) {
+      const length = Math.min(PIECE_BYTES, this.sent - at);
+      if (!this.readAt(at, piece, length)) return false;
+      checksum = Bun.hash.crc32(piece.subarray(0, length), checksum);
+      await nextTurn();
     }
+    this.compared = found;
+    return this.sent === 0 || checksum === this.checksum;
   }
 
-  advance(length: number): void {
-    this.at += length;
+  /** Brings what comes next into the page cache, in the thread pool, so that reading it does not wait for the disk. */
+  async warm(): Promise<void> {
+    const [first] = this.segments;
+    if (first !== undefined && "from" in first) await this.file.warm(first.from + this.sent);
   }
 
   close(): void {
     this.file.close();
   }
+
+  private readAt(position: number, into: Uint8Array, length: number): boolean {
+    let start = 0; // of a segment, in the content
+    let at = 0;
+    for (const segment of this.segments) {
+      const skipped = position + at - start;
+      const count = Math.min(length - at, lengthOf(segment) - skipped);
+      start += lengthOf(segment);
+      if (count <= 0) continue;
+      if (segment instanceof Uint8Array) into.set(segment.subarray(skipped, skipped + count), at);
+      else if (!this.file.read(into, at, at + count, segment.from + skipped)) return false;
+      at += count;
+    }
+    return true;
+  }
 }
 
-/** Bytes that are read piece by piece while they are sent. */
-export interface Part {
-  /** How many are left, and how many have been sent. */
-  readonly left: number;
-  readonly sent: number;
-  /** Reads the next bytes without moving on. False if they are not, or may not be, those that the head has promised. */
-  read(piece: Uint8Array, length: number): boolean;
-  advance(length: number): void;
-  close(): void;
-  /** For the error message if `read` fails. */
-  readonly name: string;
-}
+const lengthOf = (segment: ByteRange | Uint8Array) =>
+  segment instanceof Uint8Array ? segment.length : segment.to - segment.from;
 
 /** Waits for a response that takes time. */
 async function waitForResponse(connection: Connection, promise: Promise<Response>): Promise<Response> {
@@ -2273,26 +2443,29 @@ async function waitForResponse(connection: Connection, promise: Promise<Response
   throw GONE;
 }
 
-/** Shared scratch buffer: its content is consumed before the event loop turns. */
-const piece = new Uint8Array(PIECE_BYTES);
-
-/** Lets all other connections have a turn. */
-const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
-
-/** Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. */
-async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: Part) {
+/**
+ * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. If it cannot be
+ * completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that it is short.
+ */
+async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: FilePart) {
   connection.head.keep();
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
     for (let pieces = 1; part.left > 0; pieces++) {
       const length = Math.min(PIECE_BYTES, part.left);
-      if (!part.read(piece, length)) {
-        tell(`Error: ${part.name} has changed while it was sent: the connection is cut off`);
+      if (performance.now() < slowUntil) await part.warm();
+      let found = part.read(piece, length);
+      if (found === "longer" && length === part.left) {
+        found = (await part.hasOnlyGrown()) ? part.read(piece, length) : "changed";
+        deadline = connection.server.writeDeadline;
+      }
+      if (found === "changed") {
+        tell(`Error: ${part.path} has changed while it was sent: the connection is cut off`);
         throw GONE;
       }
       const taken = connection.write(piece, length);
-      part.advance(taken);
+      part.advance(piece.subarray(0, taken));
       if (taken > 0) deadline = connection.server.writeDeadline;
       if (taken < length) await connection.waitForRoom(deadline);
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
@@ -2301,54 +2474,6 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
     log(connection, content, status, part.sent);
     part.close();
   }
-}
-
-/** SHA-256 digests of files, for Repr-Digest (RFC 9530 §3): computed in turns, and the last ones are remembered. */
-class Digests {
-  private readonly known = new Map<string, string>();
-  private readonly pending = new Map<string, Promise<string | undefined>>();
-
-  constructor(private readonly pendingMax: number) {}
-
-  /** In base64; undefined if there is none: the file changes, or too many others are being computed. */
-  find(file: OpenFile): string | undefined | Promise<string | undefined> {
-    const key = `${file.realPath} ${file.version.etag}`;
-    const known = this.known.get(key);
-    if (known !== undefined) this.remember(key, known);
-    return known ?? this.pending.get(key) ?? this.start(key, file);
-  }
-
-  private start(key: string, file: OpenFile): Promise<string | undefined> | undefined {
-    if (this.pending.size >= this.pendingMax) return undefined;
-    const whole = new FilePart(file.hold(), { from: 0, to: file.version.size });
-    const found = computeDigest(whole).finally(() => {
-      whole.close();
-      this.pending.delete(key);
-    });
-    this.pending.set(key, found);
-    void found.then((digest) => digest !== undefined && this.remember(key, digest));
-    return found;
-  }
-
-  private remember(key: string, digest: string): void {
-    this.known.delete(key);
-    this.known.set(key, digest);
-    const [oldest] = this.known.keys();
-    if (this.known.size > DIGESTS_KEPT_MAX && oldest !== undefined) this.known.delete(oldest);
-  }
-}
-
-/** @returns in base64; undefined if the file changes, or cannot be read: sending it will tell */
-async function computeDigest(whole: FilePart): Promise<string | undefined> {
-  const hash = new Bun.CryptoHasher("sha256");
-  while (whole.left > 0) {
-    const length = Math.min(PIECE_BYTES, whole.left);
-    if (!whole.read(piece, length)) return undefined;
-    hash.update(piece.subarray(0, length));
-    whole.advance(length);
-    await nextTurn();
-  }
-  return hash.digest("base64");
 }
 
 // ── what a page shows ──
@@ -2379,8 +2504,7 @@ function lookAt(root: Root, folder: string, name: string): ListingEntry | undefi
 
 /** Reads a folder, and answers with its page. */
 async function listFolder(root: Root, segments: readonly string[], folder: OpenFile): Promise<Response> {
-  // The very folder that was opened, wherever its path leads by now.
-  const path = process.platform === "linux" ? `/proc/self/fd/${folder.fd}` : folder.realPath;
+  const path = folder.ownPath;
   const names = await fs.promises.readdir(path, { encoding: "buffer" });
   const readable = names.filter((name) => isUtf8(name)).map(String);
   const served = readable.filter((name) => !isHidden(name) && !NO_FILE_NAME.test(name));
@@ -2399,7 +2523,11 @@ async function listFolder(root: Root, segments: readonly string[], folder: OpenF
 function fieldsOfListing(): Record<string, string> {
   const style = new Bun.CryptoHasher("sha256").update(LISTING_STYLE).digest("base64");
   const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
-  return { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...FILE_FIELDS };
+  return {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": policy,
+    "X-Content-Type-Options": "nosniff",
+  };
 }
 
 // ── shared: sizes ──

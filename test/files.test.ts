@@ -32,6 +32,7 @@ import {
   startNginx,
   startServer,
   temporaryFolder,
+  until,
   VARIANTS,
 } from "./harness.ts";
 import { type Plan, startProxy } from "./proxy.ts";
@@ -446,15 +447,71 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     expect((await ask(server.port, "POST /file", "If-None-Match: *")).status).toBe(405);
   });
 
+  test.concurrent("several ranges are multipart/byteranges, each with its place, in the order asked for", async () => {
+    await using server = await serve({ "file.txt": "0123456789", empty: "" });
+    const [several, swapped, joined, many, empty, head, beyond, old] = (await askAll(server.port, [
+      ["GET /file.txt", "Range: bytes=0-1, 5-6"],
+      ["GET /file.txt", "Range: bytes=-1,0-0"],
+      ["GET /file.txt", "Range: bytes=3-4,0-2,20-"],
+      ["GET /file.txt", `Range: bytes=${Array(51).fill("0-0").join(",")}`],
+      ["GET /empty", "Range: bytes=0-"],
+      ["HEAD /file.txt", "Range: bytes=0-1,5-6"],
+      ["GET /file.txt", "Range: bytes=10-,20-30"],
+      ["GET /file.txt", "Range: bytes=0-1,5-6", 'If-Range: "x"'],
+    ])) as [Answer, Answer, Answer, Answer, Answer, Answer, Answer, Answer];
+    const partsOf = ({ status, fields, content }: Answer) => {
+      const [, boundary = ""] =
+        /^multipart\/byteranges; boundary=([-0-9a-f]{36})$/.exec(fields["content-type"] ?? "") ?? [];
+      expect([status, fields["content-range"], boundary]).toEqual([206, undefined, expect.stringMatching(/./)]);
+      const [preamble, ...parts] = content.toString().split(`\r\n--${boundary}`);
+      expect([preamble, parts.pop()]).toEqual(["", "--\r\n"]);
+      const about = "\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Range: bytes ";
+      expect(parts.every((part) => part.startsWith(about))).toBeTrue();
+      return parts.map((part) => part.slice(about.length));
+    };
+    expect(partsOf(several)).toEqual(["0-1/10\r\n\r\n01", "5-6/10\r\n\r\n56"]);
+    expect(partsOf(swapped)).toEqual(["9-9/10\r\n\r\n9", "0-0/10\r\n\r\n0"]);
+    expect(several.fields["etag"]).toBeDefined();
+    expect([joined.status, joined.fields["content-range"], joined.content.toString()]).toEqual([
+      206,
+      "bytes 0-4/10",
+      "01234",
+    ]);
+    expect([many, old].map(({ status, content }) => [status, content.toString()])).toEqual(
+      Array(2).fill([200, "0123456789"]),
+    );
+    expect([empty.status, head.status, head.fields["content-length"], beyond.status]).toEqual([200, 200, "10", 416]);
+  });
+
+  test.concurrent("python takes several ranges of a large file apart as a message with parts", async () => {
+    const content = new Random(seed).bytes(3_000_000);
+    await using server = await serve({ file: content });
+    const code = `
+import email, hashlib, sys, urllib.request
+request = urllib.request.Request(sys.argv[1], headers={"Range": "bytes=2000000-,0-999999"})
+with urllib.request.urlopen(request) as answer:
+    head = "Content-Type: %s\\r\\n\\r\\n" % answer.headers["Content-Type"]
+    message = email.message_from_bytes(head.encode() + answer.read())
+for part in message.get_payload():
+    print(part["Content-Range"], hashlib.sha256(part.get_payload(decode=True)).hexdigest())`;
+    const { stdout, stderr } = await run(["python3", "-c", code, `${server.url}/file`]);
+    const hex = (from: number, to: number) => sha256(content.subarray(from, to)).toString("hex");
+    expect([stderr, stdout.trim().split("\n")]).toEqual([
+      "",
+      [`bytes 2000000-2999999/3000000 ${hex(2_000_000, 3_000_000)}`, `bytes 0-999999/3000000 ${hex(0, 1_000_000)}`],
+    ]);
+  });
+
   test.concurrent("fields of one name count together, in any case, wherever they stand", async () => {
     await using server = await serve({ file: "0123456789" });
     const tag = await settledTag(server.port, "/file");
     const answers = await askAll(server.port, [
       ["GET /file", 'IF-NONE-MATCH: "x"', "Accept: */*", `if-none-match:${tag} \t`],
       ["GET /file", "rAnGe:bytes=1-1"],
-      ["GET /file", "Range: bytes=1-1", "Range: bytes=2-2"],
+      ["GET /file", "Range: bytes=1-1", "Range: 3-3"],
     ]);
-    expect(answers.map(({ status }) => status)).toEqual([304, 206, 200]);
+    expect(answers.map(({ status }) => status)).toEqual([304, 206, 206]);
+    expect(answers[2]?.content.toString()).toContain("Content-Range: bytes 3-3/10\r\n\r\n3\r\n");
   });
 
   test.concurrent(`random ranges are the file's bytes (SEED=${seed})`, async () => {
@@ -598,7 +655,7 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
       expect((await curl("-r", range)).stdout).toBe("206");
       expect(readFileSync(out).equals(content.subarray(from, to))).toBeTrue();
     }
-    expect((await curl("-r", "0-1,5-6")).stdout).toBe("200"); // several ranges: the whole
+    expect((await curl("-r", "0-1,2-499998,499999-")).stdout).toBe("206"); // ranges that touch are one
     expect(readFileSync(out).equals(content)).toBeTrue();
     expect((await curl("-r", "500000-")).stdout).toBe("416");
 
@@ -958,12 +1015,36 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     expect(Number(cut)).toBeLessThan(64 * MIB);
   });
 
-  test.concurrent("a file that shrinks, grows or changes while it is sent is never whole", async () => {
+  test.concurrent("a file that only grows is sent as long as it was, again and again", async () => {
+    await using server = await serve({});
+    const size = 16 * MIB;
+    writeSparse(server.pathOf("log"), size, { [size - 3]: "end" });
+    const range = `Range: bytes=${MIB}-`;
+    for (const [fields, status, length] of [
+      [[], 200, size],
+      [[], 200, size + 5],
+      [[range], 206, size + 10 - MIB],
+    ] as const) {
+      using peer = await Peer.connect(server.port);
+      await peer.send(formatRequest(["GET /log", ...fields, "Connection: close"]));
+      await peer.waitFor(/\r\n\r\n\0/);
+      peer.pause();
+      appendFileSync(server.pathOf("log"), "more\n");
+      peer.resume();
+      expect(await peer.closed).toBe("end");
+      const [answer] = parseAnswers(peer.received, ["GET"]);
+      expect([answer?.status, answer?.content.length]).toEqual([status, length]);
+      const whole = readFileSync(server.pathOf("log"));
+      expect(answer?.content.equals(whole.subarray(whole.length - 5 - length, -5))).toBeTrue();
+    }
+    expect(server.stderr.text).not.toContain("changed");
+  });
+
+  test.concurrent("a file that shrinks or changes while it is sent is never whole", async () => {
     await using server = await serve({});
     const size = 16 * MIB;
     for (const [name, change] of Object.entries({
       shrink: (path: string) => writeSparse(path, 1000),
-      grow: (path: string) => appendFileSync(path, "more"),
       change: (path: string) => {
         const fd = openSync(path, "r+");
         writeSync(fd, "other", size - 5);
@@ -978,7 +1059,7 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
       peer.pause();
       change(path);
       peer.resume();
-      await peer.closed;
+      expect(await peer.closed).toBe("end");
       expect(peer.received.length).toBeLessThan(size);
       await server.stderr.waitFor(
         new RegExp(`Error: .*/${name} has changed while it was sent: the connection is cut off\n`),
@@ -1162,7 +1243,7 @@ test.concurrent("a listing is bounded, and says how much there is more", async (
 });
 
 test.concurrent("an answer goes without the digest that takes too long; a later one has it", async () => {
-  await using server = await serveCopy({ "const DIGEST_TIMEOUT_MS = 10_000;": "const DIGEST_TIMEOUT_MS = 1;" }, {});
+  await using server = await serveCopy({ "const DIGEST_TIMEOUT_MS = 1000;": "const DIGEST_TIMEOUT_MS = 1;" }, {});
   writeSparse(server.pathOf("file"), 64 * MIB);
   await settledTag(server.port, "/file"); // until then it is a new version each time
   const digest = async () =>
@@ -1171,6 +1252,29 @@ test.concurrent("an answer goes without the digest that takes too long; a later 
   let later: string | undefined;
   while ((later = await digest()) === undefined);
   expect(later).toBe(reprDigest(new Uint8Array(64 * MIB)));
+});
+
+test.concurrent("what is sent is hashed as it goes, for the digest of later answers", async () => {
+  await using server = await serveCopy({ "const DIGEST_TIMEOUT_MS = 1000;": "const DIGEST_TIMEOUT_MS = 0;" }, {});
+  const size = 64 * MIB;
+  writeSparse(server.pathOf("whole"), size);
+  writeSparse(server.pathOf("resumed"), size);
+  await settledTag(server.port, "/whole");
+  await settledTag(server.port, "/resumed");
+  const want = "Want-Repr-Digest: sha-256=1";
+  const digest = reprDigest(new Uint8Array(size));
+  const whole = await ask(server.port, "GET /whole", want);
+  expect([whole.fields["repr-digest"], whole.content.length]).toEqual([undefined, size]);
+  expect((await ask(server.port, "HEAD /whole", want)).fields["repr-digest"]).toBe(digest);
+
+  // A request alone would hash one piece. One peer gets the first half and leaves, another the rest.
+  using first = await Peer.connect(server.port);
+  await first.send(formatRequest(["GET /resumed", want]));
+  await until(() => first.received.length > size / 2);
+  first[Symbol.dispose]();
+  const rest = await ask(server.port, "GET /resumed", want, `Range: bytes=${size / 4}-`);
+  expect([rest.status, rest.fields["repr-digest"]]).toEqual([206, undefined]);
+  expect((await ask(server.port, "HEAD /resumed", want)).fields["repr-digest"]).toBe(digest);
 });
 
 test.concurrent("a slow peer gets the rest of its answer long after the server has said all", async () => {
