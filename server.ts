@@ -19,7 +19,7 @@
 import { isUtf8 } from "node:buffer";
 import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
-import { dirname, extname, join, resolve, sep } from "node:path";
+import { dirname, join, resolve, sep } from "node:path";
 import { parseArgs } from "node:util";
 
 export const VERSION = "0.1.0";
@@ -1712,62 +1712,40 @@ function main(): void {
 // rest serves a text. A request meets these, one after the other:
 //
 //   parseTargetPath     its path, decoded, without dot segments
-//   FileSite.respond    a method or a name that is not served is refused here
-//   openBelow           opens the path if it is a file or a folder below the root
+//   FileSite.open       opens the path if it is a file or a folder below the root
 //   KnownFile           what a response says about this version of the file
 //   evaluateConditions  304 or 412
 //   decideRanges        the parts of the file that are asked for, or 416
-//   respondContent      a small file is read at once; a large one is
-//   sendPart            read and sent in turns
-//   listFolder          the page of a folder without index.html
+//   respondContent      a small file is read at once,
+//   sendPart            a large one is read while it is sent
+//   formatListing       the page of a folder that has no index.html
 
-/** A file is read and written to a socket in pieces of this size. */
-const PIECE_BYTES = 262_144;
-/** Pieces sent to one connection before the others have their turn. */
-const PIECES_PER_TURN = 16;
-/** A file up to this size is read at once, and sent together with its head. */
-const SMALL_FILE_BYTES_MAX = 65_536;
-/** More ranges in one request get the whole file. PDF readers and zsync ask for some ten at once. */
-const RANGES_MAX = 50;
-/** Versions of files that are remembered, with some 600 bytes each. */
-const KNOWN_FILES_MAX = 16_384;
-/** An open file is known to be below the root if it was found there within this time. */
-const FOUND_BELOW_MS = 1000;
-/** A digest is requested, never required: an answer waits this long for it. */
-const DIGEST_TIMEOUT_MS = 1000;
-/** Answers that wait for a digest at once. More go without. */
-const WAITING_FOR_DIGEST_MAX = 8;
-/** Files that changed within this time may change again while they are sent: a log, a recording. */
-const LIVELY_MS = 3_600_000;
-/** Two changes within one tick of the kernel's clock leave a file with the same time: 10 ms at most. */
-const CLOCK_TICK_MS = 10;
-/** A read that takes this long has waited for a disk. For a while, reads then wait in the thread pool. */
-const SLOW_READ_MS = 5;
-const SLOW_DISK_MS = 2000;
-/** A name takes some 300 bytes of a page. The names that a page leaves out can still be fetched. */
-const LISTING_ENTRIES_MAX = 10_000;
+const PIECE_BYTES = 262_144; // of a file are read and written to a socket at a time
+const PIECES_PER_TURN = 16; // are sent to one connection before the others have their turn
+const SMALL_FILE_BYTES_MAX = 65_536; // are read at once, and sent together with their head
+const RANGES_MAX = 50; // PDF readers and zsync ask for some ten at once. More get the whole file
+const KNOWN_FILES_MAX = 16_384; // are remembered, with about 700 bytes each
+const FOUND_BELOW_MS = 1000; // ago, at most, an open file was found to be below the root
+const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: an answer waits so long for it
+const DIGEST_WAITERS_MAX = 8; // More answers go without a digest that has to be waited for
+const LIVELY_MS = 3_600_000; // A file that changed within this time may be a log, and change while it is sent
+const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave a file with the same time
+const SLOW_READ_MS = 5; // A read that takes as long has waited for a disk,
+const SLOW_DISK_MS = 2000; // and for so long the thread pool waits for disks instead
+const LISTING_ENTRIES_MAX = 10_000; // of 300 bytes each. The names that a page leaves out can still be fetched
 
 // ── what is requested ──
-
-/** The path of a request-target (RFC 3986 §3.3), taken apart. */
-export interface TargetPath {
-  /** Decoded, without empty and dot segments. */
-  readonly segments: readonly string[];
-  /** It ends in a slash or a dot segment: it names a folder. */
-  readonly isFolder: boolean;
-  /** "?" and what follows; "" if there is none. */
-  readonly query: string;
-}
 
 /** Characters that no file name may have: on Windows a backslash is a slash too, and ":" names streams. */
 const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/;
 
 /**
- * Takes the path of a request-target apart. It is decoded once. Then dot segments are resolved (RFC 3986 §5.2.4), by
- * their text alone, and slashes in a row count as one.
- * @returns undefined if no file can have this path, or if it leads above the root
+ * Takes the path of a request-target (RFC 3986 §3.3) apart. It is decoded once. Then dot segments are resolved (§5.2.4),
+ * by their text alone, and slashes in a row count as one.
+ * @returns the names in the path; whether it ends as that of a folder does; "?" and the query, if there is one. Undefined
+ * if no file can have this path, or if it leads above the root
  */
-export function parseTargetPath(requestTarget: string): TargetPath | undefined {
+export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
   const segments: string[] = [];
   let last = "";
@@ -1785,175 +1763,10 @@ export function parseTargetPath(requestTarget: string): TargetPath | undefined {
   return { segments, isFolder, query: requestTarget.includes("?") ? `?${query}` : "" };
 }
 
-/** Names with a leading dot are hidden. Of the path of a request, /.well-known/ is not (RFC 8615). */
+/** Names with a leading dot are hidden. In the path of a request, /.well-known/ is not (RFC 8615). */
 const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
 
-/** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */
-const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
-const NO_FIELDS: ReadonlyMap<string, string> = new Map();
-const conditionsOf = (request: RequestHead) => (HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS);
-
-/** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
-export class FileSite implements Site {
-  private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
-  private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
-  private readonly root: Root;
-  /** Listings that wait for their turn, by the path of the folder, and the last of them. */
-  private readonly listings = new Map<string, Promise<Response>>();
-  private lastListing: Promise<unknown> = Promise.resolve();
-  private waitingForDigest = 0;
-
-  /** @throws StartError if the path is not that of a folder that can be read */
-  constructor(root: string) {
-    this.root = new Root(root);
-  }
-
-  refuse({ method }: RequestHead): Response | undefined {
-    if (method === "GET" || method === "HEAD" || method === "OPTIONS") return undefined;
-    return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
-  }
-
-  respond(request: RequestHead): Response | Promise<Response> {
-    const refusal = this.refuse(request);
-    if (refusal !== undefined) return refusal;
-    if (request.method === "OPTIONS") return this.options;
-    const path = parseTargetPath(request.requestTarget);
-    if (path === undefined) return responseTo("path");
-    if (path.segments.some(isHidden)) return responseTo("not-found");
-    const found = openBelow(this.root, [this.root.path, ...path.segments].join(sep));
-    if (typeof found === "string") return responseTo(found);
-    if (found.isFolder) return this.respondFolder(request, path, found);
-    return path.isFolder ? closeAfter(found, responseTo("not-found")) : this.respondFile(request, found);
-  }
-
-  sweep(now: number): void {
-    this.root.now = now;
-    this.root.isResolved = false;
-  }
-
-  private respondFolder(request: RequestHead, path: TargetPath, folder: OpenFile): Response | Promise<Response> {
-    folder.close();
-    if (!path.isFolder) {
-      // Relative, so that it is right behind a proxy that puts the folder elsewhere.
-      const location = `${encodeURIComponent(path.segments.at(-1) ?? "")}/${path.query}`;
-      return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
-    }
-    const index = openBelow(this.root, join(folder.path, "index.html"));
-    if (index === "not-found") return this.list(path.segments, folder.path);
-    if (typeof index === "string") return responseTo(index);
-    if (!index.isFolder) return this.respondFile(request, index);
-    index.close();
-    return this.list(path.segments, folder.path);
-  }
-
-  /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
-  private list(segments: readonly string[], path: string): Promise<Response> {
-    const known = this.listings.get(path);
-    if (known !== undefined) return known;
-    const openAndList = async () => {
-      this.listings.delete(path); // a later request may know of a change that this listing misses
-      // The folder was not kept open: many may wait, and their peers may have gone.
-      const folder = openBelow(this.root, path);
-      if (typeof folder === "string") return responseTo(folder);
-      return listFolder(this.root, segments, folder).finally(() => folder.close());
-    };
-    const listing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
-    this.listings.set(path, listing);
-    this.lastListing = listing;
-    return listing;
-  }
-
-  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
-    const { method } = request;
-    const { known } = file;
-    const fields = conditionsOf(request);
-    const status = evaluateConditions(fields, known);
-    if (status === 412) return closeAfter(file, responseTo("precondition"));
-    if (status === 304) return closeAfter(file, prepareFile(304, known.validators));
-    const ranges = decideRanges(method, fields, known, Date.now());
-    if (ranges === "unsatisfiable") return closeAfter(file, respondUnsatisfiable(known));
-    const want = fields.get("want-repr-digest");
-    const wantsDigest = want !== undefined && wantsSha256(want);
-    if (wantsDigest) known.hashNext(file);
-    if (!wantsDigest || known.digest !== undefined || this.waitingForDigest >= WAITING_FOR_DIGEST_MAX)
-      return respondContent(method, file, ranges, wantsDigest);
-    this.waitingForDigest++;
-    return hashInTurns(file).then(() => {
-      this.waitingForDigest--;
-      return respondContent(method, file, ranges, wantsDigest);
-    });
-  }
-}
-
-// ── what is opened ──
-
-/** The folder that is served. If it is a link, it is followed anew at each sweep, and before anything is refused. */
-class Root {
-  readonly path: string;
-  /** The time that answers have as their Date. */
-  now = Date.now();
-  isResolved = false;
-  private realPath = "";
-  /** By path; those that were asked for last. */
-  private readonly knownFiles = new Map<string, KnownFile>();
-
-  /** @throws StartError */
-  constructor(path: string) {
-    this.path = resolve(path);
-    try {
-      fs.readdirSync(this.path);
-    } catch (error) {
-      throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
-    }
-  }
-
-  /** Was there a file at this path less than a second ago? */
-  hasSeen(path: string): boolean {
-    const known = this.knownFiles.get(path);
-    return known !== undefined && this.now - known.foundAt < FOUND_BELOW_MS;
-  }
-
-  /** Is a real path below it? @throws SystemError if the root is not there */
-  has(realPath: string): boolean {
-    if (this.isResolved && isBelow(this.realPath, realPath)) return true;
-    this.realPath = fs.realpathSync(this.path);
-    this.isResolved = true;
-    return isBelow(this.realPath, realPath);
-  }
-
-  /**
-   * What is known about an open file; undefined if it is not below the root. Whoever changes links or moves folders just
-   * now cannot show a file that is elsewhere: the very file that is open, in the same version, was found below the root
-   * less than a second ago, or it is looked for.
-   */
-  know(fd: number, path: string, stats: fs.Stats): KnownFile | undefined {
-    const known = this.knownFiles.get(path);
-    if (known?.isOf(stats) && this.now - known.foundAt < FOUND_BELOW_MS) return known;
-    if (!this.has(realPathOf(fd, path))) return undefined;
-    if (known?.isOf(stats)) {
-      known.foundAt = this.now;
-      return known;
-    }
-    const found = new KnownFile(path, stats, this.now);
-    this.knownFiles.delete(path);
-    if (found.isLasting && !stats.isDirectory()) this.knownFiles.set(path, found);
-    const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
-    this.knownFiles.delete(oldest);
-    return found;
-  }
-}
-
-const isBelow = (root: string, realPath: string) =>
-  realPath === root || realPath.startsWith(root.endsWith(sep) ? root : root + sep);
-
-const OPEN_DESCRIPTORS = `/proc/${process.pid}/fd/`;
-
-/**
- * The real path of an open file. Linux knows it. Elsewhere the path is resolved once more, and whoever can change links
- * below the root between the two could reach any file that the server may read.
- */
-const realPathOf = (fd: number, path: string) =>
-  process.platform === "linux" ? fs.readlinkSync(`${OPEN_DESCRIPTORS}${fd}`) : fs.realpathSync(path);
+const isFileOrFolder = (stats: fs.Stats | undefined) => stats?.isFile() || stats?.isDirectory();
 
 /** What a failed system call means for the request. */
 function rejectionFor(error: unknown): Rejection {
@@ -1963,135 +1776,253 @@ function rejectionFor(error: unknown): Rejection {
   return code === "EIO" || code === undefined ? "internal" : "not-found";
 }
 
-/** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
-function openBelow(root: Root, path: string): OpenFile | Rejection {
-  let fd = -1;
-  try {
-    // Opening a device or a FIFO may already do something, so only what is, or just was, a file or a folder is opened.
-    const found = root.hasSeen(path) ? undefined : fs.statSync(path);
-    if (found !== undefined && !found.isFile() && !found.isDirectory()) return "not-found";
-    // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
-    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
-    const stats = fs.fstatSync(fd);
-    const known = stats.isFile() || stats.isDirectory() ? root.know(fd, path, stats) : undefined;
-    if (known === undefined) return "not-found";
-    const file = new OpenFile(fd, path, known, stats.isDirectory());
-    fd = -1;
-    return file;
-  } catch (error) {
-    const rejection = rejectionFor(error);
-    return rejection === "forbidden" && !isKnownBelow(root, path) ? "not-found" : rejection;
-  } finally {
-    if (fd >= 0) fs.closeSync(fd);
-  }
-}
+/** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */
+const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
+const NO_FIELDS: ReadonlyMap<string, string> = new Map();
 
-/** Whether an unreadable path is reported as 403, or hidden as 404 because a link leads out of the root. */
-function isKnownBelow(root: Root, path: string): boolean {
-  for (let at = path; isBelow(root.path, at); at = dirname(at)) {
+const isLinux = process.platform === "linux";
+const OPEN_DESCRIPTORS = `/proc/${process.pid}/fd/`;
+
+/** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
+export class FileSite implements Site {
+  private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
+  private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
+  private readonly root: string;
+  /** Links in the path of the root are followed anew at each sweep, and before anything is refused. */
+  private realRoot = "";
+  /** By path. */
+  private readonly knownFiles = new Map<string, KnownFile>();
+  /** Listings that wait for their turn, by the path of the folder, and the last of them. */
+  private readonly listings = new Map<string, Promise<Response>>();
+  private lastListing: Promise<unknown> = Promise.resolve();
+  private digestWaiters = 0;
+  /** The time that answers have as their Date. */
+  private dateNow = Date.now();
+
+  /** @throws StartError if it is not the path of a folder that can be read */
+  constructor(path: string) {
+    this.root = resolve(path);
     try {
-      return root.has(fs.realpathSync(at));
-    } catch {} // try the folder above
+      fs.readdirSync(path);
+    } catch (error) {
+      throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`, 1); // node:fs throws SystemErrors
+    }
   }
-  return false;
+
+  refuse({ method }: RequestHead): Response | undefined {
+    if (method === "GET" || method === "HEAD" || method === "OPTIONS") return undefined;
+    return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
+  }
+
+  respond(request: RequestHead): Response | Promise<Response> {
+    const refusal = request.method === "OPTIONS" ? this.options : this.refuse(request);
+    if (refusal !== undefined) return refusal;
+    const target = parseTargetPath(request.requestTarget);
+    if (target === undefined) return responseTo("path");
+    const { segments, isFolder, query } = target;
+    if (segments.some(isHidden)) return responseTo("not-found");
+    const path = [this.root, ...segments].join(sep);
+    const found = this.open(path);
+    if (typeof found === "string") return responseTo(found);
+    if (!found.known.isFolder)
+      return isFolder ? closeAfter(found, responseTo("not-found")) : this.respondFile(request, found);
+    fs.closeSync(found.fd);
+    // Relative, so that it is right behind a proxy that puts the folder elsewhere.
+    const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
+    if (!isFolder) return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
+    const index = this.open(join(path, "index.html"));
+    if (index === "not-found") return this.list(segments, path);
+    if (typeof index === "string") return responseTo(index);
+    return index.known.isFolder ? closeAfter(index, this.list(segments, path)) : this.respondFile(request, index);
+  }
+
+  sweep(now: number): void {
+    this.dateNow = now;
+    this.realRoot = "";
+  }
+
+  /** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
+  private open(path: string): OpenFile | Rejection {
+    let fd = -1;
+    try {
+      // Opening a device or a FIFO may already do something, so only what is, or just was, a file or a folder is opened.
+      const isKnown = this.dateNow - (this.knownFiles.get(path)?.foundAt ?? 0) < FOUND_BELOW_MS;
+      if (!isKnown && !isFileOrFolder(fs.statSync(path, { throwIfNoEntry: false }))) return "not-found";
+      // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
+      fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
+      const stats = fs.fstatSync(fd);
+      const known = isFileOrFolder(stats) ? this.know(fd, path, stats) : undefined;
+      if (known === undefined) return "not-found";
+      const file = { fd, known };
+      fd = -1;
+      return file;
+    } catch (error) {
+      const rejection = rejectionFor(error);
+      return rejection === "forbidden" && !this.isKnownBelow(path) ? "not-found" : rejection;
+    } finally {
+      if (fd >= 0) fs.closeSync(fd);
+    }
+  }
+
+  /**
+   * What is known of an open file; undefined if it is not below the root. Whoever changes links or moves folders at this
+   * moment cannot show a file from elsewhere: the kernel says where the open file is, or this very file, in the same version,
+   * was found below the root less than a second ago.
+   */
+  private know(fd: number, path: string, stats: fs.Stats): KnownFile | undefined {
+    let known = this.knownFiles.get(path);
+    if (known?.isOf(stats) !== true) known = new KnownFile(path, stats, this.dateNow);
+    else if (this.dateNow - known.foundAt < FOUND_BELOW_MS) return known;
+    // Elsewhere than on Linux the path is resolved once more: a race for whoever can change links below the root.
+    if (!this.hasBelow(isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path))) return undefined;
+    known.foundAt = this.dateNow;
+    if (known.isLasting) this.knownFiles.set(path, known);
+    const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
+    this.knownFiles.delete(oldest);
+    return known;
+  }
+
+  /** Is this real path below the root? @throws SystemError if the root is not there */
+  private hasBelow(realPath: string): boolean {
+    const isBelow = () => this.realRoot !== "" && join(realPath, sep).startsWith(this.realRoot);
+    if (isBelow()) return true;
+    this.realRoot = join(fs.realpathSync(this.root), sep);
+    return isBelow();
+  }
+
+  /** Whether what cannot be read is reported as 403, or hidden as 404 because a link leads out of the root. */
+  private isKnownBelow(path: string): boolean {
+    try {
+      return this.hasBelow(fs.realpathSync(path));
+    } catch {
+      return path !== this.root && this.isKnownBelow(dirname(path));
+    }
+  }
+
+  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
+    const { known } = file;
+    const { method } = request;
+    const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
+    const status = evaluateConditions(fields, known);
+    if (status === 412) return closeAfter(file, responseTo("precondition"));
+    if (status === 304) return closeAfter(file, prepareFile(304, known.validators));
+    const ranges = decideRanges(method, fields, known, Date.now());
+    if (ranges === "unsatisfiable") {
+      const content = encoder.encode("the file has none of these bytes\n");
+      const about = `Content-Type: text/plain; charset=utf-8\r\nContent-Length: ${content.length}\r\n`;
+      return closeAfter(
+        file,
+        prepareFile(416, `${about}Content-Range: bytes */${known.size}\r\n${known.validators}`, content),
+      );
+    }
+    const want = fields.get("want-repr-digest");
+    const wantsDigest = want !== undefined && wantsSha256(want);
+    const respond = () => respondContent(method, file, ranges, wantsDigest);
+    if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return respond();
+    this.digestWaiters++;
+    return hashInTurns(file)
+      .finally(() => this.digestWaiters--)
+      .then(respond);
+  }
+
+  /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
+  private list(segments: readonly string[], path: string): Promise<Response> {
+    const known = this.listings.get(path);
+    if (known !== undefined) return known;
+    const openAndList = async () => {
+      this.listings.delete(path); // a later request may know of a change that this listing misses
+      const folder = this.open(path); // not kept open: many may wait, and their peers may have gone
+      if (typeof folder === "string") return responseTo(folder);
+      // The very folder that was opened, wherever its path leads by now.
+      const ownPath = isLinux ? OPEN_DESCRIPTORS + folder.fd : path;
+      return this.listFolder(segments, ownPath).finally(() => fs.closeSync(folder.fd));
+    };
+    const listing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
+    this.listings.set(path, listing);
+    this.lastListing = listing;
+    return listing;
+  }
+
+  private async listFolder(segments: readonly string[], path: string): Promise<Response> {
+    const names = await fs.promises.readdir(path, { encoding: "buffer" });
+    const readable = names.filter((name) => isUtf8(name)).map(String);
+    const served = readable.filter((name) => !isHidden(name) && !NO_FILE_NAME.test(name));
+    const entries: ListingEntry[] = [];
+    for (const [i, name] of served.slice(0, LISTING_ENTRIES_MAX).entries()) {
+      const entry = this.lookAt(join(path, name));
+      if (entry !== undefined) entries.push({ name, ...entry });
+      if (i % 256 === 255) await nextTurn();
+    }
+    const page = formatListing(segments, entries, served.length - LISTING_ENTRIES_MAX, names.length - readable.length);
+    return prepareResponse(200, listingFields(), page);
+  }
+
+  /** @returns undefined if a request for the path would find nothing */
+  private lookAt(path: string): Omit<ListingEntry, "name"> | undefined {
+    try {
+      let stats = fs.lstatSync(path);
+      if (stats.isSymbolicLink() && this.hasBelow(fs.realpathSync(path))) stats = fs.statSync(path);
+      if (!isFileOrFolder(stats)) return undefined;
+      return { isFolder: stats.isDirectory(), size: stats.size, modified: stats.mtime };
+    } catch {
+      return undefined; // it has gone, or its link leads nowhere
+    }
+  }
 }
 
-/** Until then, a piece is read in the thread pool before it is read again to be sent: a disk is slow. */
-let slowUntil = 0;
+// ── what is opened ──
 
+/** Until then a disk is slow. */
+let slowUntil = 0;
 /** Filled by several threads at once, and never looked at. */
 const unused = new Uint8Array(PIECE_BYTES);
 
+/** Reads a piece in the thread pool, for the page cache alone: to read it then does not wait for the disk. */
+const warm = (fd: number, position: number) =>
+  new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position || 0, () => resolve()));
+
 /** A file or a folder below the root. The holder must close it. */
-class OpenFile {
-  constructor(
-    private readonly fd: number,
-    /** As it was asked for, links included. */
-    readonly path: string,
-    readonly known: KnownFile,
-    readonly isFolder: boolean,
-  ) {}
+type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
 
-  /** Fills into[from..to] with what stands at a position. False if there is less, or the disk fails. */
-  read(into: Uint8Array, from: number, to: number, position: number): boolean {
-    const start = performance.now();
-    try {
-      for (let at = from; at < to;) {
-        const more = fs.readSync(this.fd, into, at, to - at, position + at - from);
-        if (more === 0) return false;
-        at += more;
-      }
-      return true;
-    } catch {
-      return false;
-    } finally {
-      const end = performance.now();
-      if (end - start > SLOW_READ_MS) slowUntil = end + SLOW_DISK_MS;
-    }
-  }
-
-  /** Reads a piece in the thread pool, for the page cache alone. */
-  warm(position: number): Promise<void> {
-    return new Promise((resolve) => fs.read(this.fd, unused, 0, PIECE_BYTES, position, () => resolve()));
-  }
-
-  /** Undefined if the disk fails. */
-  stat(): fs.Stats | undefined {
-    try {
-      return fs.fstatSync(this.fd);
-    } catch {
-      return undefined;
-    }
-  }
-
-  /** Leads to a folder, wherever that has been moved to. */
-  get ownPath(): string {
-    return process.platform === "linux" ? `${OPEN_DESCRIPTORS}${this.fd}` : this.path;
-  }
-
-  close(): void {
-    fs.closeSync(this.fd);
-  }
-}
-
-/** Closes a file once there is a response, unless some of it is still to be sent. */
-function closeAfter(file: OpenFile, response: Response): Response {
-  if (response.part === undefined) file.close();
+/** Closes a file when there is an outcome, unless some of it is still to be sent. */
+function closeAfter<R extends Response | Promise<Response>>({ fd }: OpenFile, response: R): R {
+  if (response instanceof Promise || response.part === undefined) fs.closeSync(fd);
   return response;
 }
 
-// ── what is known of it ──
+/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
+function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
+  const start = performance.now();
+  for (let at = from, more = 1; at < to; at += more) {
+    more = fs.readSync(fd, into, at, to - at, position + at - from);
+    if (more === 0) return false;
+  }
+  const end = performance.now();
+  if (end - start > SLOW_READ_MS) slowUntil = end + SLOW_DISK_MS;
+  return true;
+}
 
-/** The version of a file: two with the same entity-tag are the same, byte by byte. */
-export interface FileVersion {
+/** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
+class KnownFile {
   readonly size: number;
   /** Strong (RFC 9110 §8.8.3). */
   readonly etag: string;
   /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
-}
-
-/** Makes the tags of fresh versions unique. */
-let freshVersions = 0;
-
-/** A version of a file, and what responses say about it. */
-class KnownFile implements FileVersion {
-  readonly size: number;
-  readonly etag: string;
-  readonly lastModified: number;
-  readonly type: string;
-  /** Field-lines about the version (RFC 9110 §8.8). */
+  /** The field-lines of both. */
   readonly validators: string;
-  /** Another request can find the same version: its tag and its date stay as they are. */
+  readonly type: string;
+  /** Another request may find the same version. */
   readonly isLasting: boolean;
+  readonly isFolder: boolean;
   /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
   digest: string | undefined;
-  private hash: Bun.CryptoHasher | undefined;
+  private hasher: Bun.CryptoHasher | undefined;
   private hashedTo = 0;
 
   /** @param foundAt when it was found below the root: the time that answers have as their Date */
   constructor(
-    path: string,
+    readonly path: string,
     readonly stats: fs.Stats,
     public foundAt: number,
   ) {
@@ -2099,68 +2030,62 @@ class KnownFile implements FileVersion {
     const now = Date.now();
     // Modified within the clock's resolution: a second change might leave the same times, so this tag is used once.
     const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
-    const once = isFresh ? `-${now}.${freshVersions++}` : "";
-    // The time of the last change is part of the tag, since anyone can set that of the last modification. Both are exact
-    // to less than a microsecond.
+    const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+    // Anyone can set the time of the last modification, nobody that of the last change. Both are exact to a microsecond.
     this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
     this.size = size;
-    this.isLasting = !isFresh && mtimeMs <= foundAt;
+    this.isFolder = stats.isDirectory();
+    this.isLasting = !isFresh && mtimeMs <= foundAt && !this.isFolder;
     // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
     this.lastModified = modified > 1000 ? modified : Number.NaN;
     const date = modified > 1000 ? `Last-Modified: ${new Date(modified).toUTCString()}\r\n` : "";
     this.validators = `ETag: ${this.etag}\r\n${date}`;
-    this.type = typeOf(path);
+    // By the name's extension. All text is taken for UTF-8.
+    const [type = ""] = Bun.file(path).type.split(";");
+    this.type = type.startsWith("text/") ? `${type}; charset=utf-8` : type;
   }
 
   /** Is it the version of an open file? */
-  isOf(found: fs.Stats | undefined): boolean {
+  isOf(found: fs.Stats): boolean {
     const { dev, ino, size, mtimeMs, ctimeMs } = this.stats;
-    if (found?.ino !== ino || found.dev !== dev || found.size !== size) return false;
-    return found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
+    const isOne = found.dev === dev && found.ino === ino && found.size === size;
+    return isOne && found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
   }
 
-  /** Hashes bytes of the file if they are the next ones. All transfers of a version bring on the one digest. */
-  hashOn(file: OpenFile, bytes: Uint8Array, position: number): void {
+  /** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
+  hashOn(fd: number, bytes: Uint8Array, position: number): void {
     const from = this.hashedTo - position;
-    if (this.digest !== undefined || from < 0 || from > bytes.length) return;
-    this.hash ??= new Bun.CryptoHasher("sha256");
-    this.hash.update(bytes.subarray(from));
+    if (this.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
+    this.hasher ??= new Bun.CryptoHasher("sha256");
+    this.hasher.update(bytes.subarray(from));
     this.hashedTo = position + bytes.length;
-    if (this.hashedTo === this.size && this.isOf(file.stat())) this.digest = this.hash.digest("base64");
+    if (this.hashedTo === this.size && this.isOf(fs.fstatSync(fd))) this.digest = this.hasher.digest("base64");
   }
 
-  /** Reads and hashes the next piece. False if there is no more, or nothing that is right. */
-  hashNext(file: OpenFile): boolean {
+  /** Reads and hashes the next piece. @returns whether there may be more to hash; if the disk fails, sending will tell */
+  hashNext(fd: number): boolean {
     const length = Math.min(PIECE_BYTES, this.size - this.hashedTo);
-    if (!file.read(piece, 0, length, this.hashedTo)) return false;
-    this.hashOn(file, piece.subarray(0, length), this.hashedTo);
-    return this.digest === undefined && length > 0;
+    try {
+      if (this.digest !== undefined || !readFully(fd, piece, 0, length, this.hashedTo)) return false;
+      this.hashOn(fd, piece.subarray(0, length), this.hashedTo);
+      return this.digest === undefined && length > 0;
+    } catch {
+      return false;
+    }
   }
 }
 
 /** Hashes a file until it has its digest, for as long as an answer waits. */
-async function hashInTurns(file: OpenFile): Promise<void> {
+async function hashInTurns({ fd, known }: OpenFile): Promise<void> {
   const deadline = performance.now() + DIGEST_TIMEOUT_MS;
   do await nextTurn();
-  while (performance.now() < deadline && file.known.hashNext(file));
-}
-
-/** Types by extension: Bun knows them, but takes its time. */
-const types = new Map<string, string>();
-
-/** The media type by the name's extension. All text is taken for UTF-8. */
-function typeOf(path: string): string {
-  const extension = extname(path);
-  const known = types.get(extension);
-  if (known !== undefined) return known;
-  const [bare = ""] = Bun.file(`x${extension}`).type.split(";");
-  const type = bare.startsWith("text/") ? `${bare}; charset=utf-8` : bare;
-  if (types.size < 1000) types.set(extension, type);
-  return type;
+  while (performance.now() < deadline && known.hashNext(fd));
 }
 
 // ── what is decided ──
+
+export type FileVersion = Pick<KnownFile, "size" | "etag" | "lastModified">;
 
 /** entity-tag (RFC 9110 §8.8.3) */
 const ENTITY_TAG = /(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g;
@@ -2190,66 +2115,6 @@ export function evaluateConditions(fields: ReadonlyMap<string, string>, version:
   return version.lastModified <= date("if-modified-since") ? 304 : undefined;
 }
 
-/** Step 5: RFC 9110 §13.1.5. A date counts only if the file cannot have changed again within its second. */
-function mayTakePart(ifRange: string | undefined, version: FileVersion, now: number): boolean {
-  if (ifRange === undefined || ifRange === version.etag) return true;
-  return parseHttpDate(ifRange) === version.lastModified && now - version.lastModified >= 1000;
-}
-
-/** The bytes from `from` up to, but not including, `to`. */
-export interface ByteRange {
-  readonly from: number;
-  readonly to: number;
-}
-
-/** The parts of a file to send; undefined is the whole, "unsatisfiable" that the file has nothing of what is asked for. */
-export function decideRanges(
-  method: Method,
-  fields: ReadonlyMap<string, string>,
-  version: FileVersion,
-  now: number,
-): readonly ByteRange[] | "unsatisfiable" | undefined {
-  const range = fields.get("range");
-  // RFC 9110 §14.2: Range has a meaning only in a GET.
-  if (method !== "GET" || range === undefined || !mayTakePart(fields.get("if-range"), version, now)) return undefined;
-  return parseRanges(range, version.size);
-}
-
-/**
- * Parses a Range (RFC 9110 §14.1.2). Ranges that overlap or touch are joined, so that all together are at most the file.
- * @returns in the order asked for; "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another
- * unit, a syntax error, too many, or an empty file, of which Content-Range can say nothing
- */
-export function parseRanges(value: string, size: number): readonly ByteRange[] | "unsatisfiable" | undefined {
-  const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
-  // §5.6.1: empty elements are ignored.
-  const specs = list
-    .split(",")
-    .map(trimOws)
-    .filter((spec) => spec !== "");
-  if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
-  let ranges: readonly ByteRange[] = [];
-  for (const spec of specs) {
-    const [, first = "", last = ""] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
-    if (first + last === "" || (first !== "" && last !== "" && Number(last) < Number(first))) return undefined;
-    const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
-    const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
-    if (from < to) ranges = joinRange(ranges, { from, to });
-  }
-  return ranges.length === 0 ? "unsatisfiable" : ranges;
-}
-
-/** Adds a range to some that do not touch each other. If it touches any, the whole stands where the first of them was. */
-function joinRange(ranges: readonly ByteRange[], range: ByteRange): readonly ByteRange[] {
-  const isApart = ({ from, to }: ByteRange) => to < range.from || range.to < from;
-  const joined = ranges.filter((one) => !isApart(one)).concat(range);
-  const from = Math.min(...joined.map((one) => one.from));
-  const to = Math.max(...joined.map((one) => one.to));
-  const first = ranges.findIndex((one) => !isApart(one));
-  const before = first < 0 ? ranges : ranges.slice(0, first);
-  return [...before, { from, to }, ...ranges.slice(before.length).filter(isApart)];
-}
-
 const IMF_FIXDATE = /^[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) (\d{4}) (\d\d:\d\d:\d\d) GMT$/;
 const RFC850_DATE = /^[A-Z][a-z]+day, (\d\d)-([A-Z][a-z]{2})-(\d\d) (\d\d:\d\d:\d\d) GMT$/;
 const ASCTIME_DATE = /^[A-Z][a-z]{2} ([A-Z][a-z]{2}) ([ \d]\d) (\d\d:\d\d:\d\d) (\d{4})$/;
@@ -2269,6 +2134,49 @@ export function parseHttpDate(text: string, now = Date.now()): number {
   return isDate ? date.getTime() : Number.NaN;
 }
 
+/** The bytes from `from` up to, but not including, `to`. */
+export type ByteRange = Readonly<{ from: number; to: number }>;
+
+/** The parts of a file to send; undefined is the whole, "unsatisfiable" that the file has nothing of what is asked for. */
+export function decideRanges(method: Method, fields: ReadonlyMap<string, string>, version: FileVersion, now: number) {
+  const [range, ifRange] = [fields.get("range"), fields.get("if-range")];
+  if (method !== "GET" || range === undefined) return undefined; // RFC 9110 §14.2: it has a meaning only in a GET
+  // Step 5: RFC 9110 §13.1.5. A date counts only if the file cannot have changed again within its second.
+  const { etag, lastModified } = version;
+  const isOld = now - lastModified >= 1000;
+  const isSame = ifRange === undefined || ifRange === etag || (isOld && parseHttpDate(ifRange) === lastModified);
+  return isSame ? parseRanges(range, version.size) : undefined;
+}
+
+/**
+ * Parses a Range (RFC 9110 §14.1.2). Ranges that overlap or touch are joined, so that all together are at most the file.
+ * @returns in the order asked for; "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another
+ * unit, a syntax error, too many, or an empty file, of which Content-Range can say nothing
+ */
+export function parseRanges(value: string, size: number): readonly ByteRange[] | "unsatisfiable" | undefined {
+  const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
+  const specs = list.split(",").map(trimOws).filter(Boolean); // §5.6.1: empty elements are ignored
+  if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
+  let ranges: readonly ByteRange[] = [];
+  for (const spec of specs) {
+    const [, first = "", last = ""] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
+    if (first + last === "" || (first !== "" && last !== "" && Number(last) < Number(first))) return undefined;
+    const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
+    const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
+    if (from < to) ranges = joinRange(ranges, { from, to });
+  }
+  return ranges.length === 0 ? "unsatisfiable" : ranges;
+}
+
+/** Adds a range to some that do not touch each other. If it touches any, the whole stands where the first of them was. */
+function joinRange(ranges: readonly ByteRange[], range: ByteRange): readonly ByteRange[] {
+  const isApart = ({ from, to }: ByteRange) => to < range.from || range.to < from;
+  const joined = ranges.filter((one) => !isApart(one)).concat(range);
+  const whole = { from: Math.min(...joined.map(({ from }) => from)), to: Math.max(...joined.map(({ to }) => to)) };
+  const place = ranges.findIndex((one) => !isApart(one));
+  return place < 0 ? [...ranges, whole] : [...ranges.slice(0, place), whole, ...ranges.slice(place).filter(isApart)];
+}
+
 /** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. */
 export function wantsSha256(wantReprDigest: string): boolean {
   const last = [...wantReprDigest.matchAll(/(?:^|,)[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/g)].at(-1);
@@ -2284,12 +2192,8 @@ const prepareFile = (status: number, lines: string, content: Uint8Array = NO_BYT
   content,
 });
 
-function respondUnsatisfiable({ size, validators }: KnownFile): Response {
-  const content = encoder.encode("the file has none of these bytes\n");
-  const about = `Content-Type: text/plain; charset=utf-8\r\nContent-Length: ${content.length}\r\n`;
-  return prepareFile(416, `${about}Content-Range: bytes */${size}\r\n${validators}`, content);
-}
-
+/** A browser must not guess another type from the content. */
+const NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n";
 const contentRange = ({ from, to }: ByteRange, size: number) => `Content-Range: bytes ${from}-${to - 1}/${size}\r\n`;
 
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
@@ -2299,33 +2203,30 @@ function respondContent(
   ranges: readonly ByteRange[] | undefined,
   wantsDigest: boolean,
 ): Response {
-  const { known } = file;
-  const [range = { from: 0, to: known.size }] = ranges ?? [];
-  const isMultipart = ranges !== undefined && ranges.length > 1;
-  const boundary = isMultipart ? crypto.randomUUID() : "";
-  const part = new FilePart(file, isMultipart ? separated(ranges, known, boundary) : [range], wantsDigest);
-  const type = isMultipart ? `multipart/byteranges; boundary=${boundary}` : known.type;
-  let about = known.validators;
-  if (ranges !== undefined && !isMultipart) about += contentRange(range, known.size);
-  if (wantsDigest && known.digest !== undefined) about += `Repr-Digest: sha-256=:${known.digest}:\r\n`;
-  // A browser must not guess another type from the content.
-  const lines = `Content-Type: ${type}\r\nX-Content-Type-Options: nosniff\r\nAccept-Ranges: bytes\r\n${about}`;
-  const response = prepareFile(ranges === undefined ? 200 : 206, `${lines}Content-Length: ${part.left}\r\n`);
+  const { size, type, validators, digest } = file.known;
+  const [range = { from: 0, to: size }, second] = ranges ?? [];
+  const boundary = second === undefined ? "" : crypto.randomUUID();
+  const segments =
+    ranges === undefined || second === undefined ? [range] : separateRanges(ranges, file.known, boundary);
+  const part = new FilePart(file, segments, wantsDigest);
+  const sent = second === undefined ? type : `multipart/byteranges; boundary=${boundary}`;
+  let lines = `Content-Type: ${sent}\r\n${NO_SNIFFING}Accept-Ranges: bytes\r\n${validators}Content-Length: ${part.left}\r\n`;
+  if (ranges !== undefined && second === undefined) lines += contentRange(range, size);
+  if (wantsDigest && digest !== undefined) lines += `Repr-Digest: sha-256=:${digest}:\r\n`;
+  const response = prepareFile(ranges === undefined ? 200 : 206, lines);
   if (method === "HEAD") return closeAfter(file, response);
-  if (part.left <= SMALL_FILE_BYTES_MAX) {
-    const content = new Uint8Array(part.left);
-    // If the file has just changed, the streaming path detects what has become of it.
-    if (part.read(content, content.length) === "same") return closeAfter(file, { ...response, content });
-  }
-  return { ...response, part };
+  if (part.left > SMALL_FILE_BYTES_MAX) return { ...response, part };
+  const content = new Uint8Array(part.left);
+  // If the file has just changed, the streaming path detects what has become of it.
+  return part.read(content, content.length) === "same"
+    ? closeAfter(file, { ...response, content })
+    : { ...response, part };
 }
 
 /** RFC 9110 §14.6: the content of multipart/byteranges, in which each range has a head of its own. */
-function separated(ranges: readonly ByteRange[], { size, type }: KnownFile, boundary: string) {
-  const parts = ranges.flatMap((range) => [
-    encoder.encode(`\r\n--${boundary}\r\nContent-Type: ${type}\r\n${contentRange(range, size)}\r\n`),
-    range,
-  ]);
+function separateRanges(ranges: readonly ByteRange[], { size, type }: KnownFile, boundary: string) {
+  const head = (range: ByteRange) => `\r\n--${boundary}\r\nContent-Type: ${type}\r\n${contentRange(range, size)}\r\n`;
+  const parts = ranges.flatMap((range) => [encoder.encode(head(range)), range]);
   return [...parts, encoder.encode(`\r\n--${boundary}--\r\n`)];
 }
 
@@ -2337,17 +2238,22 @@ const piece = new Uint8Array(PIECE_BYTES);
 /** Lets all other connections have a turn. */
 const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
+const lengthOf = (segment: ByteRange | Uint8Array) =>
+  segment instanceof Uint8Array ? segment.length : segment.to - segment.from;
+
 /**
- * Content that is read from a file while it is sent, and not kept. All of it must be one version: the last piece is held
- * back until the file is seen to be unchanged, or to have only grown: then it still has what was sent, by a checksum.
+ * Content that is read from a file while it is sent, and not kept. All of it must be one version. If the file has become
+ * longer meanwhile, the last piece is held back until the rest of it is seen to be what was sent, by a checksum.
  */
 export class FilePart {
   /** How many bytes are left, and how many have been sent. */
   left: number;
   sent = 0;
+  /** Where the next one is in the file. NaN for several ranges. */
+  position: number;
   /** The file when it was last known to have what was sent. */
   private compared: fs.Stats;
-  /** CRC-32 of what was sent. It takes some time, so that files which have long been the same go without. */
+  /** CRC-32 of what was sent. It takes a while: files that have long been the same go without. */
   private checksum: number | undefined;
 
   /**
@@ -2355,43 +2261,43 @@ export class FilePart {
    * @param hashes whether to bring on the digest of the file
    */
   constructor(
-    private readonly file: OpenFile,
+    readonly file: OpenFile,
     private readonly segments: readonly (ByteRange | Uint8Array)[],
     private readonly hashes: boolean,
   ) {
     this.left = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
+    const [first] = segments;
+    this.position = first !== undefined && "from" in first ? first.from : Number.NaN;
     this.compared = file.known.stats;
     this.checksum = Date.now() - this.compared.ctimeMs < LIVELY_MS ? 0 : undefined;
   }
 
-  get path(): string {
-    return this.file.path;
+  /** Reads the next bytes without moving on, and says what has become of the file. */
+  read(into: Uint8Array, length: number): "same" | "longer" | "changed" {
+    try {
+      if (!this.readAt(this.sent, into, length)) return "changed";
+      const { size, mtimeMs } = fs.fstatSync(this.file.fd);
+      // Not the time of the last change: moving, replacing or deleting a file changes that too.
+      if (size === this.compared.size && mtimeMs === this.compared.mtimeMs) return "same";
+      return size > this.compared.size ? "longer" : "changed";
+    } catch {
+      return "changed"; // the disk fails
+    }
   }
 
   /** Moves on: these bytes have been sent. */
   advance(bytes: Uint8Array): void {
-    const [first] = this.segments;
-    if (this.hashes && first !== undefined && "from" in first)
-      this.file.known.hashOn(this.file, bytes, first.from + this.sent);
+    if (this.hashes) this.file.known.hashOn(this.file.fd, bytes, this.position);
     if (this.checksum !== undefined) this.checksum = Bun.hash.crc32(bytes, this.checksum);
     this.sent += bytes.length;
+    this.position += bytes.length;
     this.left -= bytes.length;
   }
 
-  /** Reads the next bytes without moving on, and says what has become of the file meanwhile. */
-  read(into: Uint8Array, length: number): "same" | "longer" | "changed" {
-    const isThere = this.readAt(this.sent, into, length);
-    const found = this.file.stat();
-    if (!isThere || found === undefined) return "changed";
-    // Not the time of the last change: moving, replacing or deleting a file changes that too.
-    if (found.size === this.compared.size && found.mtimeMs === this.compared.mtimeMs) return "same";
-    return found.size > this.compared.size ? "longer" : "changed";
-  }
-
-  /** Of a file that has become longer: is what was sent still there? */
+  /** Of a file that has become longer: is what was sent still there? @throws SystemError */
   async hasOnlyGrown(): Promise<boolean> {
-    const found = this.file.stat();
-    if (found === undefined || (this.sent > 0 && this.checksum === undefined)) return false;
+    const found = fs.fstatSync(this.file.fd);
+    if (this.sent > 0 && this.checksum === undefined) return false;
     let checksum = 0;
     for (let at = 0; at < this.sent; at += PIECE_BYTES) {
       const length = Math.min(PIECE_BYTES, this.sent - at);
@@ -2403,16 +2309,6 @@ export class FilePart {
     return this.sent === 0 || checksum === this.checksum;
   }
 
-  /** Brings what comes next into the page cache, in the thread pool, so that reading it does not wait for the disk. */
-  async warm(): Promise<void> {
-    const [first] = this.segments;
-    if (first !== undefined && "from" in first) await this.file.warm(first.from + this.sent);
-  }
-
-  close(): void {
-    this.file.close();
-  }
-
   private readAt(position: number, into: Uint8Array, length: number): boolean {
     let start = 0; // of a segment, in the content
     let at = 0;
@@ -2422,15 +2318,12 @@ export class FilePart {
       start += lengthOf(segment);
       if (count <= 0) continue;
       if (segment instanceof Uint8Array) into.set(segment.subarray(skipped, skipped + count), at);
-      else if (!this.file.read(into, at, at + count, segment.from + skipped)) return false;
+      else if (!readFully(this.file.fd, into, at, at + count, segment.from + skipped)) return false;
       at += count;
     }
     return true;
   }
 }
-
-const lengthOf = (segment: ByteRange | Uint8Array) =>
-  segment instanceof Uint8Array ? segment.length : segment.to - segment.from;
 
 /** Waits for a response that takes time. */
 async function waitForResponse(connection: Connection, promise: Promise<Response>): Promise<Response> {
@@ -2439,7 +2332,7 @@ async function waitForResponse(connection: Connection, promise: Promise<Response
   if (!connection.flush()) await connection.drain().catch(() => {});
   const response = await promise;
   if (!connection.isGone) return response;
-  response.part?.close();
+  if (response.part !== undefined) fs.closeSync(response.part.file.fd);
   throw GONE;
 }
 
@@ -2448,79 +2341,42 @@ async function waitForResponse(connection: Connection, promise: Promise<Response
  * completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that it is short.
  */
 async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: FilePart) {
+  const { file } = part;
   connection.head.keep();
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
     for (let pieces = 1; part.left > 0; pieces++) {
       const length = Math.min(PIECE_BYTES, part.left);
-      if (performance.now() < slowUntil) await part.warm();
+      if (performance.now() < slowUntil) await warm(file.fd, part.position);
       let found = part.read(piece, length);
       if (found === "longer" && length === part.left) {
         found = (await part.hasOnlyGrown()) ? part.read(piece, length) : "changed";
         deadline = connection.server.writeDeadline;
       }
-      if (found === "changed") {
-        tell(`Error: ${part.path} has changed while it was sent: the connection is cut off`);
-        throw GONE;
-      }
+      if (found === "changed") throw new Error(`${file.known.path} has changed while it was sent`);
       const taken = connection.write(piece, length);
       part.advance(piece.subarray(0, taken));
       if (taken > 0) deadline = connection.server.writeDeadline;
       if (taken < length) await connection.waitForRoom(deadline);
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
+  } catch (error) {
+    if (error !== GONE) tell(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
+    throw GONE;
   } finally {
     log(connection, content, status, part.sent);
-    part.close();
+    fs.closeSync(file.fd);
   }
 }
 
 // ── what a page shows ──
 
 /** A line of a listing. */
-export interface ListingEntry {
-  readonly name: string;
-  readonly isFolder: boolean;
-  readonly size: number;
-  readonly modified: Date;
-}
-
-/** Looks at a name in a folder. @returns undefined if a request for it would find nothing */
-function lookAt(root: Root, folder: string, name: string): ListingEntry | undefined {
-  try {
-    const path = join(folder, name);
-    let stats = fs.lstatSync(path);
-    if (stats.isSymbolicLink()) {
-      if (!root.has(fs.realpathSync(path))) return undefined;
-      stats = fs.statSync(path);
-    }
-    if (!stats.isFile() && !stats.isDirectory()) return undefined;
-    return { name, isFolder: stats.isDirectory(), size: stats.size, modified: stats.mtime };
-  } catch {
-    return undefined; // it has gone, or its link leads nowhere
-  }
-}
-
-/** Reads a folder, and answers with its page. */
-async function listFolder(root: Root, segments: readonly string[], folder: OpenFile): Promise<Response> {
-  const path = folder.ownPath;
-  const names = await fs.promises.readdir(path, { encoding: "buffer" });
-  const readable = names.filter((name) => isUtf8(name)).map(String);
-  const served = readable.filter((name) => !isHidden(name) && !NO_FILE_NAME.test(name));
-  const entries: ListingEntry[] = [];
-  for (const [i, name] of served.slice(0, LISTING_ENTRIES_MAX).entries()) {
-    const entry = lookAt(root, path, name);
-    if (entry !== undefined) entries.push(entry);
-    if (i % 256 === 255) await nextTurn();
-  }
-  const unlisted = Math.max(0, served.length - LISTING_ENTRIES_MAX);
-  const page = formatListing(segments, entries, unlisted, names.length - readable.length);
-  return prepareResponse(200, fieldsOfListing(), page);
-}
+export type ListingEntry = Readonly<{ name: string; isFolder: boolean; size: number; modified: Date }>;
 
 /** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
-function fieldsOfListing(): Record<string, string> {
+function listingFields(): Record<string, string> {
   const style = new Bun.CryptoHasher("sha256").update(LISTING_STYLE).digest("base64");
   const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
   return {
@@ -2543,6 +2399,8 @@ function formatBytes(bytes: number): string {
 /** Text from a peer or a file name, as content of an HTML page. */
 const escapeText = (text: string) => Bun.escapeHTML(printable(text));
 
+const count = (n: number, one: string, many = `${one}s`) => (n > 0 ? [`${n} ${n === 1 ? one : many}`] : []);
+
 /**
  * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
  * @param segments the path of the folder
@@ -2554,13 +2412,18 @@ export function formatListing(
   entries: readonly ListingEntry[],
   unlisted = 0,
   unreadable = 0,
-): string {
+) {
   // Folders first; then "file9" before "file10".
   const { compare } = new Intl.Collator("en", { numeric: true });
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
   if (segments.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
   const path = escapeText(["", ...segments, ""].join("/"));
+  const folders = entries.filter(({ isFolder }) => isFolder).length;
+  const shown = [...count(folders, "folder"), ...count(entries.length - folders, "file")];
+  if (unlisted > 0) shown.push(`and ${unlisted} more that the page leaves out`);
+  const left = count(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
+  const sentences = [shown.join(", "), ...left].filter(Boolean).map((sentence) => `${sentence}. `);
   return `<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -2575,24 +2438,11 @@ export function formatListing(
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${formatListingSummary(entries, unlisted, unreadable)}</p>
+<p>${sentences.length === 0 ? "This folder is empty." : `${sentences.join("")}Times are in UTC.`}</p>
 </main>
 </body>
 </html>
 `;
-}
-
-/** How much is on the page, and how much is not. */
-function formatListingSummary(entries: readonly ListingEntry[], unlisted: number, unreadable: number): string {
-  if (entries.length === 0 && unlisted === 0 && unreadable === 0) return "This folder is empty.";
-  const count = (n: number, one: string) => (n === 0 ? [] : [`${n} ${one}${n === 1 ? "" : "s"}`]);
-  const folders = entries.filter(({ isFolder }) => isFolder).length;
-  const counts = [...count(folders, "folder"), ...count(entries.length - folders, "file")];
-  if (unlisted > 0) counts.push(`and ${unlisted} more that the page leaves out`);
-  const left = count(unreadable, "name").map((names) => `${names} that ${unreadable === 1 ? "is" : "are"} not UTF-8`);
-  const sentences = left.map((names) => `${names} ${unreadable === 1 ? "is" : "are"} left out.`);
-  if (counts.length > 0) sentences.unshift(`${counts.join(", ")}.`);
-  return [...sentences, "Times are in UTC."].join(" ");
 }
 
 function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): string {
@@ -2609,13 +2459,13 @@ function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): s
  */
 const LISTING_STYLE = `
 :root { color-scheme: light dark; --dim: light-dark(#59626d, #9aa3ae); --line: light-dark(#e3e6ea, #2c3036); }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 2rem 1rem; }
-body { color: light-dark(#1c2024, #e4e7ea); background: light-dark(#fff, #14161a); }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 2rem 1rem;
+  color: light-dark(#1c2024, #e4e7ea); background: light-dark(#fff, #14161a); }
 h1 { font-size: 1.25rem; margin: 0; padding: 0 .5rem 1rem; }
 h1, a { overflow-wrap: anywhere; white-space: pre-wrap; }
 ul { list-style: none; margin: 0; padding: 0; border: solid var(--line); border-width: 1px 0; }
-li { display: grid; grid: auto / 1fr 6rem 9rem; gap: 0 1rem; align-items: baseline; align-content: center; }
-li { position: relative; padding: .5rem; }
+li { display: grid; grid: auto / 1fr 6rem 9rem; gap: 0 1rem; align-items: baseline; align-content: center;
+  position: relative; padding: .5rem; }
 li + li { border-top: 1px solid var(--line); }
 li:hover { background: light-dark(#f3f6f9, #1d2025); }
 a { padding-left: 1.75rem; text-decoration: none; color: light-dark(#0a58ca, #8ab8ff); }
@@ -2624,14 +2474,14 @@ li:hover a { text-decoration: underline; }
 a::after { content: ""; position: absolute; inset: 0; }
 a:focus-visible { outline: none; }
 a:focus-visible::after { outline: 2px solid; outline-offset: -2px; border-radius: 4px; }
-a::before { content: ""; position: absolute; left: .5rem; top: .75rem; width: 1rem; height: 1rem; background: #8b949e; }
-a::before { clip-path: polygon(12% 0, 60% 0, 88% 28%, 88% 100%, 12% 100%); }
-[href$="/"]::before { background: light-dark(#3b82d6, #6ba6f0); }
-[href$="/"]::before { clip-path: polygon(0 8%, 40% 8%, 52% 22%, 100% 22%, 100% 92%, 0 92%); }
+a::before { content: ""; position: absolute; left: .5rem; top: .75rem; width: 1rem; height: 1rem;
+  background: #8b949e; clip-path: polygon(12% 0, 60% 0, 88% 28%, 88% 100%, 12% 100%); }
+[href$="/"]::before { background: light-dark(#3b82d6, #6ba6f0);
+  clip-path: polygon(0 8%, 40% 8%, 52% 22%, 100% 22%, 100% 92%, 0 92%); }
 [href="../"]::before { clip-path: polygon(50% 4%, 96% 50%, 64% 50%, 64% 96%, 36% 96%, 36% 50%, 4% 50%); }
 span, time, p { font-size: .875rem; color: var(--dim); font-variant-numeric: tabular-nums; white-space: nowrap; }
-span { text-align: right; }
-time { grid-column: 3; text-align: right; }
+span, time { text-align: right; }
+time { grid-column: 3; }
 p { margin: 0; padding: .75rem .5rem; white-space: normal; }
 @media (max-width: 40rem) {
   body { padding: 1rem .5rem; }

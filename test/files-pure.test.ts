@@ -68,7 +68,7 @@ describe("parseTargetPath", () => {
     ["HTTPS://x:1/a/b?c", ["a", "b"], false, "?c"],
     ["http://x?c", [], true, "?c"],
   ] as const)("takes %s apart", (target, segments, isFolder, query) => {
-    expect(parseTargetPath(target)).toEqual({ segments, isFolder, query });
+    expect(parseTargetPath(target)).toEqual({ segments: [...segments], isFolder, query });
   });
 
   test("takes slashes in a row for one: what a redirect is made of never starts with //", () => {
