@@ -1845,14 +1845,14 @@ export class FileSite implements Site {
   private open(path: string): OpenFile | Rejection {
     let fd = -1;
     try {
-      // Opening a device or a FIFO may already do something, so only what is, or just was, a file or a folder is opened.
-      const isKnown = this.dateNow - (this.knownFiles.get(path)?.foundAt ?? 0) < FOUND_BELOW_MS;
-      if (!isKnown && !isFileOrFolder(fs.statSync(path, { throwIfNoEntry: false }))) return "not-found";
+      // Opening a device or a FIFO may already do something, so only what is, or last was, a file or a folder is opened.
+      if (!this.knownFiles.has(path) && !isFileOrFolder(fs.statSync(path, { throwIfNoEntry: false })))
+        return "not-found";
       // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
       const stats = fs.fstatSync(fd);
       const known = isFileOrFolder(stats) ? this.know(fd, path, stats) : undefined;
-      if (known === undefined) return "not-found";
+      if (known === undefined) return (this.knownFiles.delete(path), "not-found");
       const file = { fd, known };
       fd = -1;
       return file;
@@ -2018,7 +2018,7 @@ class KnownFile {
   /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
   digest: string | undefined;
   private hasher: Bun.CryptoHasher | undefined;
-  private hashedTo = 0;
+  hashedTo = 0;
 
   /** @param foundAt when it was found below the root: the time that answers have as their Date */
   constructor(
@@ -2079,7 +2079,7 @@ class KnownFile {
 /** Hashes a file until it has its digest, for as long as an answer waits. */
 async function hashInTurns({ fd, known }: OpenFile): Promise<void> {
   const deadline = performance.now() + DIGEST_TIMEOUT_MS;
-  do await nextTurn();
+  do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
   while (performance.now() < deadline && known.hashNext(fd));
 }
 

@@ -1254,6 +1254,24 @@ test.concurrent("an answer goes without the digest that takes too long; a later 
   expect(later).toBe(reprDigest(new Uint8Array(64 * MIB)));
 });
 
+test.concurrent("a disk that is slow is read in the thread pool first: what is sent is the same", async () => {
+  const content = new Random(seed).bytes(3_000_000);
+  await using server = await serveCopy({ "const SLOW_READ_MS = 5;": "const SLOW_READ_MS = -1;" }, { file: content });
+  await settledTag(server.port, "/file");
+  const want = "Want-Repr-Digest: sha-256=1";
+  const ranges = "Range: bytes=2000000-2999999,0-999999";
+  const answers = await askAll(server.port, [
+    ["GET /file"],
+    ["GET /file", want, "Range: bytes=100000-"],
+    ["GET /file", ranges],
+  ]);
+  expect(answers.map(({ status }) => status)).toEqual([200, 206, 206]);
+  expect(answers[0]?.content.equals(content)).toBeTrue();
+  expect(answers[1]?.content.equals(content.subarray(100_000))).toBeTrue();
+  expect(answers[1]?.fields["repr-digest"]).toBe(reprDigest(content));
+  expect(answers[2]?.content.includes(content.subarray(0, 1_000_000))).toBeTrue();
+});
+
 test.concurrent("what is sent is hashed as it goes, for the digest of later answers", async () => {
   await using server = await serveCopy({ "const DIGEST_TIMEOUT_MS = 1000;": "const DIGEST_TIMEOUT_MS = 0;" }, {});
   const size = 64 * MIB;
