@@ -1730,7 +1730,7 @@ const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: an ans
 const DIGEST_WAITERS_MAX = 8; // More answers go without a digest that has to be waited for
 const LIVELY_MS = 3_600_000; // A file that changed within this time may be a log, and change while it is sent
 const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave a file with the same time
-const SLOW_READ_MS = 5; // A read that takes as long has waited for a disk,
+const SLOW_READ_MS = 20; // A read that takes as long has waited for a disk,
 const SLOW_DISK_MS = 2000; // and for so long the thread pool waits for disks instead
 const LISTING_ENTRIES_MAX = 10_000; // of 300 bytes each. The names that a page leaves out can still be fetched
 
@@ -1979,7 +1979,7 @@ const unused = new Uint8Array(PIECE_BYTES);
 
 /** Reads a piece in the thread pool, for the page cache alone: to read it then does not wait for the disk. */
 const warm = (fd: number, position: number) =>
-  new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position || 0, () => resolve()));
+  new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position, () => resolve()));
 
 /** A file or a folder below the root. The holder must close it. */
 type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
@@ -2346,9 +2346,13 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
-    for (let pieces = 1; part.left > 0; pieces++) {
-      const length = Math.min(PIECE_BYTES, part.left);
-      if (performance.now() < slowUntil) await warm(file.fd, part.position);
+    for (let pieces = 1, warmTo = 0; part.left > 0; pieces++) {
+      if (part.position >= warmTo && performance.now() < slowUntil) {
+        await warm(file.fd, part.position);
+        warmTo = part.position + PIECE_BYTES;
+      }
+      const room = part.position < warmTo ? warmTo - part.position : PIECE_BYTES;
+      const length = Math.min(room, part.left);
       let found = part.read(piece, length);
       if (found === "longer" && length === part.left) {
         found = (await part.hasOnlyGrown()) ? part.read(piece, length) : "changed";
