@@ -1720,19 +1720,19 @@ function main(): void {
 //   sendPart            a large one is read while it is sent
 //   formatListing       the page of a folder that has no index.html
 
-const PIECE_BYTES = 262_144; // of a file are read and written to a socket at a time
-const PIECES_PER_TURN = 16; // are sent to one connection before the others have their turn
-const SMALL_FILE_BYTES_MAX = 65_536; // are read at once, and sent together with their head
-const RANGES_MAX = 50; // PDF readers and zsync ask for some ten at once. More get the whole file
-const KNOWN_FILES_MAX = 16_384; // are remembered, with about 700 bytes each
-const FOUND_BELOW_MS = 1000; // ago, at most, an open file was found to be below the root
-const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: an answer waits so long for it
-const DIGEST_WAITERS_MAX = 8; // More answers go without a digest that has to be waited for
-const LIVELY_MS = 3_600_000; // A file that changed within this time may be a log, and change while it is sent
-const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave a file with the same time
-const SLOW_READ_MS = 20; // A read that takes as long has waited for a disk,
-const SLOW_DISK_MS = 2000; // and for so long the thread pool waits for disks instead
-const LISTING_ENTRIES_MAX = 10_000; // of 300 bytes each. The names that a page leaves out can still be fetched
+const PIECE_BYTES = 262_144; // A file is read, and written to a socket, in pieces of this size.
+const PIECES_PER_TURN = 16; // After so many pieces for one connection, the others have their turn.
+const SMALL_FILE_BYTES_MAX = 65_536; // A file up to this size is read at once and sent with its head.
+const RANGES_MAX = 50; // A request for more gets the whole file. PDF readers and zsync ask for some ten.
+const KNOWN_FILES_MAX = 16_384; // What was found out about a file is kept in memory: about 700 bytes.
+const FOUND_BELOW_MS = 1000; // For this long, a file that was found below the root is not looked for again.
+const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: a response waits this long for it.
+const DIGEST_WAITERS_MAX = 8; // So many responses may wait for a digest at once; others go without.
+const LIVELY_MS = 3_600_000; // A file that changed within this time, such as a log, may change while it is sent.
+const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave the same timestamps.
+const SLOW_READ_MS = 20; // A read that takes this long has waited for a slow disk.
+const SLOW_DISK_MS = 2000; // For this long after a slow read, the thread pool waits for the disk instead of us.
+const LISTING_ENTRIES_MAX = 10_000; // A page shows no more names, of 300 bytes each. The others can be fetched.
 
 // ── what is requested ──
 
@@ -1788,7 +1788,7 @@ export class FileSite implements Site {
   private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
   private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
   private readonly root: string;
-  /** Links in the path of the root are followed anew at each sweep, and before anything is refused. */
+  /** Ends in a slash. "" at each sweep: links in the path of the root are followed anew. */
   private realRoot = "";
   /** By path. */
   private readonly knownFiles = new Map<string, KnownFile>();
@@ -1865,14 +1865,14 @@ export class FileSite implements Site {
   }
 
   /**
-   * What is known of an open file; undefined if it is not below the root. Whoever changes links or moves folders at this
-   * moment cannot show a file from elsewhere: the kernel says where the open file is, or this very file, in the same version,
-   * was found below the root less than a second ago.
+   * What is known of an open file; undefined if it is not below the root. Changing a link or moving a folder at this moment
+   * cannot show a file from elsewhere: the kernel tells where the open file is, or the same file in the same version was
+   * found below the root within the last second.
    */
   private know(fd: number, path: string, stats: fs.Stats): KnownFile | undefined {
     let known = this.knownFiles.get(path);
     if (known?.isOf(stats) !== true) known = new KnownFile(path, stats, this.dateNow);
-    else if (this.dateNow - known.foundAt < FOUND_BELOW_MS) return known;
+    else if (Math.abs(this.dateNow - known.foundAt) < FOUND_BELOW_MS) return known; // clocks may be set back
     // Elsewhere than on Linux the path is resolved once more: a race for whoever can change links below the root.
     if (!this.hasBelow(isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path))) return undefined;
     known.foundAt = this.dateNow;
@@ -2005,16 +2005,16 @@ function readFully(fd: number, into: Uint8Array, from: number, to: number, posit
 /** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
 class KnownFile {
   readonly size: number;
+  readonly isFolder: boolean;
+  readonly type: string;
   /** Strong (RFC 9110 §8.8.3). */
   readonly etag: string;
   /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
   /** The field-lines of both. */
   readonly validators: string;
-  readonly type: string;
   /** Another request may find the same version. */
   readonly isLasting: boolean;
-  readonly isFolder: boolean;
   /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
   digest: string | undefined;
   private hasher: Bun.CryptoHasher | undefined;
@@ -2027,23 +2027,23 @@ class KnownFile {
     public foundAt: number,
   ) {
     const { size, ino, mtimeMs, ctimeMs } = stats;
+    this.size = size;
+    this.isFolder = stats.isDirectory();
+    // By the name's extension. All text is taken for UTF-8.
+    const [type = ""] = Bun.file(path).type.split(";");
+    this.type = type.startsWith("text/") ? `${type}; charset=utf-8` : type;
     const now = Date.now();
     // Modified within the clock's resolution: a second change might leave the same times, so this tag is used once.
     const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
     const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
     // Anyone can set the time of the last modification, nobody that of the last change. Both are exact to a microsecond.
     this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
-    this.size = size;
-    this.isFolder = stats.isDirectory();
     this.isLasting = !isFresh && mtimeMs <= foundAt && !this.isFolder;
     // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
     this.lastModified = modified > 1000 ? modified : Number.NaN;
     const date = modified > 1000 ? `Last-Modified: ${new Date(modified).toUTCString()}\r\n` : "";
     this.validators = `ETag: ${this.etag}\r\n${date}`;
-    // By the name's extension. All text is taken for UTF-8.
-    const [type = ""] = Bun.file(path).type.split(";");
-    this.type = type.startsWith("text/") ? `${type}; charset=utf-8` : type;
   }
 
   /** Is it the version of an open file? */
@@ -2115,23 +2115,23 @@ export function evaluateConditions(fields: ReadonlyMap<string, string>, version:
   return version.lastModified <= date("if-modified-since") ? 304 : undefined;
 }
 
-const IMF_FIXDATE = /^[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) (\d{4}) (\d\d:\d\d:\d\d) GMT$/;
-const RFC850_DATE = /^[A-Z][a-z]+day, (\d\d)-([A-Z][a-z]{2})-(\d\d) (\d\d:\d\d:\d\d) GMT$/;
-const ASCTIME_DATE = /^[A-Z][a-z]{2} ([A-Z][a-z]{2}) ([ \d]\d) (\d\d:\d\d:\d\d) (\d{4})$/;
+/** HTTP-date (RFC 9110 §5.6.7): the form that is sent today, and two obsolete ones. */
+const HTTP_DATES = [
+  /^[A-Z][a-z]{2}, (?<day>\d\d) (?<month>[A-Z][a-z]{2}) (?<year>\d{4}) (?<time>\d\d:\d\d:\d\d) GMT$/,
+  /^[A-Z][a-z]+day, (?<day>\d\d)-(?<month>[A-Z][a-z]{2})-(?<year>\d\d) (?<time>\d\d:\d\d:\d\d) GMT$/,
+  /^[A-Z][a-z]{2} (?<month>[A-Z][a-z]{2}) (?<day>[ \d]\d) (?<time>\d\d:\d\d:\d\d) (?<year>\d{4})$/,
+];
 
-/** RFC 9110 §5.6.7: HTTP-date, in the form that is sent today or in one of the two obsolete ones. NaN if it is none. */
+/** @returns NaN if it is no HTTP-date */
 export function parseHttpDate(text: string, now = Date.now()): number {
-  const [, asctimeMonth = "", asctimeDay = "", asctimeTime = "", asctimeYear = ""] = ASCTIME_DATE.exec(text) ?? [];
-  const [, day = asctimeDay.replace(" ", "0"), month = asctimeMonth, year = asctimeYear, time = asctimeTime] =
-    IMF_FIXDATE.exec(text) ?? RFC850_DATE.exec(text) ?? [];
+  const form = HTTP_DATES.find((form) => form.test(text));
+  const { day = "", month = "", year = "", time = "" } = form?.exec(text)?.groups ?? {};
   // Two digits are the year that is not more than 50 years ahead.
-  const century = new Date(now).getUTCFullYear() + 50 - Number(year);
-  const wholeYear = year.length === 2 ? String(Number(year) + 100 * Math.floor(century / 100)) : year;
-  const date = new Date(`${day} ${month} ${wholeYear} ${time} GMT`);
+  const centuries = Math.floor((new Date(now).getUTCFullYear() + 50 - Number(year)) / 100);
+  const written = `${day.replace(" ", "0")} ${month} ${year.length === 2 ? Number(year) + 100 * centuries : year} ${time} GMT`;
+  const date = new Date(written);
   // There is no 31st of February, but Date reads it as a day in March.
-  const isDate =
-    !Number.isNaN(date.getTime()) && date.toUTCString().endsWith(`${day} ${month} ${wholeYear} ${time} GMT`);
-  return isDate ? date.getTime() : Number.NaN;
+  return !Number.isNaN(date.getTime()) && date.toUTCString().endsWith(written) ? date.getTime() : Number.NaN;
 }
 
 /** The bytes from `from` up to, but not including, `to`. */
@@ -2256,14 +2256,10 @@ export class FilePart {
   /** CRC-32 of what was sent. It takes a while: files that have long been the same go without. */
   private checksum: number | undefined;
 
-  /**
-   * @param segments ranges of the file, and texts between them
-   * @param hashes whether to bring on the digest of the file
-   */
   constructor(
     readonly file: OpenFile,
-    private readonly segments: readonly (ByteRange | Uint8Array)[],
-    private readonly hashes: boolean,
+    private readonly segments: readonly (ByteRange | Uint8Array)[], // of the file, and texts between them
+    private readonly hashes: boolean, // whether it brings on the digest of the file
   ) {
     this.left = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
     const [first] = segments;
@@ -2430,13 +2426,10 @@ export function formatListing(
   const sentences = [shown.join(", "), ...left].filter(Boolean).map((sentence) => `${sentence}. `);
   return `<!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Index of ${path}</title>
 <style>${LISTING_STYLE}</style>
-</head>
-<body>
 <main>
 <h1><bdi>${path}</bdi></h1>
 <ul role="list">
@@ -2444,7 +2437,6 @@ ${items.join("\n")}
 </ul>
 <p>${sentences.length === 0 ? "This folder is empty." : `${sentences.join("")}Times are in UTC.`}</p>
 </main>
-</body>
 </html>
 `;
 }
