@@ -1850,26 +1850,26 @@ export class FileSite implements Site {
         return "not-found";
       // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
-      const stats = fs.fstatSync(fd);
-      const known = isFileOrFolder(stats) ? this.know(fd, path, stats) : undefined;
-      if (known === undefined) return (this.knownFiles.delete(path), "not-found");
-      const file = { fd, known };
-      fd = -1;
-      return file;
+      const known = this.know(fd, path);
+      if (known !== undefined) return { fd, known };
+      this.knownFiles.delete(path);
+      fs.closeSync(fd);
+      return "not-found";
     } catch (error) {
+      if (fd >= 0) fs.closeSync(fd);
       const rejection = rejectionFor(error);
       return rejection === "forbidden" && !this.isKnownBelow(path) ? "not-found" : rejection;
-    } finally {
-      if (fd >= 0) fs.closeSync(fd);
     }
   }
 
   /**
-   * What is known of an open file; undefined if it is not below the root. Changing a link or moving a folder at this moment
-   * cannot show a file from elsewhere: the kernel tells where the open file is, or the same file in the same version was
-   * found below the root within the last second.
+   * What is known of an open file; undefined if it is of another kind, or not below the root. Changing a link or moving a
+   * folder at this moment cannot show a file from elsewhere: the kernel tells where the open file is, or the same file in
+   * the same version was found below the root within the last second.
    */
-  private know(fd: number, path: string, stats: fs.Stats): KnownFile | undefined {
+  private know(fd: number, path: string): KnownFile | undefined {
+    const stats = fs.fstatSync(fd);
+    if (!isFileOrFolder(stats)) return undefined;
     let known = this.knownFiles.get(path);
     if (known?.isOf(stats) !== true) known = new KnownFile(path, stats, this.dateNow);
     else if (Math.abs(this.dateNow - known.foundAt) < FOUND_BELOW_MS) return known; // clocks may be set back
@@ -1943,30 +1943,23 @@ export class FileSite implements Site {
     return listing;
   }
 
-  private async listFolder(segments: readonly string[], path: string): Promise<Response> {
-    const names = await fs.promises.readdir(path, { encoding: "buffer" });
+  private async listFolder(segments: readonly string[], folder: string): Promise<Response> {
+    const names = await fs.promises.readdir(folder, { encoding: "buffer" });
     const readable = names.filter((name) => isUtf8(name)).map(String);
     const served = readable.filter((name) => !isHidden(name) && !NO_FILE_NAME.test(name));
     const entries: ListingEntry[] = [];
     for (const [i, name] of served.slice(0, LISTING_ENTRIES_MAX).entries()) {
-      const entry = this.lookAt(join(path, name));
-      if (entry !== undefined) entries.push({ name, ...entry });
+      try {
+        const path = join(folder, name);
+        let stats = fs.lstatSync(path);
+        if (stats.isSymbolicLink() && this.hasBelow(fs.realpathSync(path))) stats = fs.statSync(path);
+        const { size, mtime: modified } = stats;
+        if (isFileOrFolder(stats)) entries.push({ name, isFolder: stats.isDirectory(), size, modified });
+      } catch {} // it has gone, or its link leads nowhere
       if (i % 256 === 255) await nextTurn();
     }
     const page = formatListing(segments, entries, served.length - LISTING_ENTRIES_MAX, names.length - readable.length);
     return prepareResponse(200, listingFields(), page);
-  }
-
-  /** @returns undefined if a request for the path would find nothing */
-  private lookAt(path: string): Omit<ListingEntry, "name"> | undefined {
-    try {
-      let stats = fs.lstatSync(path);
-      if (stats.isSymbolicLink() && this.hasBelow(fs.realpathSync(path))) stats = fs.statSync(path);
-      if (!isFileOrFolder(stats)) return undefined;
-      return { isFolder: stats.isDirectory(), size: stats.size, modified: stats.mtime };
-    } catch {
-      return undefined; // it has gone, or its link leads nowhere
-    }
   }
 }
 
@@ -2269,15 +2262,15 @@ export class FilePart {
   }
 
   /** Reads the next bytes without moving on, and says what has become of the file. */
-  read(into: Uint8Array, length: number): "same" | "longer" | "changed" {
+  read(into: Uint8Array, length: number): "same" | "longer" | "changed" | "gone" {
     try {
-      if (!this.readAt(this.sent, into, length)) return "changed";
+      if (!this.readAt(this.sent, into, length)) return "gone";
       const { size, mtimeMs } = fs.fstatSync(this.file.fd);
       // Not the time of the last change: moving, replacing or deleting a file changes that too.
       if (size === this.compared.size && mtimeMs === this.compared.mtimeMs) return "same";
       return size > this.compared.size ? "longer" : "changed";
     } catch {
-      return "changed"; // the disk fails
+      return "gone"; // the disk fails
     }
   }
 
@@ -2350,11 +2343,15 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
       const room = part.position < warmTo ? warmTo - part.position : PIECE_BYTES;
       const length = Math.min(room, part.left);
       let found = part.read(piece, length);
+      if (found === "changed") {
+        await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
+        found = part.read(piece, length);
+      }
       if (found === "longer" && length === part.left) {
-        found = (await part.hasOnlyGrown()) ? part.read(piece, length) : "changed";
+        found = (await part.hasOnlyGrown()) && part.read(piece, length) !== "gone" ? "same" : "changed";
         deadline = connection.server.writeDeadline;
       }
-      if (found === "changed") throw new Error(`${file.known.path} has changed while it was sent`);
+      if (found === "changed" || found === "gone") throw new Error(`${file.known.path} has changed while it was sent`);
       const taken = connection.write(piece, length);
       part.advance(piece.subarray(0, taken));
       if (taken > 0) deadline = connection.server.writeDeadline;

@@ -1037,6 +1037,18 @@ for part in message.get_payload():
       const whole = readFileSync(server.pathOf("log"));
       expect(answer?.content.equals(whole.subarray(whole.length - 5 - length, -5))).toBeTrue();
     }
+    // A line with every turn of the event loop, while several peers take it.
+    const [name, path] = ["busy", server.pathOf("busy")];
+    writeSparse(path, size, { 0: "start" });
+    const peers = Promise.all(Array.from({ length: 4 }, () => ask(server.port, `GET /${name}`)));
+    let isDone = false;
+    void peers.finally(() => (isDone = true));
+    while (!isDone) {
+      appendFileSync(path, "line\n");
+      await Bun.sleep(0);
+    }
+    for (const { content } of await peers)
+      expect(content.equals(readFileSync(path).subarray(0, content.length))).toBeTrue();
     expect(server.stderr.text).not.toContain("changed");
   });
 
