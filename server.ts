@@ -1642,7 +1642,7 @@ function descriptorsMax(): number {
  * Lowers the limit of connections so that a descriptor is always free for one more. Without one, nobody is accepted or
  * told so, and the event loop spins.
  * @param each descriptors that a connection may need
- * @returns `reserve`: at most so many refused connections, open digests and recent files, each
+ * @returns `reserve`: at most so many refused connections; twice as many descriptors are left for files and folders
  */
 export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { limits: Limits; reserve: number } {
   const reserve = Math.min(REFUSED_CONNECTIONS_MAX, Math.floor(descriptors / 8));
