@@ -2031,9 +2031,9 @@ class KnownFile {
     const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
     // Anyone can set the time of the last modification, nobody that of the last change. Both are exact to a microsecond.
     this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
-    this.isLasting = !isFresh && mtimeMs <= foundAt && !this.isFolder;
     // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
+    this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
     this.lastModified = modified > 1000 ? modified : Number.NaN;
     const date = modified > 1000 ? `Last-Modified: ${new Date(modified).toUTCString()}\r\n` : "";
     this.validators = `ETag: ${this.etag}\r\n${date}`;
