@@ -39,6 +39,7 @@ export const LIMITS = Object.freeze({
   heldDataBytesMax: 67_108_864, // content to send from stdin or a pipe, which is held so that it can be sent again
   syncEveryBytes: 67_108_864, // the disk is told to begin after this much
   redirectsMax: 50, // as curl
+  tracedBytesMax: 40, // of what a receive brought: a line of the trace fits into a terminal
   progressAfterMs: 1000, // the progress line is not for what is done at once …
   progressEveryMs: 200, // … and changes no more often than an eye can follow
 });
@@ -123,6 +124,7 @@ export interface Job extends Policy {
   readonly keepsTime: boolean; // FILE gets the time of Last-Modified
   readonly isSilent: boolean;
   readonly isVerbose: boolean;
+  readonly isTraced: boolean; // each step on a connection is a line on stderr
 }
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
@@ -198,6 +200,7 @@ interface Session {
   readonly delivery: Delivery;
   readonly clock: Clock;
   readonly progress: ProgressLine;
+  readonly trace: Trace | undefined;
   first: Request; // what every attempt begins with: the user's request, or what a redirect has made a GET of it
   request: Request; // the last request
   asksForWhole: boolean; // the next request is for the whole, though something is held
@@ -211,20 +214,23 @@ interface Session {
  * @returns nothing if the response is whole and delivered, the redirect that it is, or why the transfer failed
  */
 export async function transfer(session: Session): Promise<undefined | Redirect | TransferError> {
-  const { job, delivery, request } = session;
+  const { job, delivery, request, trace } = session;
   let connection: Connection | undefined;
   try {
-    connection = await connect(request.url, session.clock, job);
+    connection = await connect(request.url, session.clock, job, trace);
     await sendRequest(connection, session);
-    const { head, framing } = await receiveHead(connection, request.method);
+    const { head, framing, rest } = await receiveHead(connection, request.method);
+    trace?.complete("head");
     const verdict = beginResponse(head, session);
     if (verdict.action === "redirect") return verdict;
     if (verdict.action === "complete") session.note = await delivery.finish(head, framing);
     if (verdict.action !== "deliver") return undefined;
-    for await (const content of receiveContent(connection, framing)) {
+    for await (const content of receiveContent(connection, framing, rest)) {
+      trace?.complete("content");
       await delivery.write(content);
       session.progress.show(delivery.held);
     }
+    trace?.complete("content complete");
     // An error page has been printed by now, and is a failure all the same.
     if (request.method !== "HEAD") session.note = await delivery.finish(head, framing);
     requireSuccess(head, job.keepsOnlyContent, request.method);
@@ -289,9 +295,10 @@ function beginResponse(head: ResponseHead, session: Session): Verdict {
 export async function download(job: Job, sink: Sink): Promise<number> {
   const [clock, delivery] = [new Clock(job), new Delivery(sink, job)];
   const progress = new ProgressLine(job, clock);
+  const trace = job.isTraced ? new Trace() : undefined;
   const { request } = job;
   const state = { first: request, request, asksForWhole: false, wasSent: false, failures: 0, note: "" };
-  const session: Session = { job, delivery, clock, progress, ...state };
+  const session: Session = { job, delivery, clock, progress, trace, ...state };
   try {
     for (;;) {
       const failure = await followRedirects(session);
@@ -615,7 +622,6 @@ function redirect(request: Request, status: number, url: URL): Request {
 export interface Source {
   /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
   receive(): Promise<Uint8Array | undefined>;
-  putBack(bytes: Uint8Array): void; // what belongs to the next step
   readonly endsInOrder: boolean; // the peer's end meant that it had said all
 }
 
@@ -794,12 +800,18 @@ const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 const partial = (message: string) => new TransferError("partial", message);
 
-/** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). @throws TransferError */
-export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; framing: Framing }> {
+/**
+ * Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2).
+ * @returns `rest`: what has come behind the head
+ * @throws TransferError
+ */
+export async function receiveHead(source: Source, method: string) {
   let text = "";
+  let rest: Uint8Array = new Uint8Array(0);
   for (let interim = 0; interim <= LIMITS.interimResponsesMax;) {
-    const bytes = await source.receive();
+    const bytes = rest.length > 0 ? rest : await source.receive();
     if (bytes === undefined) throw endOfHead(text, interim);
+    rest = new Uint8Array(0);
     const before = text.length;
     const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax + 1 - before));
     text += piece;
@@ -807,13 +819,13 @@ export async function receiveHead(source: Source, method: string): Promise<{ hea
     if (before > 7 && !piece.includes("\n") && text.length <= LIMITS.headBytesMax) continue;
     const head = parseResponseHead(text);
     if (head === undefined) continue;
-    source.putBack(bytes.subarray(head.text.length - before));
+    rest = bytes.subarray(head.text.length - before);
     text = "";
     interim++;
     // RFC 9110 §15.2.2: 101 answers an Upgrade, and we sent none.
     if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that");
     if (head.status < 200) continue;
-    return { head, framing: decideFraming(head, method) };
+    return { head, framing: decideFraming(head, method), rest };
   }
   throw unparsable("it has too many interim responses");
 }
@@ -925,12 +937,13 @@ function promisedLength(head: ResponseHead, method: string): number | undefined 
  * announced that (§9.8), since anybody on the way can cut a connection off.
  * @throws TransferError
  */
-export async function* receiveContent(source: Source, framing: Framing): AsyncGenerator<Uint8Array> {
+export async function* receiveContent(source: Source, framing: Framing, begun: Uint8Array): AsyncGenerator<Uint8Array> {
   const decoder = framing === "chunked" ? new ChunkedDecoder(LIMITS, true) : undefined;
   const length = typeof framing === "number" ? framing : Number.POSITIVE_INFINITY;
   let [rest, kept] = [new Uint8Array(0), 0]; // the beginning of a line of chunked content: `kept` bytes
-  for (let came = 0; came < length;) {
-    const bytes = await source.receive().catch((error: TransferError) => {
+  for (let [came, isFirst] = [0, begun.length > 0]; came < length; isFirst = false) {
+    const received = isFirst ? Promise.resolve(begun) : source.receive();
+    const bytes = await received.catch((error: TransferError) => {
       // Content that only a close ends may be cut by a reset at any byte: then what came is a part.
       throw framing === "close" && error.outcome === "receive" ? partial(error.message) : error;
     });
@@ -1033,7 +1046,7 @@ class ProgressLine {
     private readonly job: Job,
     private readonly clock: Clock,
   ) {
-    this.isShown = !job.isSilent && isTerminal(2);
+    this.isShown = !job.isSilent && !job.isTraced && isTerminal(2);
   }
 
   show({ bytes, total }: Held): void {
@@ -1082,7 +1095,7 @@ export class Connection implements Source {
   readonly handlers = {
     open: (socket: Bun.Socket) => {
       this.socket = socket;
-      if (this.isClosed) socket.terminate(); // the step that waited for it has ended
+      if (this.isClosed) socket.close(); // the step that waited for it has ended
     },
     /** Bytes from the network: the peer's message, or TLS records of it. */
     data: (_: Bun.Socket, bytes: Uint8Array) =>
@@ -1101,7 +1114,10 @@ export class Connection implements Source {
     connectError() {}, // the promise of Bun.connect is rejected too
   };
 
-  constructor(private readonly clock: Clock) {}
+  constructor(
+    private readonly clock: Clock,
+    private readonly trace?: Trace,
+  ) {}
 
   private onData(bytes: Uint8Array): void {
     if (this.records !== undefined) this.records.content += bytes.length;
@@ -1160,17 +1176,21 @@ export class Connection implements Source {
     for (let sent = 0; sent < bytes.length && this.received.length === 0;) {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
       if (written < 0) throw new TransferError("send", "the connection was lost while the request was sent");
+      this.trace?.step("send", `${written} of ${bytes.length - sent} B`);
       sent += written;
       if (sent < bytes.length) await this.event();
-      if (this.failure !== undefined && this.received.length === 0) throw this.failure;
+      if (this.received.length === 0) this.throwFailure();
     }
     return this.received.length === 0;
   }
 
   async receive(): Promise<Uint8Array | undefined> {
     while (this.received.length === 0) {
-      if (this.failure !== undefined) throw this.failure;
-      if (this.hasEnded) return undefined;
+      this.throwFailure();
+      if (this.hasEnded) {
+        this.trace?.step("FIN", "received");
+        return undefined;
+      }
       if (this.isPaused) {
         this.isPaused = false;
         this.socket?.resume();
@@ -1179,18 +1199,22 @@ export class Connection implements Source {
     }
     const bytes = this.received.shift();
     this.receivedBytes -= bytes?.length ?? 0;
+    if (bytes !== undefined) this.trace?.receive(bytes);
     return bytes;
   }
 
-  putBack(bytes: Uint8Array): void {
-    if (bytes.length === 0) return;
-    this.received.unshift(bytes);
-    this.receivedBytes += bytes.length;
+  private throwFailure(): void {
+    if (this.failure === undefined) return;
+    if (this.failure.outcome !== "timeout") this.trace?.step("reset", this.failure.message);
+    throw this.failure;
   }
 
+  /** Sends a FIN; the kernel makes a reset of it if it has bytes that were not read. */
   close(): void {
+    if (this.socket !== undefined && !this.isClosed)
+      this.trace?.step("close", this.failure?.outcome === "receive" ? "" : "FIN sent");
     this.isClosed = true;
-    this.socket?.terminate();
+    this.socket?.close();
   }
 
   /** Waits for the next thing to happen, but not longer than the peer may be silent. */
@@ -1198,8 +1222,10 @@ export class Connection implements Source {
     return new Promise((resolve) => {
       const isLate = (failure: TransferError) => {
         this.failure = failure;
+        this.trace?.step("deadline", failure.message);
         resolve();
       };
+      this.trace?.flush();
       const cancel = this.clock.startTimer("stallMs", (seconds) => `no byte for ${seconds} s`, isLate);
       this.wake = () => {
         cancel();
@@ -1213,29 +1239,42 @@ export class Connection implements Source {
 const isTlsFault = ({ code = "" }: SystemError) => /^(EPROTO|ECONN|ERR_SSL)/.test(code);
 
 /** @throws TransferError "resolve", "connect", "timeout", "tls", "certificate" or "authorities" */
-async function connect(url: URL, clock: Clock, { authoritiesFile, isInsecure }: Job): Promise<Connection> {
+async function connect(url: URL, clock: Clock, job: Job, trace: Trace | undefined): Promise<Connection> {
   const hostname = url.hostname.replace(/^\[(.*)\]$/, "$1");
   const isSecure = url.protocol === "https:";
   const port = Number(url.port || (isSecure ? 443 : 80));
-  const connection = new Connection(clock);
+  const connection = new Connection(clock, trace);
   const { promise: late, reject } = Promise.withResolvers<never>();
   const cancel = clock.startTimer("connectMs", (seconds) => `no connection to ${url.host} within ${seconds} s`, reject);
+  trace?.begin();
   try {
     // Half-open: the server's FIN must not stop us from sending, nor hide what it sent before.
-    const authorities = isSecure ? readAuthorities(authoritiesFile) : [];
-    await Promise.race([late, Bun.connect({ hostname, port, allowHalfOpen: true, socket: connection.handlers })]);
-    if (isSecure) await Promise.race([late, connection.secure(hostname, authorities, isInsecure)]);
+    const authorities = isSecure ? readAuthorities(job.authoritiesFile) : [];
+    const connecting = Bun.connect({ hostname, port, allowHalfOpen: true, socket: connection.handlers });
+    const socket = await Promise.race([late, connecting]);
+    trace?.step("connect", formatAddress(socket.remoteAddress, port));
+    if (isSecure) await Promise.race([late, connection.secure(hostname, authorities, job.isInsecure)]);
+    if (isSecure) trace?.step("TLS", `with ${hostname}`);
     return connection;
   } catch (error) {
+    const failure = explainConnectError(error, url, hostname);
+    trace?.step(failure.outcome === "timeout" ? "deadline" : "connect", failure.message);
     connection.close();
-    if (error instanceof TransferError) throw error;
-    const fault = error as SystemError; // Bun throws those
-    if (fault.syscall === "getaddrinfo") throw new TransferError("resolve", `cannot resolve ${hostname}`);
-    throw explainSystemError(fault, "connect", `cannot connect to ${url.host}`);
+    throw failure;
   } finally {
     cancel();
   }
 }
+
+function explainConnectError(error: unknown, { host }: URL, hostname: string): TransferError {
+  if (error instanceof TransferError) return error;
+  const fault = error as SystemError; // Bun throws those
+  if (fault.syscall === "getaddrinfo") return new TransferError("resolve", `cannot resolve ${hostname}`);
+  return explainSystemError(fault, "connect", `cannot connect to ${host}`);
+}
+
+const formatAddress = (address: string, port: number) =>
+  address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
 
 /** The authorities that are trusted, as PEM texts. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {
@@ -1245,6 +1284,70 @@ function readAuthorities(file: string | undefined): string[] {
   // Bun would tell that it is none only once there is a connection.
   if (pem.includes("-----BEGIN") && ignoreErrors(() => new X509Certificate(pem)) !== undefined) return [pem];
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
+}
+
+/** The first of the bytes, for people: no more than fit into a line, what is not printable as an escape. */
+function quote(bytes: Uint8Array): string {
+  const text = latin1(bytes, 0, Math.min(bytes.length, LIMITS.tracedBytesMax));
+  const escaped = text.replace(/[^\x20-\x7e]|["\\]/g, (character) => {
+    const known = { "\r": "\\r", "\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\" }[character];
+    return known ?? `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`;
+  });
+  return `"${escaped}"${bytes.length > LIMITS.tracedBytesMax ? "…" : ""}`;
+}
+
+/**
+ * `--trace`: prints each step on a connection as one line on stderr.
+ *
+ *     #1      0.4 ms  connect  127.0.0.1:8888
+ *     #1      0.9 ms  send     163 of 163 B
+ *     #1      1.3 ms  receive  43 B  "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n"  head
+ *     #1   1002.1 ms  receive  13 B  "Hello, World!"  content complete
+ *     #1   1002.3 ms  close    FIN sent
+ *
+ * First comes the connection's number, then the time since it began. Over TLS the bytes are the decrypted ones.
+ */
+class Trace {
+  private connections = 0;
+  private startedAt = 0;
+  /** The last receive, printed once it is known what it has completed. */
+  private received = "";
+  private completed = new Set<string>();
+
+  /** A connection begins. */
+  begin(): void {
+    this.flush();
+    this.connections++;
+    this.startedAt = performance.now();
+  }
+
+  step(event: string, details: string): void {
+    this.flush();
+    tell(this.format(event, details));
+  }
+
+  receive(bytes: Uint8Array): void {
+    this.flush();
+    this.received = this.format("receive", `${bytes.length} B  ${quote(bytes)}`);
+  }
+
+  /** What the last receive has completed, or brought a part of. */
+  complete(what: "head" | "content" | "content complete"): void {
+    if (what === "content complete") this.completed.delete("content");
+    this.completed.add(what);
+  }
+
+  /** Nothing more will come of the last receive. */
+  flush(): void {
+    if (this.received !== "") tell(`${this.received}  ${[...this.completed].join(", ") || "nothing yet"}`);
+    this.received = "";
+    this.completed.clear();
+  }
+
+  private format(event: string, details: string): string {
+    const ms = (performance.now() - this.startedAt).toFixed(1).padStart(8);
+    return `#${this.connections} ${ms} ms  ${event.padEnd(8)} ${details}`.trimEnd();
+  }
 }
 
 /** Time since the start, and timers that never go past the end of all time that the user gives. */
@@ -1822,6 +1925,7 @@ Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
   -k, --insecure           do not verify the certificate
   -s, --silent             print nothing on stderr but errors
   -v, --verbose            print the heads that are sent and received, and a summary, on stderr
+      --trace              show each step on the connection, on stderr
   -f, --fail, -S, --show-error  accepted: what they mean in curl is done anyway
   -h, --help               print this text
   -V, --version            print the version
@@ -1863,6 +1967,7 @@ const FLAGS = {
   "show-error": flag("S"),
   silent: flag("s"),
   verbose: flag("v"),
+  trace: { type: "boolean" },
   help: flag("h"),
   version: flag("V"),
 } as const;
@@ -1907,6 +2012,7 @@ export function parseCommandLine(args: string[]) {
     keepsTime: values["remote-time"] ?? false,
     isSilent: values.silent ?? false,
     isVerbose: values.verbose ?? false,
+    isTraced: values.trace ?? false,
   };
   const show = values.help ? "help" : values.version ? "version" : "";
   return { show, job, data, output } as const;

@@ -9,6 +9,7 @@ import {
   measureResidentMiB,
   run,
   runProgram,
+  start,
   startNginx,
   startPython,
   startServer,
@@ -196,6 +197,55 @@ time.sleep(60)`;
     const { stderr, exitCode } = await get("--connect-timeout", "0.3", `http://127.0.0.1:${server.port}`);
     expect(stderr).toBe(`Error: no connection to 127.0.0.1:${server.port} within 0.3 s\n`);
     expect(exitCode).toBe(EXIT_CODES.timeout);
+  });
+
+  test.concurrent("--trace shows each step on each connection, and changes nothing else", async () => {
+    const sockets: Bun.Socket[] = [];
+    const handlers = { open: (socket: Bun.Socket) => void sockets.push(socket), data() {} };
+    using listener = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: handlers });
+    const url = `http://127.0.0.1:${listener.port}/`;
+    const argv = [
+      ...(await command("client-robust", variant)),
+      "--trace",
+      "-s",
+      "--retry-delay",
+      "0.1",
+      "-o",
+      "-",
+      url,
+    ];
+    await using client = await start(argv, /#1 .* send .*\n/);
+    const { stderr } = client;
+    for (const [i, number] of ["#1", "#2"].entries()) {
+      await stderr.waitFor(new RegExp(`${number} .* send .*\n`));
+      sockets[i]?.write('HTTP/1.1 200 OK\r\nETag: "a"\r\nContent-Length: 6\r\n');
+      await stderr.waitFor(new RegExp(`${number} .*nothing yet\n`));
+      sockets[i]?.write("\r\n\x1b[");
+      await stderr.waitFor(new RegExp(`${number} .*head, content\n`));
+      if (i === 0) sockets[i]?.terminate();
+      else sockets[i]?.write("2Jok");
+    }
+    expect([await client.child.exited, await client.stdout.waitFor(/ok$/)]).toEqual([0, expect.anything()]);
+    await stderr.waitFor(/#2 .* close .*\n/);
+    expect(client.stdout.text).toBe("\x1b[2Jok");
+    const head = '"HTTP/1.1 200 OK\\r\\nETag: \\"a\\"\\r\\nContent-Leng"…';
+    // A number, and the time in a column of its own.
+    expect(stderr.text).toMatch(/^(#[12] (?= {3,6}\d+\.\d ms)[ \d.]{8} ms {2}.*\n){12}$/);
+    expect(stderr.text.replace(/^(#\d) .{8} ms {2}/gm, "$1 ").split("\n")).toEqual([
+      `#1 connect  127.0.0.1:${listener.port}`,
+      "#1 send     163 of 163 B",
+      `#1 receive  47 B  ${head}  nothing yet`,
+      '#1 receive  4 B  "\\r\\n\\x1b["  head, content',
+      "#1 reset    the connection was lost: ECONNRESET",
+      "#1 close",
+      `#2 connect  127.0.0.1:${listener.port}`,
+      "#2 send     195 of 195 B",
+      `#2 receive  47 B  ${head}  nothing yet`,
+      '#2 receive  4 B  "\\r\\n\\x1b["  head, content',
+      '#2 receive  4 B  "2Jok"  content complete',
+      "#2 close    FIN sent",
+      "",
+    ]);
   });
 
   test.concurrent.each(["--nonsense", "a b", "-o", "--stall-timeout 0", "--connect-timeout x", "--stall-timeout 1e9"])(
