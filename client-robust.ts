@@ -628,12 +628,13 @@ export interface Source {
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
 
-const EVERY_BYTE = String.fromCharCode(...Array(256).keys());
+let EVERY_BYTE = "";
+for (let byte = 0; byte < 256; byte++) EVERY_BYTE += String.fromCharCode(byte);
 
 /** The class of the bytes that a pattern matches, read as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
-  for (const { index } of EVERY_BYTE.matchAll(pattern)) members[index] = 1;
+  for (let found; (found = pattern.exec(EVERY_BYTE)) !== null;) members[found.index] = 1;
   return members;
 }
 
@@ -679,6 +680,13 @@ const CHUNK_SIZE_DIGITS_MAX = 64;
 const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/g);
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
+/** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */
+function findSizeEnd(bytes: Uint8Array, from: number, to: number): number | undefined {
+  const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
+  const isSize = end > from && end - from <= CHUNK_SIZE_DIGITS_MAX;
+  return isSize && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1) ? end : undefined;
+}
+
 export type ChunkedFault =
   "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
 
@@ -716,12 +724,13 @@ export class ChunkedDecoder {
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
     this.contentFrom = this.contentTo = from;
-    if (this.state === "data") return this.takeData(from, to);
+    if (this.state === "data") return this.takeData(bytes, from, to);
     if (from === to || this.state === "done" || this.state === "failed") return from;
     // Refused at once: what cannot become a line that fits.
-    if (this.state === "line" && !this.mayBeSize(bytes, from, to)) return this.fail("chunk-size", from);
+    const sizeEnd = this.state === "line" ? findSizeEnd(bytes, from, to) : from;
+    if (sizeEnd === undefined) return this.fail("chunk-size", from);
     if (this.state === "data-end" && bytes[from] !== CR) return this.fail("chunk-data", from);
-    const end = skipWhile(FIELD_CONTENT, bytes, from + this.known, to);
+    const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeEnd, from + this.known), to);
     this.known = end - from;
     if (this.isTooLong(this.known)) return from;
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
@@ -729,24 +738,20 @@ export class ChunkedDecoder {
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(this.state === "trailer" ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail(this.state === "data-end" ? "chunk-data" : "bare-cr", end);
-    if (this.state === "line") this.takeChunkLine(bytes, from, end);
+    if (this.state === "line") this.takeChunkLine(bytes, from, sizeEnd, end);
     else if (this.state === "trailer") this.takeTrailerLine(latin1(bytes, from, end));
     else this.state = "line";
     return end + 2;
   }
 
-  private takeData(from: number, to: number): number {
-    this.contentTo = Math.min(to, from + this.left);
-    this.left -= this.contentTo - from;
-    if (this.left === 0) this.state = "data-end";
-    return this.contentTo;
-  }
-
-  /** The digits are bounded, or leading zeros would go on without end. */
-  private mayBeSize(bytes: Uint8Array, from: number, to: number): boolean {
-    const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
-    const length = end - from;
-    return length > 0 && length <= CHUNK_SIZE_DIGITS_MAX && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1);
+  private takeData(bytes: Uint8Array, from: number, to: number): number {
+    const end = Math.min(to, from + this.left);
+    this.contentTo = end;
+    this.left -= end - from;
+    if (this.left > 0) return end;
+    const hasCrlf = end + 1 < to && bytes[end] === CR && bytes[end + 1] === LF; // a step less for most chunks
+    this.state = hasCrlf ? "line" : "data-end";
+    return hasCrlf ? end + 2 : end;
   }
 
   /** Bounds a line before its end has come. */
@@ -757,16 +762,15 @@ export class ChunkedDecoder {
     return this.state === "failed";
   }
 
-  private takeChunkLine(bytes: Uint8Array, from: number, end: number): void {
-    const digitsEnd = skipWhile(HEXDIG, bytes, from, end);
-    for (let at = from; at < digitsEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeEnd: number, end: number): void {
+    for (let at = from; at < sizeEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
     // Past 2^53 sums stop being exact: refuse, never wrap around.
     if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return void this.fail("chunk-size", 0);
     // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-    this.extensionBytes += end - digitsEnd;
+    this.extensionBytes += end - sizeEnd;
     const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
-    const isExtended = digitsEnd < end; // most lines are a size alone, and no text is made of them
-    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, digitsEnd, end))))
+    const isExtended = sizeEnd < end; // most lines are a size alone, and no text is made of them
+    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, sizeEnd, end))))
       return void this.fail("chunk-extension", 0);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
