@@ -105,9 +105,9 @@ async function read(pieces: readonly Buffer[], { closes, status }: Expectation) 
   let final: ResponseHead | undefined;
   let outcome: Outcome | "waiting" = "ok";
   try {
-    const { head, framing, rest } = await receiveHead(source, "GET");
+    const { head, rest } = await receiveHead(source, "GET");
     final = head;
-    for await (const piece of receiveContent(source, framing, rest)) content.push(Buffer.from(piece));
+    for await (const piece of receiveContent(source, head.framing, rest)) content.push(Buffer.from(piece));
     requireSuccess(head, false, "GET");
   } catch (error) {
     if (!(error instanceof TransferError)) throw error;
