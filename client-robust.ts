@@ -17,7 +17,7 @@
  *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
-import * as fs from "node:fs";
+import type { Stats } from "node:fs";
 
 // ═══ 1 Limits and defaults ═════════════════════════════════════════════════════════════════════
 
@@ -29,6 +29,7 @@ export const LIMITS = Object.freeze({
   interimResponsesMax: 100, // RFC 9110 §15.2: a client reads any number of 1xx, but no server needs more than a few
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
   receivedBytesMax: 1_048_576, // received and not yet processed: then we stop reading, and TCP slows the server (backpressure)
+  printedBytesMax: 65_536, // printed without loading node:fs
   writeRetryMs: 10, // the wait before the next write to a full stdout that another process has made non-blocking
   backoffFirstMs: 1000, // the first retry waits about a second, the next two, then four …
   backoffMaxMs: 60_000,
@@ -266,10 +267,7 @@ function beginResponse(head: ResponseHead, session: Session): Verdict {
   return verdict;
 }
 
-/**
- * The loop around the heart: follows redirects, tries again, continues an interrupted transfer.
- * @returns the exit code; a failure has been printed by then, as one line on stderr
- */
+/** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
 async function download(job: Job, sink: Sink): Promise<number> {
   const [clock, delivery, { request }] = [new Clock(job), new Delivery(sink, job), job];
   const progress = new ProgressLine(job, clock);
@@ -795,11 +793,7 @@ const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 const partial = (message: string) => new TransferError("partial", message);
 
-/**
- * Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2).
- * @returns `rest`: the bytes that came behind the head
- * @throws TransferError
- */
+/** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
   let [text, rest]: [string, Uint8Array] = ["", new Uint8Array(0)];
   for (let interim = 0; interim <= LIMITS.interimResponsesMax;) {
@@ -986,10 +980,7 @@ function takeContent(decoder: ChunkedDecoder | undefined, bytes: Uint8Array, lef
   }
 }
 
-/**
- * Gives the memory of received bytes back at once. The collector would let some 50 MiB of them pile up first, and each
- * piece would be written to memory that is in no cache.
- */
+/** Gives memory back at once. The collector would let some 50 MiB pile up, and pieces would come to memory in no cache. */
 function release({ buffer, byteLength }: Uint8Array): void {
   if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
 }
@@ -1008,7 +999,7 @@ export function printable(text: string): string {
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
-    fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    process.getBuiltinModule("node:fs").writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
@@ -1058,10 +1049,10 @@ class ProgressLine {
     const now = this.clock.elapsedMs;
     if (now - this.shownAt < LIMITS.progressEveryMs) return;
     this.shownAt = now;
-    if (this.job.isSilent || this.job.isTraced || !isTerminal(2)) return;
+    if (this.job.isSilent || this.job.isTraced || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
-    ignoreErrors(() => fs.writeSync(2, `\r${formatProgress(bytes, total, bytesPerSecond)}\x1b[K`));
+    ignoreErrors(() => fs().writeSync(2, `\r${formatProgress(bytes, total, bytesPerSecond)}\x1b[K`));
   }
 
   /** Ends the line with a summary. */
@@ -1075,7 +1066,7 @@ class ProgressLine {
   }
 
   clear(): void {
-    if (this.isOnScreen) ignoreErrors(() => fs.writeSync(2, "\r\x1b[K"));
+    if (this.isOnScreen) ignoreErrors(() => fs().writeSync(2, "\r\x1b[K"));
     this.isOnScreen = false;
   }
 }
@@ -1283,9 +1274,9 @@ function explainConnectError(error: unknown, host: string, hostname: string): Tr
 
 /** The authorities that are trusted, as PEM texts. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {
-  if (file === undefined) return process.getBuiltinModule("node:tls").getCACertificates("system");
-  const { X509Certificate } = process.getBuiltinModule("node:crypto");
-  const pem = ignoreErrors(() => fs.readFileSync(file, "latin1")) ?? "";
+  if (file === undefined) return require("node:tls").getCACertificates("system");
+  const { X509Certificate } = require("node:crypto");
+  const pem = ignoreErrors(() => fs().readFileSync(file, "latin1")) ?? "";
   // Bun would report a bad file only once there is a connection.
   if (pem.includes("-----BEGIN") && ignoreErrors(() => new X509Certificate(pem)) !== undefined) return [pem];
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
@@ -1316,8 +1307,6 @@ export class Clock {
 /**
  * `--trace`: prints each step on a connection as one line on stderr, with the connection's number and the time since it
  * began. Over TLS the bytes are the decrypted ones.
- *
- *     #1   1002.1 ms  receive  13 B  "Hello, World!"  content complete
  */
 class Trace {
   private connections = 0;
@@ -1326,7 +1315,10 @@ class Trace {
   private received = "";
   private completed = "";
 
-  /** A connection begins. */
+  constructor() {
+    fs(); // so that no line counts the time that it takes to load
+  }
+
   begin(): void {
     this.flush();
     this.connections++;
@@ -1524,6 +1516,11 @@ class Delivery {
 
 // ═══ 11 Where it goes ══════════════════════════════════════════════════════════════════════════
 
+// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load. `require` gives an `any`.
+const fs = (): typeof import("node:fs") => require("node:fs");
+const paths = (): typeof import("node:path") => require("node:path");
+const isTty = (fd: number): boolean => require("node:tty").isatty(fd);
+
 /** For steps whose failure changes nothing. */
 function ignoreErrors<T>(step: () => T): T | undefined {
   try {
@@ -1534,7 +1531,7 @@ function ignoreErrors<T>(step: () => T): T | undefined {
 }
 
 /** @returns undefined if it does not exist, or cannot be reached */
-const statOf = (path: string) => ignoreErrors(() => fs.lstatSync(path));
+const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path));
 
 /**
  * Writes all of it. A pipe or a terminal may block for any time, so another thread writes to it, and deadlines go on
@@ -1547,9 +1544,9 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
     try {
       written += mayBlock
         ? await new Promise<number>((resolve, reject) =>
-            fs.write(fd, bytes, written, length, at, (error, count) => (error ? reject(error) : resolve(count))),
+            fs().write(fd, bytes, written, length, at, (error, count) => (error ? reject(error) : resolve(count))),
           )
-        : fs.writeSync(fd, bytes, written, length, at);
+        : fs().writeSync(fd, bytes, written, length, at);
     } catch (error) {
       if ((error as SystemError).code !== "EAGAIN") throw error; // node:fs throws SystemErrors
       await Bun.sleep(LIMITS.writeRetryMs);
@@ -1557,12 +1554,8 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
   }
 }
 
-/** node:tty takes longer to load than a small transfer takes: load it only if the descriptor may be a terminal. */
-function isTerminal(fd: number, found = fs.fstatSync(fd)): boolean {
-  // On Linux, the devices of major number 1 are /dev/null, /dev/full and their like.
-  const mayBe = found.isCharacterDevice() && found.rdev >> 8 !== 1;
-  return mayBe && process.getBuiltinModule("node:tty").isatty(fd);
-}
+/** On Linux, the devices of major number 1 are /dev/null, /dev/full and their like: node:tty is not loaded for them. */
+const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && found.rdev >> 8 !== 1 && isTty(fd);
 
 /** Pipes, devices and terminals: what is written there cannot be taken back. */
 class StreamSink implements Sink {
@@ -1574,13 +1567,14 @@ class StreamSink implements Sink {
   private readonly isTerminal: boolean;
   private readonly mayBlock: boolean;
   private textDecoder: TextDecoder | undefined;
+  private printed = 0;
 
   /** @param isContentOnly only content is written, as it is; otherwise the head is too, and a terminal gets safe text */
   constructor(
     private readonly fd: number,
     private readonly isContentOnly: boolean,
+    found: Stats,
   ) {
-    const found = fs.fstatSync(fd);
     this.isTerminal = isTerminal(fd, found);
     this.mayBlock = this.isTerminal || !(found.isFile() || found.isCharacterDevice());
   }
@@ -1604,7 +1598,7 @@ class StreamSink implements Sink {
   }
 
   endLine(): void {
-    if (this.isInLine) ignoreErrors(() => fs.writeSync(this.fd, "\n"));
+    if (this.isInLine) ignoreErrors(() => fs().writeSync(this.fd, "\n"));
     this.isInLine = false;
   }
 
@@ -1614,17 +1608,20 @@ class StreamSink implements Sink {
   }
 
   private async print(bytes: Uint8Array): Promise<void> {
-    if (!this.isTerminal || this.isContentOnly) return writeAll(this.fd, bytes, this.mayBlock, null);
+    if (!this.isTerminal || this.isContentOnly) return this.put(bytes);
     if (bytes.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
     this.textDecoder ??= new TextDecoder();
-    const text = printable(this.textDecoder.decode(bytes, { stream: true }));
-    await writeAll(this.fd, Buffer.from(text), this.mayBlock, null);
+    await this.put(new TextEncoder().encode(printable(this.textDecoder.decode(bytes, { stream: true }))));
+  }
+
+  /** Bun.write is at hand; node:fs, which has to be loaded first, takes less time for each write. */
+  private async put(bytes: Uint8Array): Promise<void> {
+    this.printed += bytes.length;
+    if (this.printed > LIMITS.printedBytesMax) return writeAll(this.fd, bytes, this.mayBlock, null);
+    await Bun.write(Bun.file(this.fd), bytes);
   }
 }
-
-/** Loaded only to save to a file: printing a small response takes less time. */
-const paths = () => process.getBuiltinModule("node:path");
 
 /** What a part is a part of: written once, before the part's first byte, into a file of the part's name and ".json". */
 interface Label extends Omit<Held, "bytes"> {
@@ -1648,7 +1645,7 @@ const stemOf = (file: string) =>
 /** The parts of this very FILE. An empty label is of a run that was killed before it could write it. */
 function* findParts(file: string, folder: string): Generator<FoundPart> {
   const stem = stemOf(file);
-  for (const name of ignoreErrors(() => fs.readdirSync(folder)) ?? []) {
+  for (const name of ignoreErrors(() => fs().readdirSync(folder)) ?? []) {
     if (!name.startsWith(stem) || !LABEL_END.test(name.slice(stem.length))) continue;
     const path = paths().join(folder, name.slice(0, -".json".length));
     const [found, part] = [statOf(`${path}.json`), statOf(path)];
@@ -1665,7 +1662,7 @@ function* findParts(file: string, folder: string): Generator<FoundPart> {
 const readLabel = (path: string, size: number): Label | undefined =>
   ignoreErrors(() => {
     const blank = { ...NOTHING, file: "", url: "", sha256: "" };
-    const label: Label = { ...blank, ...(size === 0 ? {} : JSON.parse(fs.readFileSync(path, "utf8"))) };
+    const label: Label = { ...blank, ...(size === 0 ? {} : JSON.parse(fs().readFileSync(path, "utf8"))) };
     const isValidator = STRONG_ETAG.test(label.validator) || parseHttpDate(label.validator) !== undefined;
     return size > LIMITS.headBytesMax ? undefined : { ...label, validator: isValidator ? label.validator : "" };
   });
@@ -1684,8 +1681,8 @@ function findLeftover(file: string, folder: string, url: string, sha256: string)
 }
 
 function removePart(path: string): void {
-  ignoreErrors(() => fs.unlinkSync(path));
-  ignoreErrors(() => fs.unlinkSync(`${path}.json`));
+  ignoreErrors(() => fs().unlinkSync(path));
+  ignoreErrors(() => fs().unlinkSync(`${path}.json`));
 }
 
 const takenOver = (path: string) =>
@@ -1713,7 +1710,7 @@ class FileSink implements Sink {
   /** @param old FILE as it was, if it existed; @param folder of the parts */
   constructor(
     private readonly path: string,
-    private readonly old: fs.Stats | undefined,
+    private readonly old: Stats | undefined,
     private readonly folder: string,
     private readonly canContinue: boolean,
     private readonly job: Options,
@@ -1733,7 +1730,7 @@ class FileSink implements Sink {
     // The disk begins to write while the network goes on: all of it at the end would take as long again. If this
     // fails, the sync at the end will too.
     this.syncedTo = position;
-    fs.fdatasync(fd, () => {});
+    fs().fdatasync(fd, () => {});
   }
 
   digest(held: Held): string {
@@ -1742,12 +1739,12 @@ class FileSink implements Sink {
 
   async finish(held: Held): Promise<string> {
     const { path, fd } = this.ready(held);
-    if (fs.fstatSync(fd).size !== held.bytes) throw changed(path);
+    if (fs().fstatSync(fd).size !== held.bytes) throw changed(path);
     this.keepOwnerAndMode(fd);
-    fs.fsyncSync(fd);
+    fs().fsyncSync(fd);
     const note = this.replaceFile(path, fd);
     const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : undefined;
-    if (time !== undefined) ignoreErrors(() => fs.utimesSync(this.path, Date.now() / 1000, time / 1000));
+    if (time !== undefined) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
     this.discard();
     if (this.folder === paths().dirname(this.path))
       for (const older of findParts(this.path, this.folder))
@@ -1758,7 +1755,7 @@ class FileSink implements Sink {
   discard(): void {
     if (this.part === undefined) return;
     removePart(this.part.path);
-    fs.closeSync(this.part.fd);
+    fs().closeSync(this.part.fd);
     this.part = undefined;
   }
 
@@ -1772,7 +1769,7 @@ class FileSink implements Sink {
       this.discard();
       return "";
     }
-    fs.closeSync(fd);
+    fs().closeSync(fd);
     return `Kept ${found.size} bytes in ${path}: the same command continues from there`;
   }
 
@@ -1792,18 +1789,18 @@ class FileSink implements Sink {
 
   /** Gives a part a name of its own, be it new or of an earlier run. The label comes first. */
   private begin({ bytes: _, ...version }: Held, leftover: FoundPart | undefined): NonNullable<FileSink["part"]> {
-    const { O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW } = fs.constants;
+    const { O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW } = fs().constants;
     const path = paths().join(this.folder, `${stemOf(this.path)}.${crypto.randomUUID().slice(-12)}.part`);
     const { sha256 } = this.job;
     const validator = sha256 === "" ? version.validator : "";
     const label: Label = { file: paths().basename(this.path), url: this.url, sha256, ...version, validator };
     const flags = O_RDWR | O_NOFOLLOW | (leftover === undefined ? O_CREAT | O_EXCL : 0);
     try {
-      fs.writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
+      fs().writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
       // A file that replaces a private FILE is private from its first byte on.
-      const fd = fs.openSync(leftover?.path ?? path, flags, this.old === undefined ? 0o666 : 0o600);
-      const inode = fs.fstatSync(fd).ino;
-      if (leftover !== undefined) fs.renameSync(leftover.path, path);
+      const fd = fs().openSync(leftover?.path ?? path, flags, this.old === undefined ? 0o666 : 0o600);
+      const inode = fs().fstatSync(fd).ino;
+      if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
       this.isWorthKeeping = this.canContinue && (validator !== "" || sha256 !== "");
       return { path, fd, inode };
@@ -1816,24 +1813,24 @@ class FileSink implements Sink {
   /** FILE stays as private, as executable and whose it was. Only root may give files away; some disks know no modes. */
   private keepOwnerAndMode(fd: number): void {
     const { mode = 0o666 & ~process.umask(), uid = -1, gid = -1 } = this.old ?? {};
-    const isGiven = this.old === undefined || ignoreErrors(() => (fs.fchownSync(fd, uid, gid), true));
+    const isGiven = this.old === undefined || ignoreErrors(() => (fs().fchownSync(fd, uid, gid), true));
     // Not set-user-ID for another owner.
-    ignoreErrors(() => fs.fchmodSync(fd, mode & (isGiven ? 0o7777 : 0o777)));
+    ignoreErrors(() => fs().fchmodSync(fd, mode & (isGiven ? 0o7777 : 0o777)));
   }
 
   /** @returns what the user should know, or "" */
   private replaceFile(path: string, fd: number): string {
     try {
-      fs.renameSync(path, this.path);
+      fs().renameSync(path, this.path);
       return "";
     } catch (error) {
       const { code = "" } = error as SystemError; // node:fs throws SystemErrors
       // A mount point, a folder in which nothing may be renamed, a part on another disk.
       if (this.old === undefined || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS)$/.test(code)) throw error;
-      withFile(this.path, fs.constants.O_WRONLY | fs.constants.O_TRUNC, (file) => {
+      withFile(this.path, fs().constants.O_WRONLY | fs().constants.O_TRUNC, (file) => {
         for (const piece of piecesOf(fd))
-          for (let written = 0; written < piece.length;) written += fs.writeSync(file, piece, written);
-        fs.fsyncSync(file);
+          for (let written = 0; written < piece.length;) written += fs().writeSync(file, piece, written);
+        fs().fsyncSync(file);
       });
       return `${this.path} was overwritten in place, since it cannot be replaced (${code})`;
     }
@@ -1841,65 +1838,64 @@ class FileSink implements Sink {
 }
 
 /** @returns undefined if FILE has the SHA-256 already */
-function openSink(job: Options): Sink | undefined {
+async function openSink(job: Options): Promise<Sink | undefined> {
   const { output = "-", sha256 } = job;
   if (output === "-") return openDescriptor(1, job.keepsOnlyContent);
-  const { O_WRONLY, O_APPEND, W_OK, X_OK } = fs.constants;
+  const { O_WRONLY, O_APPEND, W_OK, X_OK } = fs().constants;
   const path = followLinks(output);
-  const old = fs.statSync(path, { throwIfNoEntry: false });
+  const old = fs().statSync(path, { throwIfNoEntry: false });
   // A descriptor that is open already, and anything but a regular file, is written to and never replaced.
   const [, owner, descriptor] = /^\/proc\/(self|\d+)\/fd\/(\d+)$/.exec(path) ?? [];
   if (owner === "self") return openDescriptor(Number(descriptor), true);
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
-    return new StreamSink(fs.openSync(path, O_WRONLY | O_APPEND), true);
+    return openDescriptor(fs().openSync(path, O_WRONLY | O_APPEND), true);
   const folder = paths().dirname(path);
-  const needFolder = () => fs.accessSync(folder, W_OK | X_OK);
+  const needFolder = () => fs().accessSync(folder, W_OK | X_OK);
   if (old === undefined) needFolder();
-  else fs.accessSync(path, W_OK);
+  else fs().accessSync(path, W_OK);
   if (old !== undefined && sha256 !== "" && withFile(path, "r", sha256Of) === sha256) return undefined;
   const isBeside = ignoreErrors(() => (needFolder(), true)) ?? false;
-  const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
+  const parts = isBeside ? folder : require("node:os").tmpdir();
   // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
   return new FileSink(path, old, parts, isBeside && job.request.method === "GET", job);
 }
 
-function openDescriptor(fd: number, isContentOnly: boolean): Sink {
-  if (fd === 1) requireStdout();
-  return new StreamSink(fd, isContentOnly);
-}
-
-/** If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. @throws TransferError "write" */
-function requireStdout(): void {
-  if (process.platform !== "linux" || !fs.fstatSync(1).isCharacterDevice()) return;
-  // On Linux, descriptors that a program is started with do not have O_CLOEXEC; those that Bun opens do.
-  const flags = ignoreErrors(() => /^flags:\s*(\d+)/m.exec(fs.readFileSync("/proc/self/fdinfo/1", "latin1"))?.[1]);
-  if ((Number.parseInt(flags ?? "0", 8) & 0o2000000) !== 0) throw new TransferError("write", "stdout is closed");
+/** @throws TransferError "write" */
+async function openDescriptor(fd: number, isContentOnly: boolean): Promise<Sink> {
+  const isOnLinux = fd === 1 && process.platform === "linux";
+  const info = isOnLinux ? Bun.file("/proc/self/fdinfo/1").text() : "";
+  const [found, text] = await Promise.all([Bun.file(fd).stat(), info]);
+  // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
+  // program is started with do not have O_CLOEXEC; those that Bun opens do.
+  const isClosed = found.isCharacterDevice() && /^flags:\s*\d*[2367]\d{6}$/m.test(text);
+  if (isClosed) throw new TransferError("write", "stdout is closed");
+  return new StreamSink(fd, isContentOnly, found);
 }
 
 /** Where a path leads in the end, whether that exists or not. /dev/stdout leads to /proc/self/fd/1. */
 function followLinks(path: string): string {
   const { basename, dirname, join, resolve } = paths();
   for (let links = 0; links < 40 && statOf(path)?.isSymbolicLink(); links++) {
-    const folder = fs.realpathSync(dirname(path));
+    const folder = fs().realpathSync(dirname(path));
     if (/^\/proc\/\d+\/fd$/.test(folder)) return join(folder.replace(`/${process.pid}/`, "/self/"), basename(path));
-    path = resolve(folder, fs.readlinkSync(path));
+    path = resolve(folder, fs().readlinkSync(path));
   }
   return path;
 }
 
 /** Runs a step with a descriptor that is closed whatever happens. */
 function withFile<T>(path: string, flags: number | "r", step: (fd: number) => T): T {
-  const fd = fs.openSync(path, flags);
+  const fd = fs().openSync(path, flags);
   try {
     return step(fd);
   } finally {
-    fs.closeSync(fd);
+    fs().closeSync(fd);
   }
 }
 
 function* piecesOf(fd: number): Generator<Uint8Array> {
   const buffer = new Uint8Array(1_048_576);
-  for (let at = 0, length = 0; (length = fs.readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
+  for (let at = 0, length = 0; (length = fs().readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
     yield buffer.subarray(0, length);
 }
 
@@ -2007,7 +2003,7 @@ export function parseCommandLine(args: readonly string[]) {
   check(output !== "", "--output takes a file or -");
   check(!isHead || (output === undefined && data.length === 0), "--head goes with neither --output nor --data");
   const method = last("request") ?? (isHead ? "HEAD" : data.length > 0 ? "POST" : "GET");
-  const isMethod = new RegExp(`^${TOKEN}$`).test(method) && method !== "CONNECT";
+  const isMethod = !values.has("request") || (method !== "CONNECT" && new RegExp(`^${TOKEN}$`).test(method));
   check(isMethod, `--request takes no ${JSON.stringify(method)}`);
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
@@ -2050,7 +2046,7 @@ function remoteName(text: string, url: URL): string {
 
 /** The condition of -z: only what has changed since FILE did (RFC 9110 §13.1.3). None if there is no FILE. */
 function timeCondition(file: string | undefined): [name: string, value: string][] {
-  const found = file === undefined ? undefined : ignoreErrors(() => fs.statSync(file));
+  const found = file === undefined ? undefined : ignoreErrors(() => fs().statSync(file));
   return found === undefined ? [] : [["If-Modified-Since", found.mtime.toUTCString()]];
 }
 
@@ -2112,7 +2108,7 @@ async function readData(data: readonly string[]): Promise<Blob[] | undefined> {
 
 async function openData(path: string): Promise<Blob> {
   try {
-    const [source, found] = path === "-" ? [Bun.stdin, undefined] : [Bun.file(path), fs.statSync(path)];
+    const [source, found] = path === "-" ? [Bun.stdin, undefined] : [Bun.file(path), fs().statSync(path)];
     if (found?.isFile()) return source.slice(0, found.size);
     const pieces: Uint8Array<ArrayBuffer>[] = [];
     let left = LIMITS.heldDataBytesMax;
@@ -2144,10 +2140,10 @@ function keepPartOnSignals(delivery: Delivery): void {
 async function main(): Promise<number> {
   try {
     const { show, options, data } = parseCommandLine(process.argv.slice(2));
-    if (show !== "") await writeAll(1, Buffer.from(show), true, null);
+    if (show !== "") await Bun.write(Bun.stdout, show);
     if (show !== "") return EXIT_CODES.ok;
     const request = { ...options.request, content: await readData(data) };
-    const sink = openSink(options);
+    const sink = await openSink(options);
     if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
     if (sink === undefined) return EXIT_CODES.ok;
     return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);

@@ -1060,7 +1060,7 @@ export function printable(text: string): string {
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
-    fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    process.getBuiltinModule("node:fs").writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
