@@ -13,7 +13,7 @@
  *
  * It reads from top to bottom: limits, words, errors; **the transfer**, which is the tutorial's try { connect;
  * send; receive … } catch … finally { close } with a loop around it; the policy; the request; the response
- * (head, framing, content); text; sockets; what is held of the content; where it goes; the command line.
+ * (head, framing, content); text; sockets; delivery; sinks; the command line.
  *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
@@ -71,7 +71,7 @@ export interface ResponseHead {
   readonly text: string; // the head as it came, one character a byte
 }
 
-/** What is held of the content: this many bytes from its start, of the version that the validator names. */
+/** The content received so far: this many bytes from its start, of the version that the validator names. */
 export interface Held {
   readonly bytes: number;
   readonly validator: string; // for If-Range: a strong entity-tag or a strong date, which names exactly these bytes; or ""
@@ -82,7 +82,7 @@ export interface Held {
 
 export const NOTHING: Held = Object.freeze({ bytes: 0, validator: "", etag: "", lastModified: "", total: undefined });
 
-/** Where the content goes. Its methods throw TransferErrors and what node:fs throws. `held` is what was written before. */
+/** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
   readonly found: Held; // what an earlier run has left, to be continued
   write(content: Uint8Array, held: Held): Promise<void>;
@@ -92,14 +92,14 @@ interface Sink {
   close(held: Held): string | Promise<string>;
   start?(head: ResponseHead): void; // the content of this response follows
   digest?(held: Held): string; // SHA-256 in hex of all that was written, if it can be read again
-  discard?(): void; // throws away what was written; a sink without this method cannot start over
+  discard?(): void; // deletes everything written; a sink without this method cannot start over
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
 
 /** What the user asked for, as far as decisions depend on it. */
 export interface Policy {
   readonly keepsOnlyContent: boolean; // -o: the page of an error or of a redirect must not pass for content
-  readonly canStartOver: boolean; // content that is held can be thrown away; what is on stdout cannot
+  readonly canStartOver: boolean; // the content held can be deleted; output on stdout cannot
   readonly isVerified: boolean; // by --sha256 at the end, so pieces may be joined whatever their validators say
   readonly followsRedirects: boolean;
   readonly isConditional: boolean; // the user has sent a condition: a 304 is an answer even to a request for the rest
@@ -146,8 +146,8 @@ export class TransferError extends Error {
   readonly retryAfterMs: number = 0; // RFC 9110 §10.2.3: no attempt before this wait
   readonly isFinal: boolean = false; // another attempt cannot help, though the outcome alone would not say so
   readonly isQuiet: boolean = false; // no line on stderr: `| head` has what it wanted
-  readonly isPart: boolean = false; // the response was whole, but only a part of what is missing: the server has more
-  readonly spoils: boolean = false; // what is held may be wrong
+  readonly isPart: boolean = false; // the response was complete, but only a part of the missing bytes: the server has more
+  readonly spoils: boolean = false; // the content held may be wrong
 
   constructor(
     readonly outcome: Outcome,
@@ -337,7 +337,7 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<n
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
-  | { readonly action: "complete" } // what is held is the whole
+  | { readonly action: "complete" } // the bytes held are the whole content
   | { readonly action: "unchanged" } // 304: the user has it already
   | Redirect
   | { readonly action: "fail"; readonly failure: TransferError };
@@ -351,7 +351,7 @@ const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 
 /**
  * What to do with a response, where `held` is what we have.
- * @param asked for the whole, or with Range for the rest of what is held; after the last try, an error page is shown
+ * @param asked whether the request had Range, for the rest of `held`; after the last try, an error page is shown
  */
 export function judgeHead(
   head: ResponseHead,
@@ -378,7 +378,7 @@ export function judgeHead(
   return judgeWhole(head, held, policy, asked.method === "GET");
 }
 
-/** A whole response: what is held of the same version is passed over, what is held of another is given up. */
+/** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
 function judgeWhole(head: ResponseHead, held: Held, policy: Policy, isGet: boolean): Verdict {
   const stated = isGet && (policy.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
   const length = typeof head.framing === "number" ? head.framing : stated[0];
@@ -398,7 +398,7 @@ function judgeWhole(head: ResponseHead, held: Held, policy: Policy, isGet: boole
 
 const CHANGED = "the content has changed since its first part was printed, which cannot be taken back";
 
-/** A part is used only if it continues what is held without a gap, and is of the same version. */
+/** A part is used only if it continues the bytes held without a gap, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
   const [total, length] = [complete ?? held.total, last + 1 - first];
@@ -417,7 +417,7 @@ function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
 }
 
-/** RFC 9110 §15.5.17: no byte follows what is held. That is the whole only if its length and version match. */
+/** RFC 9110 §15.5.17: no byte follows those held. They are the whole only if length and version match. */
 function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
   const [, complete] = /^bytes \*\/(\d{1,15})$/i.exec(singleValue(head, "content-range")) ?? [];
   const { validator } = versionOf(head);
@@ -442,7 +442,7 @@ const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
 const hasContent = ({ status }: ResponseHead, method: string) =>
   method === "GET" ? status === 200 || status === 203 || status === 206 : status >= 200 && status < 300;
 
-/** Checks that the response, which is whole, is what was asked for. @throws TransferError "status" */
+/** A complete response can still be a failure: checks its status. @throws TransferError "status" */
 export function requireSuccess(head: ResponseHead, keepsOnlyContent: boolean, method: string): void {
   if (!(keepsOnlyContent ? hasContent(head, method) : head.status < 400))
     throw new TransferError("status", describeStatus(head), { isFinal: true });
@@ -480,7 +480,7 @@ export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" |
   return { etag, lastModified, validator: age >= LIMITS.strongDateAgeMs ? lastModified : "" };
 }
 
-/** Nothing in the response says that it is of another version than what is held. */
+/** No field of the response contradicts the version held. */
 const agrees = (head: ResponseHead, { etag, lastModified }: Held) =>
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
   fieldValues(head, "last-modified").every((value) => lastModified === "" || value === lastModified);
@@ -500,7 +500,7 @@ export interface Attempt {
   readonly elapsedMs: number; // since the first attempt
 }
 
-/** `asksForWhole`: the next request is not only for what is missing. */
+/** `asksForWhole`: the next request has no Range. */
 export type Decision =
   | { readonly action: "retry"; readonly afterMs: number; readonly asksForWhole: boolean }
   | { readonly action: "give-up"; readonly why: string };
@@ -523,9 +523,9 @@ const backoffMs = (failures: number, random: () => number) =>
  * | is permanent (a certificate, 404, conflicting lengths, disk full) | give up |
  * | the method is not idempotent, and the request was sent | give up |
  * | no retries are left, or no time, or Retry-After is too long | give up |
- * | the response was whole, but only a part of what is missing | ask for the next part at once |
+ * | the response was complete, but only a part of the missing bytes | ask for the next part at once |
  * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
- * | anything else | continue from what is held |
+ * | anything else | continue after the bytes held |
  */
 export function decideNext(attempt: Attempt, held: Held, policy: Policy, random: () => number): Decision {
   const { failure, failures } = attempt;
@@ -557,7 +557,7 @@ const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes ===
 const contentLength = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
 
 /**
- * The head of the request as it goes over the wire (RFC 9112 §3), for the whole content or for what is missing of
+ * The head of the request as it goes over the wire (RFC 9112 §3), for the whole content or for the bytes after
  * `held`. Range (RFC 9110 §14.2) asks for the rest; If-Range (§13.1.5) makes it the whole if the version has changed.
  */
 export function formatRequest(request: Request, held: Held): Uint8Array {
@@ -611,7 +611,7 @@ function redirect(request: Request, status: number, url: URL): Request {
 export interface Source {
   /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
   receive(): Promise<Uint8Array | undefined>;
-  readonly endsInOrder: boolean; // the peer has announced its end, so that nobody can have cut it off
+  readonly endsInOrder: boolean; // the peer has announced its end: the connection was not cut
 }
 
 // ── shared: byte classes ──
@@ -788,7 +788,7 @@ export class ChunkedDecoder {
 
 const unparsable = (fault: string, details: Details = { isFinal: true }) =>
   new TransferError("unparsable", `the response is malformed: ${fault}`, details);
-/** More or less came than the head said, so what came may be anything. */
+/** The content is longer or shorter than the head said, so its bytes cannot be trusted. */
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 const partial = (message: string) => new TransferError("partial", message);
@@ -926,7 +926,7 @@ export function decideFraming(
 /**
  * Receives the content of a response, piece by piece, and no byte after it. Each piece is valid until the next is asked
  * for. RFC 9112 §8: only content without a length may end with the connection, and over TLS only if the peer has
- * announced that (§9.8), since anybody on the way can cut a connection off.
+ * announced that (§9.8), since anyone on the path can cut a connection.
  * @param begun what came with the head
  * @throws TransferError
  */
@@ -948,7 +948,7 @@ export async function* receiveContent(source: Source, framing: Framing, begun: U
     kept = all.length - used;
     release(bytes);
     if (decoder !== undefined && decoder.fault !== "")
-      // What came before may have been damaged as well.
+      // The content before it may have been damaged as well.
       throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
     if (decoder?.state === "done") return;
   }
@@ -1274,8 +1274,8 @@ function explainConnectError(error: unknown, host: string, hostname: string): Tr
 
 /** The authorities that are trusted, as PEM texts. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {
-  if (file === undefined) return require("node:tls").getCACertificates("system");
-  const { X509Certificate } = require("node:crypto");
+  if (file === undefined) return process.getBuiltinModule("node:tls").getCACertificates("system");
+  const { X509Certificate } = process.getBuiltinModule("node:crypto");
   const pem = ignoreErrors(() => fs().readFileSync(file, "latin1")) ?? "";
   // Bun would report a bad file only once there is a connection.
   if (pem.includes("-----BEGIN") && ignoreErrors(() => new X509Certificate(pem)) !== undefined) return [pem];
@@ -1399,18 +1399,18 @@ export class RecordWatch {
   }
 }
 
-// ═══ 10 What is held ═══════════════════════════════════════════════════════════════════════════
+// ═══ 10 Delivery ═══════════════════════════════════════════════════════════════════════════════
 
 /** Repr-Digest is a dictionary of byte sequences (RFC 9530 §3, RFC 8941 §3.2); of its algorithms SHA-256 is read. */
 const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
 
-/** What is held of the content across all attempts, and whether it is what the server and the user say. */
+/** The content held across all attempts; checks its length and its digest. */
 class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
   private best: number; // the most that was ever held of this version: only what goes beyond it is progress
   private hasStartedOver = false;
-  private isJoined = false; // what is held came in several responses
+  private isJoined = false; // the content held came in several responses
   private hash: Bun.CryptoHasher | undefined;
   private skip = 0; // bytes of the response under way that are held already
   private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
@@ -1471,7 +1471,7 @@ class Delivery {
     }
     if (this.isToVerify) this.verify();
     this.note = await this.sink.finish(this.held);
-    // Coded content is saved as it is, although nobody asked for a coding: a mirror's a.tar.gz is meant so.
+    // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
     const codings = fieldValues(head, "content-encoding").join(", ");
     if (this.note === "" && this.job.keepsOnlyContent && !/^(identity|[, ])*$/i.test(codings))
       this.note = `The content is saved as it comes, with Content-Encoding: ${codings}`;
@@ -1496,7 +1496,7 @@ class Delivery {
     throw new TransferError("digest", mismatch, { isFinal, spoils: true });
   }
 
-  /** Throws away what is held, as it is wrong. */
+  /** Deletes the content held, as it is wrong. */
   discard(): void {
     this.sink.discard?.();
     this.held = NOTHING;
@@ -1514,12 +1514,12 @@ class Delivery {
   }
 }
 
-// ═══ 11 Where it goes ══════════════════════════════════════════════════════════════════════════
+// ═══ 11 Sinks ══════════════════════════════════════════════════════════════════════════════════
 
-// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load. `require` gives an `any`.
+// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load. `require` has no types.
 const fs = (): typeof import("node:fs") => require("node:fs");
 const paths = (): typeof import("node:path") => require("node:path");
-const isTty = (fd: number): boolean => require("node:tty").isatty(fd);
+const tty = (): typeof import("node:tty") => require("node:tty");
 
 /** For steps whose failure changes nothing. */
 function ignoreErrors<T>(step: () => T): T | undefined {
@@ -1555,9 +1555,9 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
 }
 
 /** On Linux, the devices of major number 1 are /dev/null, /dev/full and their like: node:tty is not loaded for them. */
-const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && found.rdev >> 8 !== 1 && isTty(fd);
+const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && found.rdev >> 8 !== 1 && tty().isatty(fd);
 
-/** Pipes, devices and terminals: what is written there cannot be taken back. */
+/** Pipes, devices and terminals: output there cannot be taken back. */
 class StreamSink implements Sink {
   readonly found = NOTHING;
   /** The head that is still to be printed: with the first content, when no other response can replace it. */
@@ -1602,7 +1602,7 @@ class StreamSink implements Sink {
     this.isInLine = false;
   }
 
-  /** No other attempt will follow: a head whose content never came is printed, if somebody still reads. */
+  /** No other attempt will follow: prints a head whose content never came, if the output is still open. */
   close(): Promise<string> {
     return this.finish().catch(() => "");
   }
@@ -1773,7 +1773,7 @@ class FileSink implements Sink {
     return `Kept ${found.size} bytes in ${path}: the same command continues from there`;
   }
 
-  /** The part that has what is held; another one if nothing is. @throws TransferError if it is not as this run left it */
+  /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
   private ready(held: Held): NonNullable<FileSink["part"]> {
     if (this.part === undefined || held.bytes === 0) {
       const next = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
@@ -1855,7 +1855,7 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   else fs().accessSync(path, W_OK);
   if (old !== undefined && sha256 !== "" && withFile(path, "r", sha256Of) === sha256) return undefined;
   const isBeside = ignoreErrors(() => (needFolder(), true)) ?? false;
-  const parts = isBeside ? folder : require("node:os").tmpdir();
+  const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
   // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
   return new FileSink(path, old, parts, isBeside && job.request.method === "GET", job);
 }
@@ -1899,7 +1899,7 @@ function* piecesOf(fd: number): Generator<Uint8Array> {
     yield buffer.subarray(0, length);
 }
 
-/** SHA-256 in hex of what can be read from a descriptor. */
+/** SHA-256 in hex of all that a descriptor reads. */
 function sha256Of(fd: number): string {
   const hash = new Bun.CryptoHasher("sha256");
   for (const piece of piecesOf(fd)) hash.update(piece);
@@ -2044,7 +2044,7 @@ function remoteName(text: string, url: URL): string {
   return name;
 }
 
-/** The condition of -z: only what has changed since FILE did (RFC 9110 §13.1.3). None if there is no FILE. */
+/** The condition of -z: changed since FILE was (RFC 9110 §13.1.3). None if there is no FILE. */
 function timeCondition(file: string | undefined): [name: string, value: string][] {
   const found = file === undefined ? undefined : ignoreErrors(() => fs().statSync(file));
   return found === undefined ? [] : [["If-Modified-Since", found.mtime.toUTCString()]];
@@ -2092,7 +2092,7 @@ export function parseUrl(text: string): URL {
 
 /**
  * The content to send. Several -d are joined with "&", as in forms. A file is read while it is sent, again for each
- * attempt; what can be read only once is held in memory.
+ * attempt; a pipe can be read only once, and is held in memory.
  */
 async function readData(data: readonly string[]): Promise<Blob[] | undefined> {
   const blobs: Blob[] = [];
