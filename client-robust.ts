@@ -1584,7 +1584,7 @@ class StreamSink implements Sink {
   }
 
   async write(content: Uint8Array): Promise<void> {
-    await this.finish();
+    if (!this.hasPrinted) await this.finish();
     await this.print(content);
     this.isInLine = this.isTerminal && content.at(-1) !== LF;
   }
@@ -1607,19 +1607,19 @@ class StreamSink implements Sink {
     return this.finish().catch(() => "");
   }
 
-  private async print(bytes: Uint8Array): Promise<void> {
+  private print(bytes: Uint8Array): Promise<unknown> {
     if (!this.isTerminal || this.isContentOnly) return this.put(bytes);
     if (bytes.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
     this.textDecoder ??= new TextDecoder();
-    await this.put(new TextEncoder().encode(printable(this.textDecoder.decode(bytes, { stream: true }))));
+    return this.put(new TextEncoder().encode(printable(this.textDecoder.decode(bytes, { stream: true }))));
   }
 
   /** Bun.write is at hand; node:fs, which has to be loaded first, takes less time for each write. */
-  private async put(bytes: Uint8Array): Promise<void> {
+  private put(bytes: Uint8Array): Promise<unknown> {
     this.printed += bytes.length;
     if (this.printed > LIMITS.printedBytesMax) return writeAll(this.fd, bytes, this.mayBlock, null);
-    await Bun.write(Bun.file(this.fd), bytes);
+    return Bun.write(Bun.file(this.fd), bytes);
   }
 }
 
