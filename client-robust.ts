@@ -29,7 +29,7 @@ export const LIMITS = Object.freeze({
   interimResponsesMax: 100, // RFC 9110 §15.2: a client reads any number of 1xx, but no server needs more than a few
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
   receivedBytesMax: 1_048_576, // received and not yet processed: then we stop reading, and TCP slows the server (backpressure)
-  printedBytesMax: 65_536, // printed without loading node:fs
+  printedBytesMax: 4096, // printed without loading node:fs: PIPE_BUF, which a full pipe takes whole or not at all
   writeRetryMs: 10, // the wait before the next write to a full stdout that another process has made non-blocking
   backoffFirstMs: 1000, // the first retry waits about a second, the next two, then four …
   backoffMaxMs: 60_000,
@@ -1567,7 +1567,7 @@ class StreamSink implements Sink {
   private readonly isTerminal: boolean;
   private readonly mayBlock: boolean;
   private textDecoder: TextDecoder | undefined;
-  private printed = 0;
+  private left: number; // bytes to print before node:fs is loaded
 
   /** @param isContentOnly only content is written, as it is; otherwise the head is too, and a terminal gets safe text */
   constructor(
@@ -1577,6 +1577,7 @@ class StreamSink implements Sink {
   ) {
     this.isTerminal = isTerminal(fd, found);
     this.mayBlock = this.isTerminal || !(found.isFile() || found.isCharacterDevice());
+    this.left = !this.mayBlock || found.isFIFO() ? LIMITS.printedBytesMax : 0;
   }
 
   start(head: ResponseHead): void {
@@ -1615,10 +1616,13 @@ class StreamSink implements Sink {
     return this.put(new TextEncoder().encode(printable(this.textDecoder.decode(bytes, { stream: true }))));
   }
 
-  /** Bun.write is at hand; node:fs, which has to be loaded first, takes less time for each write. */
+  /**
+   * Bun.write needs no module, but if a non-blocking descriptor takes a part, it writes that part again: it is only for
+   * output that is taken whole. node:fs, once it is loaded, takes less time for each write.
+   */
   private put(bytes: Uint8Array): Promise<unknown> {
-    this.printed += bytes.length;
-    if (this.printed > LIMITS.printedBytesMax) return writeAll(this.fd, bytes, this.mayBlock, null);
+    this.left -= bytes.length;
+    if (this.left < 0) return writeAll(this.fd, bytes, this.mayBlock, null);
     return Bun.write(Bun.file(this.fd), bytes);
   }
 }

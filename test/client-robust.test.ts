@@ -293,6 +293,34 @@ print(n, child.wait())`;
     expect((await run(["python3", "-c", code, ...argv])).stdout).toBe("100000 0\n");
   });
 
+  test.concurrent(
+    "prints each byte once into a non-blocking pipe that has room for a part of it, or for none",
+    async () => {
+      const program = await command("client-robust", variant);
+      const code = `
+import os, subprocess, sys
+filled, argv = int(sys.argv[1]), sys.argv[2:]
+r, w = os.pipe(); os.set_blocking(w, False)
+os.write(w, b"z" * filled)
+child = subprocess.Popen(argv, stdout=w, stderr=subprocess.PIPE); os.close(w)
+try: child.wait(0.5)
+except subprocess.TimeoutExpired: pass
+data = b""
+while piece := os.read(r, 4096): data += piece
+print(data[filled:].decode(), child.wait(), end="")`;
+      for (const [length, filled] of [
+        [4000, 65_536],
+        [4000, 63_000],
+        [60_000, 60_000],
+      ] as const) {
+        const text = Array.from({ length }, (_, i) => String.fromCharCode(97 + (i % 23))).join("");
+        await using server = await startServer(variant, ["--log", "off", "--text", text]);
+        const printed = await run(["python3", "-c", code, `${filled}`, ...program, "-o", "-", server.url]);
+        expect([length, filled, printed.stdout === `${text} 0`]).toEqual([length, filled, true]);
+      }
+    },
+  );
+
   test.if(hasTool("nginx"))(
     "1 GiB from nginx: whole, in constant memory, and `| head` ends it quietly",
     async () => {
