@@ -1,6 +1,6 @@
 /** The shape of the project: what a copy of one file, a binary in a hostile folder and the README rely on. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { accessSync, constants, existsSync, readFileSync } from "node:fs";
+import { accessSync, constants, existsSync, readdirSync, readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { PROGRAMS } from "../.ci/build.ts";
 import { drawFigures } from "../docs/figures.ts";
@@ -135,7 +135,7 @@ test("the README fits on two screens of a terminal, and has the figures of bench
 });
 
 test("every link of the documents leads to a file, and to a heading that is there", () => {
-  const docs = ["scaling", "reference", "lab", "lab.zh-CN", "README.zh-CN"].map((name) => `docs/${name}.md`);
+  const docs = ["scaling", "reference", "lab", "lab.zh-CN", "audit", "README.zh-CN"].map((name) => `docs/${name}.md`);
   const documents = ["README.md", ...docs, "bench/README.md", "bench/RESULTS.md"];
   const anchors = (path: string) =>
     [...read(path).matchAll(/^#+ (.*)$/gm)].map(([, heading = ""]) =>
@@ -152,6 +152,33 @@ test("every link of the documents leads to a file, and to a heading that is ther
       expect(existsSync(join(ROOT, target)), `${document}: ${link}`).toBeTrue();
       if (anchor !== undefined) expect(anchors(target), `${document}: ${link}`).toContain(anchor);
     }
+});
+
+test("every test, vector and piece of code that docs/audit.md names is there, for each threat of SECURITY.md", () => {
+  const names = readdirSync(join(ROOT, "test")).filter((name) => name.endsWith(".ts"));
+  const tests = names.map((name) => read(`test/${name}`)).join("\n");
+  const vectors = ["request", "response", "path"].flatMap((kind) => readdirSync(join(ROOT, "test/vectors", kind)));
+  const rows = tableRows(read("docs/audit.md")).filter(([threat]) => threat !== "threat" && !threat?.startsWith("-"));
+  for (const [threat = "", shown = ""] of rows) {
+    for (const [, words = ""] of shown.matchAll(/"(.*?)"/g))
+      expect(tests.includes(words), `${threat}: ${words}`).toBeTrue();
+    for (const [, name = ""] of shown.matchAll(/(?<!code: )`([a-z\d*-]+)`/g))
+      if (!name.startsWith("--"))
+        expect(
+          vectors.some((file) => new Bun.Glob(`${name}.txt`).match(file)),
+          `${threat}: ${name}`,
+        ).toBeTrue();
+    for (const [, code = ""] of shown.matchAll(/code: `(?:\w+\.)?(\w+)`/g))
+      expect(
+        sources.some(({ text }) => new RegExp(`\\b${code}\\(`).test(text)),
+        `${threat}: ${code}`,
+      ).toBeTrue();
+  }
+  const threats = (page: string) =>
+    tableRows(read(page))
+      .map(([threat = ""]) => threat.replace(/ \(.*/, ""))
+      .filter((threat) => !threat.startsWith("-"));
+  expect(threats("docs/audit.md")).toEqual(threats("SECURITY.md"));
 });
 
 test("what two scripts share is the same in both", () => {
