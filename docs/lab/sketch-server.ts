@@ -19,7 +19,7 @@ while (true) {
   const request = decode(clientSocket.recv(1024)); //          ② a silent client stops the server here
   console.log(request); //                                     ③ control characters reach the terminal
 
-  // process the request                                       ④ 200 whatever came, and no Content-Length
+  // process the request                                       ④ always 200, and no Content-Length
   const response = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nHello, World!";
   clientSocket.sendall(encode(response));
 
