@@ -150,6 +150,7 @@ class Lab {
         await until(() => running.isOver || listeningPorts().has(port));
       else if (!isWriting) await until(() => running.isOver || firstLine.test(normalised(running.printed)));
       else await Bun.sleep(1000);
+      if (running.isOver) throw new Error(`${text} has ended: ${running.printed}`);
       return "";
     }
     const limit = setTimeout(() => running.child.kill("SIGKILL"), 30_000);
@@ -191,13 +192,14 @@ const written = new Map<Command, string>();
 
 const TIME = /\d+(?:\.\d+)? (ms|s)\b/g;
 
-/** What two runs may have different: times (compared apart), dates, random names, and how much a kernel's buffers take. */
+/** What two runs may have different: times (compared apart), dates, addresses, random names, and how much a kernel's buffers take. */
 const normalised = (text: string) =>
   text
     .replace(/\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT/g, "DATE")
     .replace(/\.[0-9a-f]{12}\.part/g, ".RANDOM.part")
     .replace(/\b(\d+) of (\d+) B\b/g, (_, some, all) => (some === all ? `${all} of ${all} B` : `SOME of ${all} B`))
     .replace(/\b\d{7,}\b(?= (?:of|bytes))/g, (bytes) => `${Math.round(Number(bytes) / 10_000)}0000`)
+    .replace(/\[::1\]|::1\b|127\.0\.0\.1/g, "ADDRESS")
     .replace(TIME, "TIME")
     .replace(/ +/g, " ")
     .replace(/[ \n]*$/, "\n");

@@ -12,7 +12,7 @@ let connections = 0;
 
 createServer((client) => {
   const number = ++connections;
-  const server = connect(toPort, "localhost");
+  const server = connect(toPort, "127.0.0.1");
   let left = bytesMax;
   const cutter = new Transform({
     transform(bytes: Buffer, _, done) {
@@ -29,7 +29,8 @@ createServer((client) => {
   // `pipe` stops reading from one side as long as the other takes no more: backpressure passes through.
   client.pipe(server).pipe(cutter).pipe(client);
   for (const socket of [client, server])
-    socket.on("error", () => {
+    socket.on("error", ({ message }) => {
+      if (left === bytesMax) console.log(`#${number} ${message}`); // nothing has come: the server is not there
       client.destroy();
       server.destroy();
     });
