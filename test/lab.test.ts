@@ -5,7 +5,7 @@
  * In a block, `1$` is the prompt of terminal 1, and what follows is what the command prints. A line `^C` means that the
  * command runs until it is interrupted: when its terminal gets the next command, and after those that were started later.
  * `…` stands for any text, and as a line for any lines. `echo $?` prints the exit code.
- * LAB=write writes what comes into both pages instead.
+ * LAB=write writes what comes into both pages instead, where it differs; blocks with a `…` are left to the writer.
  */
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { cpSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
@@ -264,8 +264,8 @@ if (isWriting)
         const lines = parseBlock(body).flatMap(({ terminal, text, isInterrupted, expected }) => {
           const command = all[index++];
           const printed = (command && written.get(command)) ?? "";
-          const keeps = /(^|[^"])…/m.test(expected);
-          if (keeps) console.log(`── ${text}\n${printed}`);
+          const keeps = /(^|[^"])…/m.test(expected) || matches(expected, printed);
+          if (!matches(expected, printed)) console.log(`── ${text}\n${printed}`);
           const shown = (keeps ? expected : printed).trimEnd();
           return [`${terminal}$ ${text}`, ...(shown === "" ? [] : [shown]), ...(isInterrupted ? [MARK] : [])];
         });

@@ -182,7 +182,8 @@ async function main([...args]: string[]): Promise<void> {
     drain: ({ data }) => data?.onDrain(),
     close: ({ data }, error) => data?.onClose(error),
   };
-  const address = { hostname: "localhost", port: Number(port), allowHalfOpen: true, data: undefined, socket };
+  // Not "localhost": Bun tries both its addresses at once, and the server sees two connections.
+  const address = { hostname: "127.0.0.1", port: Number(port), allowHalfOpen: true, data: undefined, socket };
   if (!listens) await Bun.connect({ ...address, tls: usesTls && { rejectUnauthorized: false } });
   else if (!usesTls) Bun.listen(address);
   else Bun.listen({ ...address, tls: { cert: Bun.file("cert.pem"), key: Bun.file("key.pem") } });
