@@ -263,7 +263,7 @@ if (isWriting)
       const text = read(page).replace(BLOCK, (_, body: string) => {
         const lines = parseBlock(body).flatMap(({ terminal, text, isInterrupted, expected }) => {
           const command = all[index++];
-          const printed = (command && written.get(command)) ?? "";
+          const printed = (command && written.get(command)) ?? expected; // that experiment has not run
           const keeps = /(^|[^"])…/m.test(expected) || matches(expected, printed);
           if (!matches(expected, printed)) console.log(`── ${text}\n${printed}`);
           const shown = (keeps ? expected : printed).trimEnd();
