@@ -266,7 +266,7 @@ test.each(["docs/lab.md", "docs/lab.zh-CN.md"])(
   },
 );
 
-test("a section of a script that the lab sends its readers to has that title", () => {
+test("each section that the lab sends its readers to has that title, and each name is there", () => {
   const titles = new Map(
     PROGRAMS.map((program) => [
       `${program}.ts`,
@@ -275,8 +275,11 @@ test("a section of a script that the lab sends its readers to has that title", (
       ),
     ]),
   );
+  const everything = sources.map(({ text }) => text).join("\n");
   let sections = 0;
   for (const [paragraph] of read("docs/lab.md").matchAll(/^\*\*Read on\*\*.*?(?=\n\n|$(?![\s\S]))/gms)) {
+    for (const [, name] of paragraph.matchAll(/`(\w+)`/g))
+      expect(new RegExp(`\\b${name}\\b`).test(everything), `no script has ${name}`).toBeTrue();
     let script = "";
     for (const [, file, number, title] of paragraph
       .replace(/\s+/g, " ")
