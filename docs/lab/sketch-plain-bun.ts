@@ -5,7 +5,7 @@
  *     bun docs/lab/sketch-plain-bun.ts
  */
 const PORT = Number(process.env["PORT"] ?? 8888);
-const RESPONSE = Buffer.from(`HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n${"Hello, World! ".repeat(200)}`);
+const RESPONSE = Buffer.from(`HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n${"Hello, World! ".repeat(220)}`);
 
 /** For each peer, what the kernel has not taken. */
 const waiting = new Map<Bun.Socket, Buffer[]>();
