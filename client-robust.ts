@@ -7,47 +7,46 @@
  *     bun client-robust.ts -o a.iso http://example.test/a.iso
  *
  * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never
- * because no more bytes came. Transient failures are retried, and the transfer continues where it broke
- * off: the bytes are those of one version of the content, or there is a failure, with curl's exit code.
- * Memory is constant.
+ * because no more bytes came. Transient failures are retried, and an interrupted transfer continues where
+ * it stopped. The result is one version of the content, whole, or a failure with curl's exit code. Memory
+ * use is constant.
  *
  * It reads from top to bottom: limits, words, errors; **the transfer**, which is the tutorial's try { connect;
- * send; receive … } catch … finally { close } and the loop around it; the policy; the request; the response
- * (head, framing, content); text; sockets; what is held of the content; where it goes; the command line.
+ * send; receive … } catch … finally { close } with a loop around it; the policy; the request; the response
+ * (head, framing, content); text; sockets; delivery; sinks; the command line.
  *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
-import * as fs from "node:fs";
-import { basename, dirname, join, resolve } from "node:path";
-import { parseArgs } from "node:util";
+import type { Stats } from "node:fs";
 
 // ═══ 1 Limits and defaults ═════════════════════════════════════════════════════════════════════
 
 export const VERSION = "0.1.0";
 
 export const LIMITS = Object.freeze({
-  headBytesMax: 65_536, // the whole head: twice what servers take in a request, as some set many large cookies
-  fieldLinesMax: 200, // twice what servers take in a request
-  interimResponsesMax: 100, // RFC 9110 §15.2: a client reads any number of 1xx; nobody has reason to send more than a few
+  headBytesMax: 65_536, // the whole head: twice what servers accept in a request, as some set many large cookies
+  fieldLinesMax: 200, // twice what servers accept in a request
+  interimResponsesMax: 100, // RFC 9110 §15.2: a client reads any number of 1xx, but no server needs more than a few
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
-  receivedBytesMax: 1_048_576, // received and not yet taken: then we stop reading, and TCP slows the server (backpressure)
-  writeRetryMs: 10, // the wait before the next write to a stdout that somebody has made non-blocking, and that is full
+  receivedBytesMax: 1_048_576, // received and not yet processed: then we stop reading, and TCP slows the server (backpressure)
+  printedBytesMax: 4096, // printed without loading node:fs: PIPE_BUF, which a full pipe takes whole or not at all
+  writeRetryMs: 10, // the wait before the next write to a full stdout that another process has made non-blocking
   backoffFirstMs: 1000, // the first retry waits about a second, the next two, then four …
   backoffMaxMs: 60_000,
-  retryAfterMaxMs: 3_600_000, // a server that asks for a longer wait is given up, unless --retry-max-time allows it
+  retryAfterMaxMs: 3_600_000, // if a server asks for a longer wait, give up, unless --retry-max-time allows it
   strongDateAgeMs: 60_000, // RFC 9110 §8.8.2.2: a date names one version if it is this much older than the response
-  heldDataBytesMax: 67_108_864, // content to send from stdin or a pipe, which is held so that it can be sent again
-  syncEveryBytes: 67_108_864, // the disk is told to begin after this much
+  heldDataBytesMax: 67_108_864, // content to send from stdin or a pipe: it is kept in memory so that it can be sent again
+  syncEveryBytes: 67_108_864, // start writing to the disk after this much
   redirectsMax: 50, // as curl
-  progressAfterMs: 1000, // the progress line is not for what is done at once …
-  progressEveryMs: 200, // … and changes no more often than an eye can follow
+  progressAfterMs: 1000, // short transfers get no progress line …
+  progressEveryMs: 200, // … and it changes no more often than an eye can follow
 });
 
 export const DEFAULTS = Object.freeze({
   url: "http://localhost:8888/data",
-  connectTimeoutS: 10, // a SYN is sent again after 1, 3 and 7 s: this allows for three that were lost
-  stallTimeoutS: 60, // silence is a failure after this long; slow is not, and a report may take half a minute to begin
-  retries: 5, // in a row without new data: with their waits, a server that restarts has some 20 s
+  connectTimeoutS: 10, // a SYN is sent again after 1, 3 and 7 s: this allows three lost ones
+  stallTimeoutS: 60, // silence is a failure, a slow transfer is not; a report may take half a minute to begin
+  retries: 5, // in a row without new data: with their waits, a server has some 20 s to restart
 });
 
 // ═══ 2 Words ═══════════════════════════════════════════════════════════════════════════════════
@@ -55,27 +54,26 @@ export const DEFAULTS = Object.freeze({
 export interface Request {
   readonly method: string;
   readonly url: URL;
-  /** Field-lines of the user's, which replace those of the same name that would be sent otherwise. */
+  /** The user's field-lines. They replace those of the same name that would be sent otherwise. */
   readonly fields: readonly (readonly [name: string, value: string])[];
-  readonly content: readonly Blob[] | undefined; // can be read as often as it must be sent
-}
-
-/** A response head. Field names are in lower case, in the order of arrival. */
-export interface ResponseHead {
-  readonly status: number;
-  readonly reasonPhrase: string;
-  readonly minorVersion: number;
-  readonly fields: readonly (readonly [name: string, value: string])[];
-  readonly text: string; // the head as it came, one character a byte
+  readonly content: readonly Blob[] | undefined; // read again for each attempt
 }
 
 /** Where content ends (RFC 9112 §6.3): after this many octets, with the last chunk, with the connection. */
 export type Framing = number | "chunked" | "close";
 
-/** What is held of the content: this many bytes from its start, of the version that the validator names. */
+export interface ResponseHead {
+  readonly status: number;
+  readonly reasonPhrase: string;
+  readonly fields: ReadonlyMap<string, readonly string[]>; // the values of each field, by its name in lower case
+  readonly framing: Framing;
+  readonly text: string; // the head as it came, one character a byte
+}
+
+/** The content received so far: this many bytes from its start, of the version that the validator names. */
 export interface Held {
   readonly bytes: number;
-  readonly validator: string; // for If-Range: a strong entity-tag or a strong date, which names these very bytes; or ""
+  readonly validator: string; // for If-Range: a strong entity-tag or a strong date, which names exactly these bytes; or ""
   readonly etag: string; // the fields as the server sent them, weak or strong; "" without one
   readonly lastModified: string;
   readonly total: number | undefined; // the length of the whole, if a response has told it
@@ -83,47 +81,36 @@ export interface Held {
 
 export const NOTHING: Held = Object.freeze({ bytes: 0, validator: "", etag: "", lastModified: "", total: undefined });
 
-/** Where the content goes. Its methods throw TransferErrors and what node:fs throws. */
-export interface Sink {
+/** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
+interface Sink {
   readonly found: Held; // what an earlier run has left, to be continued
-  /** The final head is here. Content follows that continues `held`; if that is nothing, it is a new version's. */
-  start(head: ResponseHead, held: Held): void;
-  write(content: Uint8Array): Promise<void>;
+  write(content: Uint8Array, held: Held): Promise<void>;
   /** The content is whole and verified. @returns what the user should know about it, or "" */
-  finish(): Promise<string>;
-  digest?(): string | undefined; // SHA-256 in hex of all that was written, if it can be read again
-  discard?(): void; // throws away what was written, if that can be taken back
+  finish(held: Held): Promise<string>;
+  /** Called last, whatever happened. @returns how to continue, or "" */
+  close(held: Held): string | Promise<string>;
+  start?(head: ResponseHead): void; // the content of this response follows
+  digest?(held: Held): string; // SHA-256 in hex of all that was written, if it can be read again
+  discard?(): void; // deletes everything written; a sink without this method cannot start over
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
-  /** Called last, however the transfer ended. @returns how to continue, or "" */
-  close(): string | Promise<string>;
 }
 
 /** What the user asked for, as far as decisions depend on it. */
 export interface Policy {
   readonly keepsOnlyContent: boolean; // -o: the page of an error or of a redirect must not pass for content
-  readonly canStartOver: boolean; // content that is held can be thrown away; what is on stdout cannot
+  readonly canStartOver: boolean; // the content held can be deleted; output on stdout cannot
   readonly isVerified: boolean; // by --sha256 at the end, so pieces may be joined whatever their validators say
   readonly followsRedirects: boolean;
   readonly isConditional: boolean; // the user has sent a condition: a 304 is an answer even to a request for the rest
   readonly retries: number;
   readonly retryDelayMs: number | undefined; // the wait before each retry; undefined for one that grows
-  readonly retryMaxMs: number; // may be Infinity, as the next two
+  readonly retryMaxMs: number; // may be Infinity, as the next
   readonly sizeMax: number;
 }
 
-/** All that the user asked for. */
-export interface Job extends Policy {
-  readonly maxMs: number; // for everything
-  readonly request: Request;
-  readonly connectMs: number;
-  readonly stallMs: number;
-  readonly authoritiesFile: string | undefined; // certificates in PEM that are trusted instead of the system's
-  readonly isInsecure: boolean; // certificates are not verified
-  readonly sha256: string; // that the content must have, in lower-case hex; "" if any will do
-  readonly keepsTime: boolean; // FILE gets the time of Last-Modified
-  readonly isSilent: boolean;
-  readonly isVerbose: boolean;
-}
+/** What the command line says, and with the policy all that the user asked for. */
+type Options = ReturnType<typeof parseCommandLine>["options"];
+type Job = Options & Policy;
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -140,8 +127,8 @@ export const EXIT_CODES = Object.freeze({
   status: 22,
   write: 23,
   timeout: 28,
-  digest: 29, // no code of curl's that is in use: the content is whole, but is not what a digest says
-  range: 33, // what came is not the part, or not the whole, that was asked for
+  digest: 29, // a code that curl does not use: the content is whole, but does not match a digest
+  range: 33, // the response is not the part, or not the whole, that was asked for
   tls: 35,
   redirects: 47,
   empty: 52,
@@ -155,11 +142,11 @@ export type Outcome = keyof typeof EXIT_CODES;
 
 /** A transfer that failed: `outcome` says how, the message says it in a line. */
 export class TransferError extends Error {
-  readonly retryAfterMs: number = 0; // RFC 9110 §10.2.3: do not come back before
+  readonly retryAfterMs: number = 0; // RFC 9110 §10.2.3: no attempt before this wait
   readonly isFinal: boolean = false; // another attempt cannot help, though the outcome alone would not say so
-  readonly isQuiet: boolean = false; // a line on stderr would only disturb: `| head` has what it wanted
-  readonly isPart: boolean = false; // the response was whole, but only a part of what is missing: the server has more
-  readonly spoils: boolean = false; // what is held may be wrong
+  readonly isQuiet: boolean = false; // no line on stderr: `| head` has what it wanted
+  readonly isPart: boolean = false; // the response was complete, but only a part of the missing bytes: the server has more
+  readonly spoils: boolean = false; // the content held may be wrong
 
   constructor(
     readonly outcome: Outcome,
@@ -174,20 +161,13 @@ export class TransferError extends Error {
 /** What Bun and node:fs throw. */
 type SystemError = Error & { code?: string; syscall?: string; path?: string };
 
-/** What a system call's failure means for the transfer. */
-function explainSystemError({ code, message }: SystemError, outcome: Outcome, doing: string): TransferError {
-  return new TransferError(outcome, `${doing}: ${code ?? message}`, {
-    isQuiet: outcome === "write" && code === "EPIPE",
-  });
-}
-
-/** Everything that is thrown becomes a TransferError here. Only calls of node:fs get this far with another error. */
+/** Turns everything that is thrown into a TransferError. Only calls of node:fs get this far with another error. */
 export function asTransferError(error: unknown): TransferError {
   if (error instanceof TransferError) return error;
-  const fault = error as SystemError; // whatever it is, these are only read
-  const doing = fault?.path === undefined ? "cannot write" : `cannot write ${fault.path}`;
-  if (fault?.syscall !== undefined) return explainSystemError(fault, "write", doing);
-  return new TransferError("fault", `a fault of this program: ${fault?.message ?? fault}`);
+  const { code, syscall, path, message } = error as SystemError; // whatever was thrown, these are only read
+  if (syscall === undefined) return new TransferError("fault", `a fault of this program: ${message ?? error}`);
+  const doing = path === undefined ? "cannot write" : `cannot write ${path}`;
+  return new TransferError("write", `${doing}: ${code}`, { isQuiet: code === "EPIPE" });
 }
 
 // ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
@@ -198,12 +178,12 @@ interface Session {
   readonly delivery: Delivery;
   readonly clock: Clock;
   readonly progress: ProgressLine;
-  first: Request; // what every attempt begins with: the user's request, or what a redirect has made a GET of it
+  readonly trace: Trace | undefined;
+  first: Request; // what every attempt begins with: the user's request, or the GET that a redirect has made of it
   request: Request; // the last request
   asksForWhole: boolean; // the next request is for the whole, though something is held
   wasSent: boolean; // a request has been sent, in part at least
   failures: number; // attempts in a row that have failed and brought no new data
-  note: string; // what the user should know about content that has been delivered
 }
 
 /**
@@ -211,22 +191,25 @@ interface Session {
  * @returns nothing if the response is whole and delivered, the redirect that it is, or why the transfer failed
  */
 export async function transfer(session: Session): Promise<undefined | Redirect | TransferError> {
-  const { job, delivery, request } = session;
+  const { job, delivery, request, trace } = session;
   let connection: Connection | undefined;
   try {
-    connection = await connect(request.url, session.clock, job);
+    connection = await connect(request.url, session);
     await sendRequest(connection, session);
-    const { head, framing } = await receiveHead(connection, request.method);
+    const { head, rest } = await receiveHead(connection, request.method);
+    trace?.complete("head");
     const verdict = beginResponse(head, session);
     if (verdict.action === "redirect") return verdict;
-    if (verdict.action === "complete") session.note = await delivery.finish(head, framing);
+    if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
-    for await (const content of receiveContent(connection, framing)) {
+    for await (const content of receiveContent(connection, head.framing, rest)) {
+      trace?.complete("content");
       await delivery.write(content);
       session.progress.show(delivery.held);
     }
+    trace?.complete("content complete");
     // An error page has been printed by now, and is a failure all the same.
-    if (request.method !== "HEAD") session.note = await delivery.finish(head, framing);
+    if (request.method !== "HEAD") await delivery.finish(head);
     requireSuccess(head, job.keepsOnlyContent, request.method);
     return undefined;
   } catch (error) {
@@ -242,20 +225,21 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
   const { job, delivery, request } = session;
   const head = formatRequest(request, session.asksForWhole ? NOTHING : delivery.held);
-  if (job.isVerbose) tellLines("> ", head);
+  if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
-  let [start, left]: [Uint8Array, number] = [head, contentLength(request)];
-  for await (const piece of piecesOfData(request)) {
-    // A small request is one write. A server that answers already has its reasons: the rest is not sent.
+  if (request.content === undefined) return void (await connection.send(head));
+  let [start, left]: [Uint8Array, number] = [head, contentLength(request.content)];
+  for await (const piece of piecesOfData(request.content)) {
+    // A small request is one write. If the server answers early, the rest is not sent.
     if (!(await connection.send(Buffer.concat([start, piece])))) return;
     [start, left] = [new Uint8Array(0), left - piece.length];
-    await new Promise((resolve) => setImmediate(resolve)); // a fast disk and a fast peer would keep timers waiting
+    await new Promise((resolve) => setImmediate(resolve)); // or a fast disk and a fast peer would keep timers waiting
   }
   if (left > 0) throw new TransferError("send", "the data has become shorter", { isFinal: true });
   await connection.send(start);
 }
 
-async function* piecesOfData({ content = [] }: Request): AsyncGenerator<Uint8Array> {
+async function* piecesOfData(content: readonly Blob[]): AsyncGenerator<Uint8Array> {
   try {
     for (const blob of content) yield* blob.stream();
   } catch (error) {
@@ -263,45 +247,44 @@ async function* piecesOfData({ content = [] }: Request): AsyncGenerator<Uint8Arr
   }
 }
 
-/** The head is here: does its content count? @throws TransferError if not */
+/** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
 function beginResponse(head: ResponseHead, session: Session): Verdict {
   const { job, delivery, request } = session;
   const { held } = delivery;
-  if (job.isVerbose) tellLines("< ", Buffer.from(head.text, "latin1"));
-  const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHOD.test(request.method);
+  if (job.isVerbose) tellHead("< ", head.text);
+  const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
   const hasRange = held.bytes > 0 && !session.asksForWhole;
   const verdict = judgeHead(head, held, job, { method: request.method, hasRange, isLastTry });
   if (verdict.action === "fail") throw verdict.failure;
   if (verdict.action !== "deliver") return verdict;
-  if (verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
+  if (held.bytes > 0 && verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
     session.progress.clear();
-    if (held.bytes > 0 && held.validator !== "") tell("Starting over: the content has changed");
-    if (held.bytes > 0 && held.validator === "") tell("Starting over: nothing tells whether the content has changed");
+    const why = held.validator === "" ? "nothing tells whether the content has changed" : "the content has changed";
+    tell(`Starting over: ${why}`);
   }
   delivery.start(head, verdict);
   return verdict;
 }
 
-/**
- * The loop around the heart: follows redirects, tries again, continues where it broke off.
- * @returns the exit code; a failure has been printed by then, as one line on stderr
- */
-export async function download(job: Job, sink: Sink): Promise<number> {
-  const [clock, delivery] = [new Clock(job), new Delivery(sink, job)];
+/** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
+async function download(job: Job, sink: Sink): Promise<number> {
+  const [clock, delivery, { request }] = [new Clock(job), new Delivery(sink, job), job];
   const progress = new ProgressLine(job, clock);
-  const { request } = job;
-  const state = { first: request, request, asksForWhole: false, wasSent: false, failures: 0, note: "" };
-  const session: Session = { job, delivery, clock, progress, ...state };
+  const trace = job.isTraced ? new Trace(tell) : undefined;
+  if (job.isTraced) fs(); // loaded before the first step, which would count the time
+  const state = { first: request, request, asksForWhole: false, wasSent: false, failures: 0 };
+  const session: Session = { job, delivery, clock, progress, trace, ...state };
+  if (job.canStartOver) keepPartOnSignals(delivery);
   try {
     for (;;) {
       const failure = await followRedirects(session);
-      if (failure === undefined) progress.finish(session);
+      if (failure === undefined) progress.finish(delivery);
       const exitCode = failure === undefined ? EXIT_CODES.ok : await prepareRetry(failure, session);
       if (exitCode !== undefined) return exitCode;
     }
   } finally {
     progress.clear();
-    const advice = await sink.close();
+    const advice = await delivery.close();
     if (advice !== "" && !job.isSilent) tell(advice);
   }
 }
@@ -315,19 +298,18 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
     if (url === null || !isSpoken(url))
       return new TransferError("url", `cannot follow the redirect to ${ending.location}`);
     const next = redirect(session.request, ending.status, url);
-    // RFC 9110 §15.4.4: what the first request was for is done, and a retry repeats the GET alone.
+    // RFC 9110 §15.4.4: the first request has been carried out, and a retry repeats the GET alone.
     if (next.method !== session.request.method) session.first = next;
     session.request = next;
   }
   return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
 }
 
-/** Waits until it is time for another attempt, and prepares it; or says that it is all over. @returns the exit code */
+/** Waits until it is time for another attempt, and prepares it. @returns the exit code if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<number | undefined> {
   const { job, delivery, clock, progress, wasSent, request } = session;
   session.failures = delivery.takeProgress() ? 1 : session.failures + 1;
-  const [{ method }, { failures }, { elapsedMs }] = [request, session, clock];
-  const attempt = { failure, method, wasSent, failures, elapsedMs };
+  const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
   const decision = decideNext(attempt, delivery.held, job, Math.random);
   progress.clear();
   delivery.sink.endLine?.();
@@ -355,54 +337,53 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<n
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
-  | { readonly action: "complete" } // what is held is the whole
+  | { readonly action: "complete" } // the bytes held are the whole content
   | { readonly action: "unchanged" } // 304: the user has it already
   | Redirect
   | { readonly action: "fail"; readonly failure: TransferError };
 type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
 
-/** What may have passed the next time: of RFC 9110 §15, of others (425, 507), and of the proxies of large networks. */
-const PASSING_STATUS = /^(408|425|429|50[0234]|507|52[0-4]|530|599)$/;
-const REDIRECT_STATUS = /^30[12378]$/;
-/** RFC 9110 §9.2.2: asking twice is as good as asking once. */
-const IDEMPOTENT_METHOD = /^(GET|HEAD|OPTIONS|TRACE|PUT|DELETE)$/;
+/** These may be gone the next time: of RFC 9110 §15, of others (425, 507), and of the proxies of large networks. */
+const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
+const REDIRECT_STATUSES = [301, 302, 303, 307, 308];
+/** RFC 9110 §9.2.2: asking twice has the effect of asking once. */
+const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 
 /**
  * What to do with a response, where `held` is what we have.
- * @param hasRange the request had Range, so the response may be the rest of what is held
- * @param isLastTry no further attempt will follow: an error page is what there is to show
+ * @param asked whether the request had Range, for the rest of `held`; after the last try, an error page is shown
  */
 export function judgeHead(
   head: ResponseHead,
   held: Held,
   policy: Policy,
-  { method = "GET", hasRange = held.bytes > 0, isLastTry = false } = {},
+  asked: { method: string; hasRange: boolean; isLastTry: boolean },
 ): Verdict {
   const { status } = head;
-  const [location = ""] = REDIRECT_STATUS.test(`${status}`) ? fieldValues(head, "location").map(asText) : [];
+  const location = REDIRECT_STATUSES.includes(status) ? asText(fieldValues(head, "location")[0] ?? "") : "";
   if (policy.followsRedirects && location !== "") return { action: "redirect", status, location };
   if (status === 304 && policy.keepsOnlyContent && (held.bytes === 0 || policy.isConditional))
     return { action: "unchanged" };
   const onlyContentCounts = policy.keepsOnlyContent || held.bytes > 0;
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
-  if (status === 206 && hasRange) return judgePart(head, held, policy);
-  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held);
+  if (status === 206 && asked.hasRange) return judgePart(head, held, policy);
+  if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
   if (status === 206 && onlyContentCounts) return failed("range", "the server sent a part of the content, unasked");
-  const canPass = PASSING_STATUS.test(`${status}`) || (status === 202 && onlyContentCounts && method === "GET");
-  if (canPass && !isLastTry) return failed("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
+  const isPending = status === 202 && onlyContentCounts && asked.method === "GET";
+  if ((isPending || TRANSIENT_STATUSES.includes(status)) && !asked.isLastTry)
+    return failed("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
-  if (onlyContentCounts && !hasContent(head, method))
+  if (onlyContentCounts && !hasContent(head, asked.method))
     return failed("status", describeStatus(head) + advice, { isFinal: true });
-  return judgeWhole(head, held, policy, method);
+  return judgeWhole(head, held, policy, asked.method === "GET");
 }
 
-/** A whole response: what is held of the same version is passed over, what is held of another is given up. */
-function judgeWhole(head: ResponseHead, held: Held, policy: Policy, method: string): Verdict {
-  const isGet = method === "GET";
+/** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
+function judgeWhole(head: ResponseHead, held: Held, policy: Policy, isGet: boolean): Verdict {
   const stated = isGet && (policy.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
-  const length = promisedLength(head, method) ?? stated[0];
-  if (stated.some((complete) => complete !== length))
-    return failed("range", "the server sent a part of the content as if it were the whole");
+  const length = typeof head.framing === "number" ? head.framing : stated[0];
+  for (const complete of stated)
+    if (complete !== length) return failed("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > policy.sizeMax) return tooLarge(policy);
   const version = isGet && head.status === 200 ? versionOf(head) : NOTHING;
   // What an earlier response said of this version still holds: its length, if this one does not tell any.
@@ -417,27 +398,26 @@ function judgeWhole(head: ResponseHead, held: Held, policy: Policy, method: stri
 
 const CHANGED = "the content has changed since its first part was printed, which cannot be taken back";
 
-/** A part is used only if it continues what is held without a gap, and is of the same version. */
+/** A part is used only if it continues the bytes held without a gap, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
-  const total = complete ?? held.total;
-  const length = last - first + 1;
+  const [total, length] = [complete ?? held.total, last + 1 - first];
   const fits =
-    // Caches that work in blocks begin earlier: what overlaps is passed over.
+    // Caches that work in blocks begin earlier: bytes that are held already are passed over.
     first <= resumeFrom(held) &&
     // RFC 9110 §15.3.7: it may be less than what was asked for; the next attempt gets the rest.
     last >= resumeFrom(held) &&
     total !== undefined &&
     last < total &&
     total === (held.total ?? total) &&
-    length === (promisedLength(head, "GET") ?? length) &&
+    (typeof head.framing !== "number" || head.framing === length) &&
     (policy.isVerified || agrees(head, held));
   if (!fits) return failed("range", "the server sent another part than the one that is missing");
   if (total > policy.sizeMax) return tooLarge(policy);
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
 }
 
-/** RFC 9110 §15.5.17: nothing lies behind what is held. It is the whole only if its length and version say so. */
+/** RFC 9110 §15.5.17: no byte follows those held. They are the whole only if length and version match. */
 function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
   const [, complete] = /^bytes \*\/(\d{1,15})$/i.exec(singleValue(head, "content-range")) ?? [];
   const { validator } = versionOf(head);
@@ -446,26 +426,23 @@ function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
   return isWhole ? { action: "complete" } : failed("range", "the server has no such part");
 }
 
-const failed = (
-  outcome: Outcome,
-  message: string,
-  more: { retryAfterMs?: number; isFinal?: boolean } = {},
-): Verdict => ({
+type Details = ConstructorParameters<typeof TransferError>[2];
+const failed = (outcome: Outcome, message: string, details: Details = {}): Verdict => ({
   action: "fail",
-  failure: new TransferError(outcome, message, more),
+  failure: new TransferError(outcome, message, details),
 });
 const tooLarge = ({ sizeMax }: Policy) => failed("tooLarge", `the content is larger than ${sizeMax} bytes`);
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
 /**
- * Does the response carry what the URL names? To GET only these do (RFC 9110 §6.4.2): the content of a 202, 205 or 207
- * is about something else. To another method any 2xx may.
+ * Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205 or
+ * 207 is about something else. To another method any 2xx does.
  */
 const hasContent = ({ status }: ResponseHead, method: string) =>
   method === "GET" ? status === 200 || status === 203 || status === 206 : status >= 200 && status < 300;
 
-/** Checks that the response, which is whole, is what was asked for. @throws TransferError "status" */
+/** A complete response can still be a failure: checks its status. @throws TransferError "status" */
 export function requireSuccess(head: ResponseHead, keepsOnlyContent: boolean, method: string): void {
   if (!(keepsOnlyContent ? hasContent(head, method) : head.status < 400))
     throw new TransferError("status", describeStatus(head), { isFinal: true });
@@ -478,29 +455,32 @@ function parseContentRange(value: string): { first: number; last: number; comple
 }
 
 /**
- * What Content-Range says where it has no meaning (RFC 9110 §14.4), in a response that should carry the whole. Servers
- * exist that answer Range so, and their content is what the field says.
+ * Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
+ * so, and their content is the part that the field says.
  * @returns for each range the length of the whole, or NaN if it is not the range of a whole
  */
-const rangesOfWhole = (head: ResponseHead): number[] =>
-  fieldValues(head, "content-range")
-    .filter((value) => /^bytes\b/i.test(value))
-    .map(parseContentRange)
-    .map(({ first, last, complete }) => (first === 0 && last + 1 === complete ? complete : Number.NaN));
+function rangesOfWhole(head: ResponseHead): number[] {
+  const lengths: number[] = [];
+  for (const value of fieldValues(head, "content-range")) {
+    const { first, last, complete } = parseContentRange(value);
+    if (/^bytes\b/i.test(value)) lengths.push(first === 0 && last + 1 === complete ? complete : Number.NaN);
+  }
+  return lengths;
+}
 
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]*"$/;
 
 /** What names the version that a whole response to a GET is of. */
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified"> {
   const [etag, lastModified] = [singleValue(head, "etag"), singleValue(head, "last-modified")];
-  // RFC 9110 §13.1.5 wants a date only from a server without entity-tags; but many give weak ones and a date, which is
+  if (STRONG_ETAG.test(etag)) return { etag, lastModified, validator: etag };
+  // RFC 9110 §13.1.5 wants a date only from a server without entity-tags. But many send weak ones and a date, which is
   // strong all the same if nothing can have changed within its second (§8.8.2.2).
   const age = (parseHttpDate(singleValue(head, "date")) ?? 0) - (parseHttpDate(lastModified) ?? Number.NaN);
-  const strongDate = age >= LIMITS.strongDateAgeMs ? lastModified : "";
-  return { etag, lastModified, validator: STRONG_ETAG.test(etag) ? etag : strongDate };
+  return { etag, lastModified, validator: age >= LIMITS.strongDateAgeMs ? lastModified : "" };
 }
 
-/** Nothing in the response says that it is of another version than what is held. */
+/** No field of the response contradicts the version held. */
 const agrees = (head: ResponseHead, { etag, lastModified }: Held) =>
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
   fieldValues(head, "last-modified").every((value) => lastModified === "" || value === lastModified);
@@ -511,7 +491,7 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
   return /^\d+$/.test(value) ? Number(value) * 1000 : Math.max(0, (parseHttpDate(value) ?? now) - now);
 }
 
-/** What an attempt has come to. */
+/** An attempt that has failed. */
 export interface Attempt {
   readonly failure: TransferError;
   readonly method: string;
@@ -520,18 +500,18 @@ export interface Attempt {
   readonly elapsedMs: number; // since the first attempt
 }
 
-/** `asksForWhole`: the next request is not only for what is missing. */
+/** `asksForWhole`: the next request has no Range. */
 export type Decision =
   | { readonly action: "retry"; readonly afterMs: number; readonly asksForWhole: boolean }
   | { readonly action: "give-up"; readonly why: string };
 
 /**
- * What can pass: the next attempt may well succeed. Names of containers come late; what is "unparsable" may be a server
- * that is just starting; "tls" is a connection that was lost before there was TLS.
+ * The next attempt may well succeed. Names of containers appear late; "unparsable" may be a server that is just
+ * starting; "tls" is a connection that was lost during the handshake.
  */
-const PASSING_OUTCOME = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
+const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
-/** Half of a wait is fixed, so that a server has time; half is random, so that many clients do not return at once. */
+/** Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once. */
 const backoffMs = (failures: number, random: () => number) =>
   Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random() / 2);
 
@@ -540,18 +520,18 @@ const backoffMs = (failures: number, random: () => number) =>
  *
  * | the failure | then |
  * | --- | --- |
- * | can not pass (a certificate, 404, conflicting lengths, disk full) | give up |
+ * | is permanent (a certificate, 404, conflicting lengths, disk full) | give up |
  * | the method is not idempotent, and the request was sent | give up |
- * | no retries are left, or no time, or Retry-After goes too far | give up |
- * | the response was whole, but only a part of what is missing | ask for the next part at once |
- * | what came does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
- * | anything else | continue from what is held |
+ * | no retries are left, or no time, or Retry-After is too long | give up |
+ * | the response was complete, but only a part of the missing bytes | ask for the next part at once |
+ * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
+ * | anything else | continue after the bytes held |
  */
 export function decideNext(attempt: Attempt, held: Held, policy: Policy, random: () => number): Decision {
   const { failure, failures } = attempt;
   const giveUp = (why: string): Decision => ({ action: "give-up", why });
-  if (!PASSING_OUTCOME.test(failure.outcome) || failure.isFinal) return giveUp("");
-  if (attempt.wasSent && !IDEMPOTENT_METHOD.test(attempt.method)) return giveUp("");
+  if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
+  if (attempt.wasSent && !IDEMPOTENT_METHODS.includes(attempt.method)) return giveUp("");
   if (failures > policy.retries) return giveUp(policy.retries > 0 ? `after ${failures} attempts` : "");
   const leftMs = policy.retryMaxMs - attempt.elapsedMs;
   if (leftMs <= 0) return giveUp("no time is left for another attempt");
@@ -559,9 +539,9 @@ export function decideNext(attempt: Attempt, held: Held, policy: Policy, random:
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
     return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
   const isNameless = held.bytes > 0 && held.validator === "" && !policy.isVerified;
-  const needsOther = isNameless || failure.spoils;
-  if (needsOther && !policy.canStartOver) return giveUp("what is printed cannot be continued exactly");
-  // RFC 9110 §15.3.7: a part may be less than what was asked for. Nothing is wrong, so the next is asked for at once.
+  if ((isNameless || failure.spoils) && !policy.canStartOver)
+    return giveUp("what is printed cannot be continued exactly");
+  // RFC 9110 §15.3.7: a part may be less than what was asked for. That is no fault, so the next is asked for at once.
   const wait = failure.isPart && failures === 1 ? 0 : (policy.retryDelayMs ?? backoffMs(failures, random));
   const afterMs = Math.max(retryAfterMs, Math.min(wait, leftMs));
   return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" };
@@ -574,33 +554,49 @@ export function decideNext(attempt: Attempt, held: Held, policy: Policy, random:
  * end gets 416, which need not name the version.
  */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
-const contentLength = ({ content = [] }: Request) => content.reduce((length, { size }) => length + size, 0);
+const contentLength = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
 
 /**
- * The head of the request as it goes over the wire (RFC 9112 §3), for the whole content or for what is missing of
+ * The head of the request as it goes over the wire (RFC 9112 §3), for the whole content or for the bytes after
  * `held`. Range (RFC 9110 §14.2) asks for the rest; If-Range (§13.1.5) makes it the whole if the version has changed.
  */
 export function formatRequest(request: Request, held: Held): Uint8Array {
   const { method, url, fields, content } = request;
-  const replaced = fields.map(([name]) => name.toLowerCase());
-  const all = [
+  const defaults = [
     ["Host", url.host],
     ["User-Agent", `http-over-tcp/${VERSION}`],
     ["Accept", "*/*"],
     ["Accept-Encoding", "identity"], // RFC 9110 §12.5.3: without it any coding would be acceptable
-    ["Want-Repr-Digest", "sha-256=10"], // RFC 9530 §4: then what comes can be verified
+    ["Want-Repr-Digest", "sha-256=10"], // RFC 9530 §4: then the content can be verified
     ["Content-Type", content === undefined ? "" : "application/x-www-form-urlencoded"],
-  ].filter(([name = ""]) => !replaced.includes(name.toLowerCase()));
-  if (content !== undefined) all.push(["Content-Length", `${contentLength(request)}`]);
-  all.push(["Connection", "close"]);
-  if (held.bytes > 0) all.push(["Range", `bytes=${resumeFrom(held)}-`], ["If-Range", held.validator]);
-  const lines = [...all, ...fields].filter(([, value]) => value !== "").map(([name, value]) => `${name}: ${value}\r\n`);
+  ] as const;
+  const own = [
+    ["Content-Length", content === undefined ? "" : `${contentLength(content)}`],
+    ["Connection", "close"],
+    ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""],
+    ["If-Range", held.bytes > 0 ? held.validator : ""],
+  ] as const;
+  const replaced = new Set<string>();
+  for (const [name] of fields) replaced.add(name.toLowerCase());
+  let head = `${method} ${url.pathname}${url.search} HTTP/1.1\r\n`;
+  for (const [name, value] of defaults)
+    if (value !== "" && !replaced.has(name.toLowerCase())) head += `${name}: ${value}\r\n`;
+  for (const [name, value] of [...own, ...fields]) if (value !== "") head += `${name}: ${value}\r\n`;
   // Values may be any bytes but CTL; the command line has made them ISO 8859-1, one character a byte.
-  return Buffer.from(`${method} ${url.pathname}${url.search} HTTP/1.1\r\n${lines.join("")}\r\n`, "latin1");
+  return toBytes(`${head}\r\n`);
 }
 
+/** The bytes of ISO 8859-1 text. (Buffer.from takes longer, the first time.) */
+function toBytes(text: string): Uint8Array {
+  const bytes = new Uint8Array(text.length);
+  for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
+  return bytes;
+}
+
+/** Fields that only the first server may see. */
 const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i;
-/** The request that a redirect asks for (RFC 9110 §15.4), with nothing in it that only the first server may know. */
+
+/** The request that a redirect asks for (RFC 9110 §15.4). */
 function redirect(request: Request, status: number, url: URL): Request {
   const becomesGet = request.method === "POST" ? status <= 303 : status === 303 && request.method !== "HEAD";
   const isElsewhere = url.origin !== request.url.origin;
@@ -615,19 +611,19 @@ function redirect(request: Request, status: number, url: URL): Request {
 export interface Source {
   /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
   receive(): Promise<Uint8Array | undefined>;
-  putBack(bytes: Uint8Array): void; // what belongs to the next step
-  readonly endsInOrder: boolean; // the peer's end meant that it had said all
+  readonly endsInOrder: boolean; // the peer has announced its end: the connection was not cut
 }
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
 
-const EVERY_BYTE = String.fromCharCode(...Array(256).keys());
+let EVERY_BYTE = "";
+for (let byte = 0; byte < 256; byte++) EVERY_BYTE += String.fromCharCode(byte);
 
 /** The class of the bytes that a pattern matches, read as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
-  for (const { index } of EVERY_BYTE.matchAll(pattern)) members[index] = 1;
+  for (let found; (found = pattern.exec(EVERY_BYTE)) !== null;) members[found.index] = 1;
   return members;
 }
 
@@ -673,6 +669,13 @@ const CHUNK_SIZE_DIGITS_MAX = 64;
 const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/g);
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
+/** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */
+function findSizeEnd(bytes: Uint8Array, from: number, to: number): number | undefined {
+  const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
+  const isSize = end > from && end - from <= CHUNK_SIZE_DIGITS_MAX;
+  return isSize && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1) ? end : undefined;
+}
+
 export type ChunkedFault =
   "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
 
@@ -710,12 +713,13 @@ export class ChunkedDecoder {
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
     this.contentFrom = this.contentTo = from;
-    if (this.state === "data") return this.takeData(from, to);
+    if (this.state === "data") return this.takeData(bytes, from, to);
     if (from === to || this.state === "done" || this.state === "failed") return from;
     // Refused at once: what cannot become a line that fits.
-    if (this.state === "line" && !this.mayBeSize(bytes, from, to)) return this.fail("chunk-size", from);
+    const sizeEnd = this.state === "line" ? findSizeEnd(bytes, from, to) : from;
+    if (sizeEnd === undefined) return this.fail("chunk-size", from);
     if (this.state === "data-end" && bytes[from] !== CR) return this.fail("chunk-data", from);
-    const end = skipWhile(FIELD_CONTENT, bytes, from + this.known, to);
+    const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeEnd, from + this.known), to);
     this.known = end - from;
     if (this.isTooLong(this.known)) return from;
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
@@ -723,24 +727,20 @@ export class ChunkedDecoder {
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(this.state === "trailer" ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail(this.state === "data-end" ? "chunk-data" : "bare-cr", end);
-    if (this.state === "line") this.takeChunkLine(bytes, from, end);
+    if (this.state === "line") this.takeChunkLine(bytes, from, sizeEnd, end);
     else if (this.state === "trailer") this.takeTrailerLine(latin1(bytes, from, end));
     else this.state = "line";
     return end + 2;
   }
 
-  private takeData(from: number, to: number): number {
-    this.contentTo = Math.min(to, from + this.left);
-    this.left -= this.contentTo - from;
-    if (this.left === 0) this.state = "data-end";
-    return this.contentTo;
-  }
-
-  /** The digits are bounded, or leading zeros would go on without end. */
-  private mayBeSize(bytes: Uint8Array, from: number, to: number): boolean {
-    const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
-    const length = end - from;
-    return length > 0 && length <= CHUNK_SIZE_DIGITS_MAX && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1);
+  private takeData(bytes: Uint8Array, from: number, to: number): number {
+    const end = Math.min(to, from + this.left);
+    this.contentTo = end;
+    this.left -= end - from;
+    if (this.left > 0) return end;
+    const hasCrlf = end + 1 < to && bytes[end] === CR && bytes[end + 1] === LF; // a step less for most chunks
+    this.state = hasCrlf ? "line" : "data-end";
+    return hasCrlf ? end + 2 : end;
   }
 
   /** Bounds a line before its end has come. */
@@ -751,16 +751,15 @@ export class ChunkedDecoder {
     return this.state === "failed";
   }
 
-  private takeChunkLine(bytes: Uint8Array, from: number, end: number): void {
-    const digitsEnd = skipWhile(HEXDIG, bytes, from, end);
-    for (let at = from; at < digitsEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeEnd: number, end: number): void {
+    for (let at = from; at < sizeEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
     // Past 2^53 sums stop being exact: refuse, never wrap around.
     if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return void this.fail("chunk-size", 0);
     // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-    this.extensionBytes += end - digitsEnd;
+    this.extensionBytes += end - sizeEnd;
     const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
-    const isExtended = digitsEnd < end; // most lines are a size alone, and no text is made of them
-    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, digitsEnd, end))))
+    const isExtended = sizeEnd < end; // most lines are a size alone, and no text is made of them
+    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, sizeEnd, end))))
       return void this.fail("chunk-extension", 0);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
@@ -787,38 +786,38 @@ export class ChunkedDecoder {
 }
 // ── end shared ──
 
-const unparsable = (fault: string, more: { isFinal?: boolean; spoils?: boolean } = { isFinal: true }) =>
-  new TransferError("unparsable", `the response is malformed: ${fault}`, more);
-/** More or less came than the head said, so what came may be anything. */
+const unparsable = (fault: string, details: Details = { isFinal: true }) =>
+  new TransferError("unparsable", `the response is malformed: ${fault}`, details);
+/** The content is longer or shorter than the head said, so its bytes cannot be trusted. */
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 const partial = (message: string) => new TransferError("partial", message);
 
-/** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). @throws TransferError */
-export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; framing: Framing }> {
-  let text = "";
+/** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
+export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
+  let [text, rest]: [string, Uint8Array] = ["", new Uint8Array(0)];
   for (let interim = 0; interim <= LIMITS.interimResponsesMax;) {
-    const bytes = await source.receive();
+    const bytes = rest.length > 0 ? rest : await source.receive();
     if (bytes === undefined) throw endOfHead(text, interim);
     const before = text.length;
     const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax + 1 - before));
     text += piece;
-    // It starts again at the head's first byte: only when a line has ended, so that a byte at a time stays cheap.
+    rest = bytes.subarray(bytes.length);
+    // Parsing starts again at the head's first byte: only when a line has ended, so that a byte at a time stays cheap.
     if (before > 7 && !piece.includes("\n") && text.length <= LIMITS.headBytesMax) continue;
-    const head = parseResponseHead(text);
+    const head = parseResponseHead(text, method);
     if (head === undefined) continue;
-    source.putBack(bytes.subarray(head.text.length - before));
-    text = "";
-    interim++;
+    rest = bytes.subarray(head.text.length - before);
     // RFC 9110 §15.2.2: 101 answers an Upgrade, and we sent none.
     if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that");
-    if (head.status < 200) continue;
-    return { head, framing: decideFraming(head, method) };
+    if (head.status >= 200) return { head, rest };
+    text = "";
+    interim++;
   }
   throw unparsable("it has too many interim responses");
 }
 
-/** What it means that the peer has ended inside a head. A CR inside the last line makes it malformed, not merely cut. */
+/** What the end of the connection means inside a head. A CR inside the last line makes it malformed, not merely cut. */
 function endOfHead(text: string, interim: number): TransferError {
   if (text.slice(text.lastIndexOf("\n") + 1, -1).includes("\r")) return unparsable(NO_FIELD_LINE);
   if (text === "" && interim === 0)
@@ -832,33 +831,40 @@ const NO_FIELD_LINE = "a line of its head is not a field-line";
 
 /**
  * Parses a response head (RFC 9112 §4 and §5) from its first character on; nothing is kept between calls.
- * @param text what has come so far, one character a byte; what follows the head is not looked at
+ * @param text what has come so far, one character a byte; bytes behind the head are ignored
  * @returns the head, or undefined: more is needed
- * @throws TransferError "unparsable"; what is no HTTP at all may pass
+ * @throws TransferError "unparsable"; it is final, unless the response is no HTTP at all
  */
-export function parseResponseHead(text: string): ResponseHead | undefined {
-  // What does not start like a response will not become one: the end of its line is not waited for.
+export function parseResponseHead(text: string, method: string): ResponseHead | undefined {
+  // A response that does not start like one is refused before the end of its line has come.
   const isHttp = "HTTP/1.".startsWith(text.slice(0, 7));
   let statusLine: RegExpExecArray | null = null;
-  const fields: [name: string, value: string][] = [];
+  const fields = new Map<string, string[]>();
+  let [count, last]: [number, string[]] = [0, []];
   for (let at = 0, lf = 0; isHttp && (lf = text.indexOf("\n", at)) >= 0 && lf < LIMITS.headBytesMax; at = lf + 1) {
-    // RFC 9112 §2.2 lets a client take LF alone for the end of a line: what scripts print, some servers pass on.
+    // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
     const line = text.slice(at, text[lf - 1] === "\r" ? lf - 1 : lf);
-    const last = fields.at(-1);
-    const name = FIELD_LINE.exec(line)?.[1];
     if (statusLine === null) {
       statusLine = STATUS_LINE.exec(line);
       if (statusLine === null) break;
-    } else if (line === "") {
-      const [, minor, status, reasonPhrase = ""] = statusLine;
-      const head = { status: Number(status), reasonPhrase, minorVersion: Number(minor) };
-      return { ...head, fields, text: text.slice(0, lf + 1) };
-    } else if (name !== undefined) fields.push([name.toLowerCase(), trimOws(line.slice(name.length + 1))]);
+      continue;
+    }
+    if (line === "") {
+      const [, minorVersion, status, reasonPhrase = ""] = statusLine;
+      const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, lf + 1) };
+      return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
+    }
+    const name = FIELD_LINE.exec(line)?.[1]?.toLowerCase();
+    if (name !== undefined) {
+      last = fields.get(name) ?? [];
+      fields.set(name, last);
+      last.push(trimOws(line.slice(name.length + 1)));
+      if (++count > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
+    }
     // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
-    else if (last !== undefined && /^[ \t]/.test(line) && FIELD_LINE.test(`x:${line}`))
-      last[1] = [last[1], trimOws(line)].filter((part) => part !== "").join(" ");
+    else if (count > 0 && /^[ \t]/.test(line) && FIELD_LINE.test(`x:${line}`))
+      last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
     else throw unparsable(NO_FIELD_LINE);
-    if (fields.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   }
   if (!isHttp || (statusLine === null && text.includes("\n")))
     throw unparsable("its first line is not a status-line of HTTP/1", {});
@@ -866,11 +872,10 @@ export function parseResponseHead(text: string): ResponseHead | undefined {
   return undefined;
 }
 
-/** All values of a field, in lower-case name. */
-const fieldValues = (head: ResponseHead, name: string): string[] =>
-  head.fields.filter(([fieldName]) => fieldName === name).map(([, value]) => value);
+/** All values of a field, by its name in lower case. */
+const fieldValues = ({ fields }: Pick<ResponseHead, "fields">, name: string) => fields.get(name) ?? [];
 
-/** The value of a field that may stand once; "" without it, or if it stands more often. */
+/** The value of a field that may appear once; "" without it, or if it appears more often. */
 function singleValue(head: ResponseHead, name: string): string {
   const [value = "", ...more] = fieldValues(head, name);
   return more.length === 0 ? value : "";
@@ -882,24 +887,29 @@ const HTTP_DATE =
 
 /** @returns milliseconds since 1970, or undefined if it is no HTTP-date */
 export function parseHttpDate(text: string): number | undefined {
+  if (!HTTP_DATE.test(text)) return undefined;
   // A year of two digits that seems to be more than 50 years ahead is the last one that ended so.
   const year = (yy: string) => Number(yy) + 100 * Math.floor((new Date().getUTCFullYear() + 50 - Number(yy)) / 100);
   const date = text.replace(/-(\d\d) /, (_, yy: string) => `-${year(yy)} `).replace(/\d$/, "$& GMT");
-  return HTTP_DATE.test(text) ? Date.parse(date) || undefined : undefined;
+  return Date.parse(date) || undefined;
 }
 
 /** Where the content of a response ends: RFC 9112 §6.3, item by item. @throws TransferError "unparsable" */
-export function decideFraming(head: ResponseHead, method: string): Framing {
+export function decideFraming(
+  head: Pick<ResponseHead, "status" | "fields">,
+  isHttp10: boolean,
+  method: string,
+): Framing {
   // Item 1: never any content, whatever the fields say.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
   // Item 2 is about CONNECT, which this client does not send.
   const codings = fieldValues(head, "transfer-encoding");
-  const lengths = fieldValues(head, "content-length").flatMap((value) => value.split(",").map(trimOws));
+  const lengths = fieldValues(head, "content-length");
   if (codings.length > 0) {
     // Item 3: both present is an attempt at smuggling or at splitting.
     if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
     // §6.1: an HTTP/1.0 server cannot know it: its framing is faulty.
-    if (head.minorVersion === 0) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
+    if (isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
     // Item 4: we asked for no coding, so there is none but chunked.
     if (!/^chunked$/i.test(codings.join(", "))) throw unparsable("its transfer coding is not chunked");
     return "chunked";
@@ -907,36 +917,26 @@ export function decideFraming(head: ResponseHead, method: string): Framing {
   // Item 8: no length at all: until the connection is closed.
   if (lengths.length === 0) return "close";
   // Items 5 and 6: one value, or the same one again.
-  const length = Number(lengths[0]);
-  const isOne = lengths.every((value) => /^\d+$/.test(value) && value === lengths[0]);
-  if (!isOne || !Number.isSafeInteger(length)) throw unparsable("its Content-Length is not one number");
-  return length;
-}
-
-/** The octets of content that the head promises, if it does. */
-function promisedLength(head: ResponseHead, method: string): number | undefined {
-  const framing = decideFraming(head, method);
-  return typeof framing === "number" ? framing : undefined;
+  const [text = "", ...others] = lengths.join(",").split(",");
+  const isOne = /^[\t ]*\d+[\t ]*$/.test(text) && others.every((other) => trimOws(other) === trimOws(text));
+  if (!isOne || !Number.isSafeInteger(Number(text))) throw unparsable("its Content-Length is not one number");
+  return Number(text);
 }
 
 /**
- * Receives the content of a response, piece by piece, and no byte after it. Each piece is good until the next is asked
+ * Receives the content of a response, piece by piece, and no byte after it. Each piece is valid until the next is asked
  * for. RFC 9112 §8: only content without a length may end with the connection, and over TLS only if the peer has
- * announced that (§9.8), since anybody on the way can cut a connection off.
+ * announced that (§9.8), since anyone on the path can cut a connection.
+ * @param begun what came with the head
  * @throws TransferError
  */
-export async function* receiveContent(source: Source, framing: Framing): AsyncGenerator<Uint8Array> {
+export async function* receiveContent(source: Source, framing: Framing, begun: Uint8Array): AsyncGenerator<Uint8Array> {
   const decoder = framing === "chunked" ? new ChunkedDecoder(LIMITS, true) : undefined;
   const length = typeof framing === "number" ? framing : Number.POSITIVE_INFINITY;
-  let [rest, kept] = [new Uint8Array(0), 0]; // the beginning of a line of chunked content: `kept` bytes
-  for (let came = 0; came < length;) {
-    const bytes = await source.receive().catch((error: TransferError) => {
-      // Content that only a close ends may be cut by a reset at any byte: then what came is a part.
-      throw framing === "close" && error.outcome === "receive" ? partial(error.message) : error;
-    });
-    if (bytes === undefined && framing === "close" && source.endsInOrder) return;
-    const whole = typeof framing === "number" ? ` of ${framing}` : "";
-    if (bytes === undefined) throw partial(`the response is not complete: ${came}${whole} bytes of content came`);
+  let [rest, kept]: [Uint8Array, number] = [begun, 0]; // the beginning of a line of chunked content: `kept` bytes
+  for (let [came, isFirst] = [0, begun.length > 0]; came < length; isFirst = false) {
+    const bytes = isFirst ? begun : await receiveMore(source, framing, came);
+    if (bytes === undefined) return;
     if (kept > 0 && rest.length < kept + bytes.length)
       rest = Buffer.concat([rest.subarray(0, kept)], 2 * (kept + bytes.length));
     if (kept > 0) rest.set(bytes, kept);
@@ -948,10 +948,24 @@ export async function* receiveContent(source: Source, framing: Framing): AsyncGe
     kept = all.length - used;
     release(bytes);
     if (decoder !== undefined && decoder.fault !== "")
-      // What came before may have been damaged as well.
+      // The content before it may have been damaged as well.
       throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
     if (decoder?.state === "done") return;
   }
+}
+
+/** @returns undefined if the end of the connection is that of the content. @throws TransferError */
+async function receiveMore(source: Source, framing: Framing, came: number): Promise<Uint8Array | undefined> {
+  try {
+    const bytes = await source.receive();
+    if (bytes !== undefined || (framing === "close" && source.endsInOrder)) return bytes;
+  } catch (error) {
+    // Content that only a close ends may be cut by a reset at any byte: then it is a part.
+    const isCut = framing === "close" && error instanceof TransferError && error.outcome === "receive";
+    throw isCut ? partial(error.message) : error;
+  }
+  const whole = typeof framing === "number" ? ` of ${framing}` : "";
+  throw partial(`the response is not complete: ${came}${whole} bytes of content came`);
 }
 
 /** Chunks are compacted in place, over the framing: one piece is left to write, and nothing is allocated. */
@@ -966,10 +980,7 @@ function takeContent(decoder: ChunkedDecoder | undefined, bytes: Uint8Array, lef
   }
 }
 
-/**
- * Gives the memory of received bytes that are not needed any more back at once. The collector would let some 50 MiB of
- * them pile up first, and each piece would be written to memory that no cache has seen before.
- */
+/** Gives memory back at once. The collector would let some 50 MiB pile up, and pieces would come to memory in no cache. */
 function release({ buffer, byteLength }: Uint8Array): void {
   if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
 }
@@ -988,7 +999,7 @@ export function printable(text: string): string {
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
-    fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    process.getBuiltinModule("node:fs").writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
@@ -1004,61 +1015,58 @@ function formatBytes(bytes: number): string {
 // ── end shared ──
 
 /** A field value or reason phrase for people, or as part of a URL: UTF-8 if it is that, otherwise ISO 8859-1. */
-const asText = (latin1Text: string): string =>
-  ignoreErrors(() => UTF_8.decode(Buffer.from(latin1Text, "latin1"))) ?? latin1Text;
-const UTF_8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+function asText(latin1Text: string): string {
+  const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+  return ignoreErrors(() => utf8.decode(toBytes(latin1Text))) ?? latin1Text;
+}
 
 /** Heads for people: each line with a mark before it, as curl -v prints them. */
-function tellLines(mark: string, bytes: Uint8Array): void {
-  const [head = ""] = asText(Buffer.from(bytes).toString("latin1")).split(/\r?\n\r?\n/, 1);
-  for (const line of head.split(/\r?\n/)) tell(mark + line);
+function tellHead(mark: string, head: string): void {
+  for (const line of asText(head).trimEnd().split(/\r?\n/)) tell(mark + line);
 }
 
 /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
-export function formatProgress(bytes: number, total: number | undefined, bytesPerSecond: number): string {
+function formatProgress(bytes: number, total: number | undefined, bytesPerSecond: number): string {
   const speed = `${formatBytes(bytesPerSecond)}/s`;
   if (total === undefined || total === 0) return `${formatBytes(bytes)}, ${speed}`;
   const left = bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
   return `${formatBytes(bytes)} of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %, ${speed}${left}`;
 }
 
-/** Size, speed and time left, in one line of stderr that is written over and over; only if it is a terminal. */
+/** Size, speed and time left, in one line of stderr that is overwritten; only on a terminal. */
 class ProgressLine {
-  private readonly isShown: boolean;
   private shownAt = LIMITS.progressAfterMs - LIMITS.progressEveryMs;
-  private firstBytes = -1;
+  private firstBytes: number | undefined;
   private isOnScreen = false;
 
   constructor(
     private readonly job: Job,
     private readonly clock: Clock,
-  ) {
-    this.isShown = !job.isSilent && isTerminal(2);
-  }
+  ) {}
 
   show({ bytes, total }: Held): void {
-    if (!this.isShown) return;
-    if (this.firstBytes < 0) this.firstBytes = bytes;
+    this.firstBytes ??= bytes;
     const now = this.clock.elapsedMs;
     if (now - this.shownAt < LIMITS.progressEveryMs) return;
     this.shownAt = now;
+    if (this.job.isSilent || this.job.isTraced || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
-    ignoreErrors(() => fs.writeSync(2, `\r${formatProgress(bytes, total, bytesPerSecond)}\x1b[K`));
+    ignoreErrors(() => fs().writeSync(2, `\r${formatProgress(bytes, total, bytesPerSecond)}\x1b[K`));
   }
 
-  /** The line ends as a summary of what came. */
-  finish({ delivery, note }: Session): void {
+  /** Ends the line with a summary. */
+  finish({ held, isToVerify, note }: Delivery): void {
     if (this.isOnScreen || this.job.isVerbose) {
       this.clear();
-      const verified = delivery.isToVerify ? "SHA-256 verified" : "not verified";
-      tell(`${formatBytes(delivery.held.bytes)} in ${(this.clock.elapsedMs / 1000).toFixed(1)} s, ${verified}`);
+      const verified = isToVerify ? "SHA-256 verified" : "not verified";
+      tell(`${formatBytes(held.bytes)} in ${(this.clock.elapsedMs / 1000).toFixed(1)} s, ${verified}`);
     }
     if (note !== "" && !this.job.isSilent) tell(note);
   }
 
   clear(): void {
-    if (this.isOnScreen) ignoreErrors(() => fs.writeSync(2, "\r\x1b[K"));
+    if (this.isOnScreen) ignoreErrors(() => fs().writeSync(2, "\r\x1b[K"));
     this.isOnScreen = false;
   }
 }
@@ -1071,10 +1079,10 @@ export class Connection implements Source {
   private receivedBytes = 0;
   private isPaused = false;
   private hasEnded = false;
-  private failure: TransferError | undefined;
   private isClosed = false;
+  private failure: TransferError | undefined;
   private socket: Bun.Socket | undefined;
-  /** Over TLS: the records that go by below it. */
+  /** Over TLS: sees the encrypted records. */
   private records: RecordWatch | undefined;
   private wake = () => {};
 
@@ -1082,18 +1090,21 @@ export class Connection implements Source {
   readonly handlers = {
     open: (socket: Bun.Socket) => {
       this.socket = socket;
-      if (this.isClosed) socket.terminate(); // the step that waited for it has ended
+      if (this.isClosed) socket.close(); // the step that waited for it has ended
     },
     /** Bytes from the network: the peer's message, or TLS records of it. */
-    data: (_: Bun.Socket, bytes: Uint8Array) =>
-      this.records === undefined ? this.onData(bytes) : this.records.take(bytes),
+    data: (_: Bun.Socket, bytes: Uint8Array) => {
+      if (this.records === undefined) return this.onData(bytes);
+      this.records.take(bytes);
+      release(bytes);
+    },
     drain: () => this.wake(),
-    /** A FIN: all that the peer wanted to send is here. */
+    /** A FIN: the peer has sent everything. */
     end: () => {
       this.hasEnded = true;
       this.wake();
     },
-    /** The connection is gone below TLS, which will say so itself; but it cannot tell a reset. */
+    /** Over TLS, the layer above reports an end, but it cannot tell a reset. */
     close: (_: Bun.Socket, error?: SystemError) => {
       if (this.records === undefined || error !== undefined) this.onClose(error);
     },
@@ -1101,7 +1112,10 @@ export class Connection implements Source {
     connectError() {}, // the promise of Bun.connect is rejected too
   };
 
-  constructor(private readonly clock: Clock) {}
+  constructor(
+    private readonly clock: Clock,
+    private readonly trace?: Trace,
+  ) {}
 
   private onData(bytes: Uint8Array): void {
     if (this.records !== undefined) this.records.content += bytes.length;
@@ -1114,30 +1128,34 @@ export class Connection implements Source {
     this.wake();
   }
 
-  /** A close without FIN is a reset, and a reset is never the end of a message. An alert of TLS will come again. */
+  /** A close without FIN is a reset, which never ends a message. Bun reports an alert of TLS here, and then again. */
   private onClose(error: SystemError = new Error("reset")): void {
     if (/SSL.*_ALERT_/.test(error.message))
       this.failure ??= new TransferError("tls", `the server refused: ${error.message}`, { isFinal: true });
-    if (!this.hasEnded) this.failure ??= explainSystemError(error, "receive", "the connection was lost");
+    if (!this.hasEnded)
+      this.failure ??= new TransferError("receive", `the connection was lost: ${error.code ?? error.message}`);
     this.wake();
   }
 
-  /** Over TLS a FIN alone can be anybody's. */
+  /** Over TLS, anyone on the way can send a FIN. */
   get endsInOrder(): boolean {
     return this.records?.endsInOrder ?? true;
   }
 
-  /** Goes on over TLS. @throws TransferError "tls" or "certificate" */
+  /** Starts TLS. @throws TransferError "tls" or "certificate" */
   async secure(hostname: string, authorities: string[], isInsecure: boolean): Promise<void> {
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
-      if (isTrusted || (isInsecure && error !== null && !isTlsFault(error))) resolve();
-      else if (error === null || isTlsFault(error)) {
-        const message = `no TLS with ${hostname}: ${error?.message ?? "refused"}`;
-        // What the peer has said will not change; that it has gone may.
-        reject(new TransferError("tls", message, { isFinal: !error?.code?.startsWith("ECONN") }));
-      } else
-        reject(new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`));
+      // Not a certificate that is not trusted, but a peer that speaks no TLS, or not ours.
+      const isFault = error === null || /^(EPROTO|ECONN|ERR_SSL)/.test(error.code ?? "");
+      if (isTrusted || (isInsecure && !isFault)) return resolve();
+      if (!isFault)
+        return reject(
+          new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`),
+        );
+      // A refusal will not change; a lost connection may be transient.
+      const isFinal = !error?.code?.startsWith("ECONN");
+      reject(new TransferError("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal }));
     };
     const close = (_: unknown, error?: SystemError) => {
       reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
@@ -1155,22 +1173,26 @@ export class Connection implements Source {
     await promise;
   }
 
-  /** Sends all of it, or as much as the server takes before it answers. @returns may more be sent? @throws TransferError */
+  /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
   async send(bytes: Uint8Array): Promise<boolean> {
     for (let sent = 0; sent < bytes.length && this.received.length === 0;) {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
       if (written < 0) throw new TransferError("send", "the connection was lost while the request was sent");
+      this.trace?.step("send", `${written} of ${bytes.length - sent} B`);
       sent += written;
       if (sent < bytes.length) await this.event();
-      if (this.failure !== undefined && this.received.length === 0) throw this.failure;
+      if (this.received.length === 0) this.throwFailure();
     }
     return this.received.length === 0;
   }
 
   async receive(): Promise<Uint8Array | undefined> {
     while (this.received.length === 0) {
-      if (this.failure !== undefined) throw this.failure;
-      if (this.hasEnded) return undefined;
+      this.throwFailure();
+      if (this.hasEnded) {
+        this.trace?.step("FIN", "received");
+        return undefined;
+      }
       if (this.isPaused) {
         this.isPaused = false;
         this.socket?.resume();
@@ -1179,25 +1201,31 @@ export class Connection implements Source {
     }
     const bytes = this.received.shift();
     this.receivedBytes -= bytes?.length ?? 0;
+    if (bytes !== undefined) this.trace?.receive(bytes);
     return bytes;
   }
 
-  putBack(bytes: Uint8Array): void {
-    if (bytes.length === 0) return;
-    this.received.unshift(bytes);
-    this.receivedBytes += bytes.length;
+  private throwFailure(): void {
+    if (this.failure === undefined) return;
+    if (this.failure.outcome !== "timeout") this.trace?.step("reset", this.failure.message);
+    throw this.failure;
   }
 
+  /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
   close(): void {
+    if (this.socket !== undefined && !this.isClosed)
+      this.trace?.step("close", this.failure?.outcome === "receive" ? "" : "FIN sent");
     this.isClosed = true;
-    this.socket?.terminate();
+    this.socket?.close();
   }
 
-  /** Waits for the next thing to happen, but not longer than the peer may be silent. */
+  /** Waits for the next event, but only as long as the peer may be silent. */
   private event(): Promise<void> {
+    this.trace?.flush();
     return new Promise((resolve) => {
       const isLate = (failure: TransferError) => {
         this.failure = failure;
+        this.trace?.step("deadline", failure.message);
         resolve();
       };
       const cancel = this.clock.startTimer("stallMs", (seconds) => `no byte for ${seconds} s`, isLate);
@@ -1209,45 +1237,52 @@ export class Connection implements Source {
   }
 }
 
-/** Not a certificate that is not trusted, but a peer that speaks no TLS, or not ours. */
-const isTlsFault = ({ code = "" }: SystemError) => /^(EPROTO|ECONN|ERR_SSL)/.test(code);
-
 /** @throws TransferError "resolve", "connect", "timeout", "tls", "certificate" or "authorities" */
-async function connect(url: URL, clock: Clock, { authoritiesFile, isInsecure }: Job): Promise<Connection> {
-  const hostname = url.hostname.replace(/^\[(.*)\]$/, "$1");
+async function connect(url: URL, { job, clock, trace }: Session): Promise<Connection> {
+  const hostname = url.hostname.startsWith("[") ? url.hostname.slice(1, -1) : url.hostname;
   const isSecure = url.protocol === "https:";
   const port = Number(url.port || (isSecure ? 443 : 80));
-  const connection = new Connection(clock);
+  const connection = new Connection(clock, trace);
   const { promise: late, reject } = Promise.withResolvers<never>();
   const cancel = clock.startTimer("connectMs", (seconds) => `no connection to ${url.host} within ${seconds} s`, reject);
+  trace?.begin();
   try {
+    const authorities = isSecure && !job.isInsecure ? readAuthorities(job.authoritiesFile) : [];
     // Half-open: the server's FIN must not stop us from sending, nor hide what it sent before.
-    const authorities = isSecure ? readAuthorities(authoritiesFile) : [];
-    await Promise.race([late, Bun.connect({ hostname, port, allowHalfOpen: true, socket: connection.handlers })]);
-    if (isSecure) await Promise.race([late, connection.secure(hostname, authorities, isInsecure)]);
+    const connecting = Bun.connect({ hostname, port, allowHalfOpen: true, socket: connection.handlers });
+    const { remoteAddress } = await Promise.race([late, connecting]);
+    trace?.step("connect", `${remoteAddress.includes(":") ? `[${remoteAddress}]` : remoteAddress}:${port}`);
+    if (isSecure) await Promise.race([late, connection.secure(hostname, authorities, job.isInsecure)]);
+    if (isSecure) trace?.step("TLS", `with ${hostname}`);
     return connection;
   } catch (error) {
+    const failure = explainConnectError(error, url.host, hostname);
+    trace?.step(failure.outcome === "timeout" ? "deadline" : "connect", failure.message);
     connection.close();
-    if (error instanceof TransferError) throw error;
-    const fault = error as SystemError; // Bun throws those
-    if (fault.syscall === "getaddrinfo") throw new TransferError("resolve", `cannot resolve ${hostname}`);
-    throw explainSystemError(fault, "connect", `cannot connect to ${url.host}`);
+    throw failure;
   } finally {
     cancel();
   }
+}
+
+function explainConnectError(error: unknown, host: string, hostname: string): TransferError {
+  if (error instanceof TransferError) return error;
+  const { syscall, code, message } = error as SystemError; // Bun throws those
+  if (syscall === "getaddrinfo") return new TransferError("resolve", `cannot resolve ${hostname}`);
+  return new TransferError("connect", `cannot connect to ${host}: ${code ?? message}`);
 }
 
 /** The authorities that are trusted, as PEM texts. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {
   if (file === undefined) return process.getBuiltinModule("node:tls").getCACertificates("system");
   const { X509Certificate } = process.getBuiltinModule("node:crypto");
-  const pem = ignoreErrors(() => fs.readFileSync(file, "latin1")) ?? "";
-  // Bun would tell that it is none only once there is a connection.
+  const pem = ignoreErrors(() => fs().readFileSync(file, "latin1")) ?? "";
+  // Bun would report a bad file only once there is a connection.
   if (pem.includes("-----BEGIN") && ignoreErrors(() => new X509Certificate(pem)) !== undefined) return [pem];
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
 }
 
-/** Time since the start, and timers that never go past the end of all time that the user gives. */
+/** The time since the start, and timers that never go past --max-time. */
 export class Clock {
   private readonly startedAt = performance.now();
 
@@ -1257,16 +1292,78 @@ export class Clock {
     return performance.now() - this.startedAt;
   }
 
-  /** @returns what ends the timer */
+  /** @returns a function that stops the timer */
   startTimer(which: "connectMs" | "stallMs", say: (seconds: number) => string, then: (failure: TransferError) => void) {
     const { [which]: limit, maxMs } = this.job;
     const left = Math.max(0, maxMs - this.elapsedMs);
     const isFinal = left < limit;
-    const message = isFinal ? `not done within ${maxMs / 1000} s` : say(limit / 1000);
-    const timer = setTimeout(() => then(new TransferError("timeout", message, { isFinal })), Math.min(left, limit));
+    const message = () => (isFinal ? `not done within ${maxMs / 1000} s` : say(limit / 1000));
+    const fail = () => then(new TransferError("timeout", message(), { isFinal }));
+    const timer = setTimeout(fail, Math.min(left, limit));
     return () => clearTimeout(timer);
   }
 }
+
+// ── shared: trace ──
+/**
+ * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
+ *
+ *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
+ *     #1      0.9 ms  send     153 of 153 B
+ *
+ * Over TLS the bytes are the decrypted ones.
+ */
+class Trace {
+  private number = 0;
+  private startedAt = 0;
+  /** The last receive, printed once it is known what it has completed. */
+  private received = "";
+  private readonly completed = new Map<string, number>();
+
+  constructor(private readonly print: (line: string) => void) {}
+
+  begin(number = this.number + 1): void {
+    this.flush();
+    this.number = number;
+    this.startedAt = performance.now();
+  }
+
+  step(event: string, details: string): void {
+    this.flush();
+    this.print(this.format(event, details));
+  }
+
+  receive(bytes: Uint8Array): void {
+    this.flush();
+    const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
+    const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
+      '\r\n\t"\\'.includes(character)
+        ? JSON.stringify(character).slice(1, -1)
+        : `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`,
+    );
+    this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
+  }
+
+  /** Notes what the last receive has completed, or brought a part of. */
+  complete(what: "head" | "content" | "content complete"): void {
+    if (what === "content complete") this.completed.delete("content");
+    this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);
+  }
+
+  /** Nothing more comes of the last receive. */
+  flush(): void {
+    const completed = Array.from(this.completed, ([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
+    if (this.received !== "") this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);
+    this.received = "";
+    this.completed.clear();
+  }
+
+  private format(event: string, details: string): string {
+    const ms = (performance.now() - this.startedAt).toFixed(1).padStart(8);
+    return `#${this.number} ${ms} ms  ${event.padEnd(8)} ${details}`.trimEnd();
+  }
+}
+// ── end shared ──
 
 /** close_notify as TLS 1.3 sends it: level, description and inner type under a tag of 16 bytes (RFC 8446 §5.2, §6). */
 const ALERT_RECORD_LENGTH = 19;
@@ -1308,17 +1405,18 @@ export class RecordWatch {
   }
 }
 
-// ═══ 10 What is held ═══════════════════════════════════════════════════════════════════════════
+// ═══ 10 Delivery ═══════════════════════════════════════════════════════════════════════════════
 
 /** Repr-Digest is a dictionary of byte sequences (RFC 9530 §3, RFC 8941 §3.2); of its algorithms SHA-256 is read. */
 const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
 
-/** What is held of the content across all attempts, and what it adds up to. */
+/** The content held across all attempts; checks its length and its digest. */
 class Delivery {
   held: Held;
+  note = ""; // what the user should know about the content
   private best: number; // the most that was ever held of this version: only what goes beyond it is progress
   private hasStartedOver = false;
-  private isJoined = false; // what is held came in several responses
+  private isJoined = false; // the content held came in several responses
   private hash: Bun.CryptoHasher | undefined;
   private skip = 0; // bytes of the response under way that are held already
   private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
@@ -1332,7 +1430,7 @@ class Delivery {
     this.best = this.held.bytes;
   }
 
-  /** True once after more has come than ever before. An attempt that had to start over did not bring more. */
+  /** True once if more is held than ever before. An attempt that had to start over did not bring more. */
   takeProgress(): boolean {
     const hasProgressed = this.held.bytes > this.best && !this.hasStartedOver;
     this.best = Math.max(this.best, this.held.bytes);
@@ -1347,42 +1445,42 @@ class Delivery {
     this.end = end;
     this.isJoined = held.bytes > 0;
     // RFC 9530 §3: of the whole representation, in a 206 too. What an earlier response said of this version holds.
-    const [, digest] = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(",")) ?? [];
+    const digest = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(","))?.[1];
     this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
     if (!this.isJoined) this.hash = this.isToVerify ? new Bun.CryptoHasher("sha256") : undefined;
-    this.sink.start(head, held);
+    this.sink.start?.(head);
   }
 
   async write(bytes: Uint8Array): Promise<void> {
     const skipped = Math.min(this.skip, bytes.length);
     this.skip -= skipped;
     const content = bytes.subarray(skipped);
+    const length = this.held.bytes + content.length;
     const { sizeMax } = this.job;
-    if (this.held.bytes + content.length > sizeMax)
-      throw new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
-    if (this.held.bytes + content.length > this.end) throw contradiction();
+    if (length > sizeMax) throw new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
+    if (length > this.end) throw contradiction();
     if (content.length === 0) return;
-    await this.sink.write(content);
+    await this.sink.write(content, this.held);
     this.hash?.update(content);
-    this.held = { ...this.held, bytes: this.held.bytes + content.length };
+    this.held = { ...this.held, bytes: length };
   }
 
-  /** The response has ended: is the content whole, and what the digests say? @returns what {@link Sink.finish} says */
-  async finish(head: ResponseHead, framing: Framing): Promise<string> {
+  /** The response has ended: is the content whole, and does it match the digests? @throws TransferError if not */
+  async finish(head: ResponseHead): Promise<void> {
     const { bytes, total } = this.held;
     // Content that only a close ends may have been cut. The last chunk ends it for sure.
-    if (framing === "chunked" && Number.isFinite(this.end) && bytes < this.end) throw contradiction();
+    if (head.framing === "chunked" && Number.isFinite(this.end) && bytes < this.end) throw contradiction();
     if (this.skip > 0) throw partial(`the response is not complete: ${this.skip} of ${bytes} bytes held are missing`);
     if (total !== undefined && bytes !== total) {
       const message = `the response is a part: ${bytes} of ${total} bytes are here`;
       throw new TransferError("partial", message, { isPart: true });
     }
     if (this.isToVerify) this.verify();
-    const note = await this.sink.finish();
-    // What is coded although nobody asked for that is saved so: a mirror's a.tar.gz is meant so.
-    const codings = fieldValues(head, "content-encoding").filter((coding) => !/^(identity)?$/i.test(coding));
-    if (note !== "" || codings.length === 0 || !this.job.keepsOnlyContent) return note;
-    return `The content is saved as it comes, with Content-Encoding: ${codings.join(", ")}`;
+    this.note = await this.sink.finish(this.held);
+    // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
+    const codings = fieldValues(head, "content-encoding").join(", ");
+    if (this.note === "" && this.job.keepsOnlyContent && !/^(identity|[, ])*$/i.test(codings))
+      this.note = `The content is saved as it comes, with Content-Encoding: ${codings}`;
   }
 
   /** The user or the server has said what the SHA-256 of the content is. */
@@ -1391,26 +1489,28 @@ class Delivery {
   }
 
   private verify(): void {
-    const found = this.hash?.digest("hex") ?? this.sink.digest?.();
+    const found = this.hash?.digest("hex") ?? this.sink.digest?.(this.held);
     this.hash = undefined;
-    if (found === undefined)
-      throw new TransferError("digest", "the first part of the content is not at hand to be verified", {
-        isFinal: true,
-      });
+    const message = "the first part of the content is not at hand to be verified";
+    if (found === undefined) throw new TransferError("digest", message, { isFinal: true });
     const { sha256 } = this.job;
     const told = Buffer.from(this.expectedDigest, "base64").toString("hex");
     if (found === (sha256 || told)) return;
     // Another attempt helps if pieces were joined that do not fit, or if the server says that bytes were damaged.
     const isFinal = found === told || (told === "" && !this.isJoined);
-    const message = `the content is not what its digest says: its SHA-256 is ${found}`;
-    throw new TransferError("digest", message, { isFinal, spoils: true });
+    const mismatch = `the content is not what its digest says: its SHA-256 is ${found}`;
+    throw new TransferError("digest", mismatch, { isFinal, spoils: true });
   }
 
-  /** Throws away what is held, as it is wrong. */
+  /** Deletes the content held, as it is wrong. */
   discard(): void {
     this.sink.discard?.();
     this.held = NOTHING;
     this.forget();
+  }
+
+  close(): string | Promise<string> {
+    return this.sink.close(this.held);
   }
 
   private forget(): void {
@@ -1420,9 +1520,14 @@ class Delivery {
   }
 }
 
-// ═══ 11 Where it goes ══════════════════════════════════════════════════════════════════════════
+// ═══ 11 Sinks ══════════════════════════════════════════════════════════════════════════════════
 
-/** A failure changes nothing: what is to be removed may have gone, or must stay. */
+// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load. `require` has no types.
+const fs = (): typeof import("node:fs") => require("node:fs");
+const paths = (): typeof import("node:path") => require("node:path");
+const tty = (): typeof import("node:tty") => require("node:tty");
+
+/** For steps whose failure changes nothing. */
 function ignoreErrors<T>(step: () => T): T | undefined {
   try {
     return step();
@@ -1431,13 +1536,13 @@ function ignoreErrors<T>(step: () => T): T | undefined {
   }
 }
 
-/** @returns undefined if it is not there, or cannot be reached */
-const statOf = (path: string) => ignoreErrors(() => fs.lstatSync(path));
+/** @returns undefined if it does not exist, or cannot be reached */
+const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path));
 
 /**
- * Writes all of it. What may block for as long as somebody else likes (a pipe, a terminal) is written by another
- * thread, so that deadlines go on here; a file or a device takes bytes sooner than a thread can be asked to.
- * @param position in the file; null goes on where the last write ended
+ * Writes all of it. A pipe or a terminal may block for any time, so another thread writes to it, and deadlines go on
+ * here; a file or a device is written at once, as that takes less time than to ask a thread.
+ * @param position in the file; null continues where the last write ended
  */
 async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, position: number | null): Promise<void> {
   for (let written = 0; written < bytes.length;) {
@@ -1445,9 +1550,9 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
     try {
       written += mayBlock
         ? await new Promise<number>((resolve, reject) =>
-            fs.write(fd, bytes, written, length, at, (error, count) => (error ? reject(error) : resolve(count))),
+            fs().write(fd, bytes, written, length, at, (error, count) => (error ? reject(error) : resolve(count))),
           )
-        : fs.writeSync(fd, bytes, written, length, at);
+        : fs().writeSync(fd, bytes, written, length, at);
     } catch (error) {
       if ((error as SystemError).code !== "EAGAIN") throw error; // node:fs throws SystemErrors
       await Bun.sleep(LIMITS.writeRetryMs);
@@ -1455,33 +1560,30 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
   }
 }
 
-/** node:tty takes longer to load than a small transfer takes: it is asked only about what may be a terminal. */
-function isTerminal(fd: number): boolean {
-  const found = fs.fstatSync(fd);
-  // On Linux, the devices of major number 1 are /dev/null, /dev/full and their like.
-  const mayBe = found.isCharacterDevice() && found.rdev >> 8 !== 1;
-  return mayBe && process.getBuiltinModule("node:tty").isatty(fd);
-}
+/** On Linux, the devices of major number 1 are /dev/null, /dev/full and their like: node:tty is not loaded for them. */
+const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && found.rdev >> 8 !== 1 && tty().isatty(fd);
 
-/** Pipes, devices and terminals: what is written there cannot be taken back. */
+/** Pipes, devices and terminals: output there cannot be taken back. */
 class StreamSink implements Sink {
   readonly found = NOTHING;
-  /** The head that is still to be printed: with the first content, when it can no longer be another's. */
+  /** The head that is still to be printed: with the first content, when no other response can replace it. */
   private head = "";
   private hasPrinted = false;
   private isInLine = false;
   private readonly isTerminal: boolean;
   private readonly mayBlock: boolean;
-  private readonly textDecoder = new TextDecoder();
+  private textDecoder: TextDecoder | undefined;
+  private left: number; // bytes to print before node:fs is loaded
 
-  /** @param isContentOnly only content goes out, as it is; otherwise the head does too, and a terminal gets safe text */
+  /** @param isContentOnly only content is written, as it is; otherwise the head is too, and a terminal gets safe text */
   constructor(
     private readonly fd: number,
     private readonly isContentOnly: boolean,
+    found: Stats,
   ) {
-    this.isTerminal = isTerminal(fd);
-    const found = fs.fstatSync(fd);
-    this.mayBlock = !found.isFile() && (!found.isCharacterDevice() || this.isTerminal);
+    this.isTerminal = isTerminal(fd, found);
+    this.mayBlock = this.isTerminal || !(found.isFile() || found.isCharacterDevice());
+    this.left = !this.mayBlock || found.isFIFO() ? LIMITS.printedBytesMax : 0;
   }
 
   start(head: ResponseHead): void {
@@ -1489,35 +1591,45 @@ class StreamSink implements Sink {
   }
 
   async write(content: Uint8Array): Promise<void> {
-    await this.finish();
+    if (!this.hasPrinted) await this.finish();
     await this.print(content);
     this.isInLine = this.isTerminal && content.at(-1) !== LF;
   }
 
-  /** A head without content is all that there is to print. */
+  /** Prints the head, if it is still to be printed. */
   async finish(): Promise<string> {
     this.hasPrinted = true;
-    if (this.head !== "") await this.print(Buffer.from(this.head, "latin1"));
+    if (this.head !== "") await this.print(toBytes(this.head));
     this.head = "";
     return "";
   }
 
   endLine(): void {
-    if (this.isInLine) ignoreErrors(() => fs.writeSync(this.fd, "\n"));
+    if (this.isInLine) ignoreErrors(() => fs().writeSync(this.fd, "\n"));
     this.isInLine = false;
   }
 
-  /** No other attempt will follow: a head whose content never came is printed, if somebody still reads. */
+  /** No other attempt will follow: prints a head whose content never came, if the output is still open. */
   close(): Promise<string> {
     return this.finish().catch(() => "");
   }
 
-  private async print(bytes: Uint8Array): Promise<void> {
-    if (!this.isTerminal || this.isContentOnly) return writeAll(this.fd, bytes, this.mayBlock, null);
+  private print(bytes: Uint8Array): Promise<unknown> {
+    if (!this.isTerminal || this.isContentOnly) return this.put(bytes);
     if (bytes.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
-    const text = printable(this.textDecoder.decode(bytes, { stream: true }));
-    await writeAll(this.fd, new TextEncoder().encode(text), this.mayBlock, null);
+    this.textDecoder ??= new TextDecoder();
+    return this.put(new TextEncoder().encode(printable(this.textDecoder.decode(bytes, { stream: true }))));
+  }
+
+  /**
+   * Bun.write needs no module, but if a non-blocking descriptor takes a part, it writes that part again: it is only for
+   * output that is taken whole. node:fs, once it is loaded, takes less time for each write.
+   */
+  private put(bytes: Uint8Array): Promise<unknown> {
+    this.left -= bytes.length;
+    if (this.left < 0) return writeAll(this.fd, bytes, this.mayBlock, null);
+    return Bun.write(Bun.file(this.fd), bytes);
   }
 }
 
@@ -1528,8 +1640,6 @@ interface Label extends Omit<Held, "bytes"> {
   readonly sha256: string; // the --sha256 of the run, which joins pieces whatever their validators say
 }
 
-const BLANK: Label = { ...NOTHING, file: "", url: "", sha256: "" };
-
 /** A part that lies beside FILE. `bytes` is 0 if there is only its label, or if it is not ours. */
 type FoundPart = { readonly path: string; readonly label: Label; readonly bytes: number; readonly labelledAt: number };
 
@@ -1538,36 +1648,51 @@ const LABEL_END = /^\.[0-9a-f]{12}\.part\.json$/;
 /** A name may have 255 bytes, on some file systems fewer: a part's begins with this much of FILE's. */
 const STEM_BYTES = 100;
 
-/** The path of a part of FILE in the folder, up to its random end. */
-const stemOf = (file: string, folder: string) =>
-  join(folder, Buffer.from(basename(file)).subarray(0, STEM_BYTES).toString().replaceAll("\ufffd", ""));
+/** The name of a part of FILE, up to its random end. */
+const stemOf = (file: string) =>
+  Buffer.from(paths().basename(file)).subarray(0, STEM_BYTES).toString().replaceAll("\ufffd", "");
 
 /** The parts of this very FILE. An empty label is of a run that was killed before it could write it. */
 function* findParts(file: string, folder: string): Generator<FoundPart> {
-  const start = basename(stemOf(file, folder));
-  for (const name of ignoreErrors(() => fs.readdirSync(folder)) ?? []) {
-    if (!name.startsWith(start) || !LABEL_END.test(name.slice(start.length))) continue;
-    const path = join(folder, name.slice(0, -".json".length));
+  const stem = stemOf(file);
+  for (const name of ignoreErrors(() => fs().readdirSync(folder)) ?? []) {
+    if (!name.startsWith(stem) || !LABEL_END.test(name.slice(stem.length))) continue;
+    const path = paths().join(folder, name.slice(0, -".json".length));
     const [found, part] = [statOf(`${path}.json`), statOf(path)];
     const label = found?.isFile() ? readLabel(`${path}.json`, found.size) : undefined;
-    if (found === undefined || label === undefined || (found.size > 0 && label.file !== basename(file))) continue;
-    // In a folder that others may write to, a part that somebody else owns is not to be trusted; nor is a link.
+    if (found === undefined || label === undefined) continue;
+    if (found.size > 0 && label.file !== paths().basename(file)) continue;
+    // If others may write to the folder, a part that someone else owns is not to be trusted; nor is a link.
     const isOurs = part?.isFile() && part.nlink === 1 && part.uid === (process.geteuid?.() ?? part.uid);
     yield { path, label, bytes: isOurs ? (part?.size ?? 0) : 0, labelledAt: found.mtimeMs };
   }
 }
 
-/** @returns undefined if it is no label, or has gone. A label with other values than strings fits nothing. */
+/** @returns undefined if it is no label, or is gone. A label with other values than strings fits nothing. */
 const readLabel = (path: string, size: number): Label | undefined =>
   ignoreErrors(() => {
-    const label: Label = { ...BLANK, ...(size === 0 ? {} : JSON.parse(fs.readFileSync(path, "utf8"))) };
+    const blank = { ...NOTHING, file: "", url: "", sha256: "" };
+    const label: Label = { ...blank, ...(size === 0 ? {} : JSON.parse(fs().readFileSync(path, "utf8"))) };
     const isValidator = STRONG_ETAG.test(label.validator) || parseHttpDate(label.validator) !== undefined;
     return size > LIMITS.headBytesMax ? undefined : { ...label, validator: isValidator ? label.validator : "" };
   });
 
+/** The part of an earlier run that is worth most: of the version that was seen last, the longest. */
+function findLeftover(file: string, folder: string, url: string, sha256: string): FoundPart | undefined {
+  let best: FoundPart | undefined;
+  for (const part of findParts(file, folder)) {
+    const { label, bytes, labelledAt } = part;
+    const isVouched = sha256 === "" ? label.validator !== "" : label.sha256 === "" || label.sha256 === sha256;
+    if (bytes === 0 || bytes > (label.total ?? bytes) || label.url !== url || !isVouched) continue;
+    const isSame = label.validator === best?.label.validator;
+    if (best === undefined || (isSame ? bytes > best.bytes : labelledAt > best.labelledAt)) best = part;
+  }
+  return best;
+}
+
 function removePart(path: string): void {
-  ignoreErrors(() => fs.unlinkSync(path));
-  ignoreErrors(() => fs.unlinkSync(`${path}.json`));
+  ignoreErrors(() => fs().unlinkSync(path));
+  ignoreErrors(() => fs().unlinkSync(`${path}.json`));
 }
 
 const takenOver = (path: string) =>
@@ -1590,143 +1715,102 @@ class FileSink implements Sink {
   /** The part that this run writes. Its inode tells whether the name is still its own. */
   private part: { readonly path: string; readonly fd: number; readonly inode: number } | undefined;
   private isWorthKeeping = false; // a later run can continue the part
-  /** The content that comes is not of the version that `part` has: the next byte begins another part. */
-  private isOther = false;
-  private version = NOTHING;
-  private position = 0;
   private syncedTo = 0;
 
-  /** @param old FILE as it was, if it was there; @param folder of the parts */
-  private constructor(
+  /** @param old FILE as it was, if it existed; @param folder of the parts */
+  constructor(
     private readonly path: string,
-    private readonly old: fs.Stats | undefined,
+    private readonly old: Stats | undefined,
     private readonly folder: string,
     private readonly canContinue: boolean,
-    private readonly job: Job,
+    private readonly job: Options,
   ) {
-    const { sha256, request } = job;
-    this.url = request.url.origin + request.url.pathname;
-    for (const part of canContinue ? findParts(path, folder) : []) {
-      const { label, bytes, labelledAt } = part;
-      const isVouched = sha256 === "" ? label.validator !== "" : label.sha256 === "" || label.sha256 === sha256;
-      if (bytes === 0 || bytes > (label.total ?? bytes) || label.url !== this.url || !isVouched) continue;
-      const best = this.leftover;
-      // Of the version that was seen last, the longest part is worth most.
-      const isSame = label.validator === best?.label.validator;
-      if (best === undefined || (isSame ? bytes > best.bytes : labelledAt > best.labelledAt)) this.leftover = part;
-    }
+    this.url = job.request.url.origin + job.request.url.pathname;
+    if (canContinue) this.leftover = findLeftover(path, folder, this.url, job.sha256);
     if (this.leftover === undefined) return;
     const { validator, etag, lastModified, total } = this.leftover.label;
     this.found = { bytes: this.leftover.bytes, validator, etag, lastModified, total };
   }
 
-  /** @returns undefined if FILE has the SHA-256 already */
-  static open(output: string, job: Job): Sink | undefined {
-    const { O_WRONLY, O_APPEND, W_OK, X_OK } = fs.constants;
-    const path = followLinks(output);
-    const old = fs.statSync(path, { throwIfNoEntry: false });
-    // What is not a regular file is written to and never replaced; nor is what is an open descriptor already.
-    const [, owner, descriptor] = /^\/proc\/(self|\d+)\/fd\/(\d+)$/.exec(path) ?? [];
-    if (descriptor === "1") requireStdout();
-    if (descriptor !== undefined && owner === "self") return new StreamSink(Number(descriptor), true);
-    if (old?.isFile() === false || descriptor !== undefined || path.endsWith("/"))
-      return new StreamSink(fs.openSync(path, O_WRONLY | O_APPEND), true);
-    const needFolder = () => fs.accessSync(dirname(path), W_OK | X_OK);
-    if (old === undefined) needFolder();
-    else fs.accessSync(path, W_OK);
-    if (old !== undefined && job.sha256 !== "" && withFile(path, "r", sha256Of) === job.sha256) return undefined;
-    const isElsewhere = ignoreErrors(() => (needFolder(), false)) ?? true;
-    const folder = isElsewhere ? process.getBuiltinModule("node:os").tmpdir() : dirname(path);
-    // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
-    return new FileSink(path, old, folder, job.request.method === "GET" && !isElsewhere, job);
+  async write(content: Uint8Array, held: Held): Promise<void> {
+    const { fd } = this.ready(held);
+    await writeAll(fd, content, false, held.bytes);
+    const position = held.bytes + content.length;
+    if (position - this.syncedTo < LIMITS.syncEveryBytes) return;
+    // The disk begins to write while the network goes on: all of it at the end would take as long again. If this
+    // fails, the sync at the end will too.
+    this.syncedTo = position;
+    fs().fdatasync(fd, () => {});
   }
 
-  start(_: ResponseHead, held: Held): void {
-    this.version = held;
-    this.isOther = held.bytes === 0;
-    this.position = this.syncedTo = held.bytes;
-    if (held.bytes > 0) this.part ??= this.begin(this.leftover);
+  digest(held: Held): string {
+    return sha256Of(this.ready(held).fd);
   }
 
-  async write(content: Uint8Array): Promise<void> {
-    const { fd } = this.ready();
-    await writeAll(fd, content, false, this.position);
-    this.position += content.length;
-    if (this.position - this.syncedTo < LIMITS.syncEveryBytes) return;
-    // Lets the disk begin while the network goes on: all of it at the end would take as long again. Should it fail,
-    // the sync at the end will too.
-    this.syncedTo = this.position;
-    fs.fdatasync(fd, () => {});
-  }
-
-  digest(): string | undefined {
-    return this.part && sha256Of(this.part.fd);
-  }
-
-  async finish(): Promise<string> {
-    const { path, fd } = this.ready();
-    if (fs.fstatSync(fd).size !== this.position) throw changed(path);
+  async finish(held: Held): Promise<string> {
+    const { path, fd } = this.ready(held);
+    if (fs().fstatSync(fd).size !== held.bytes) throw changed(path);
     this.keepOwnerAndMode(fd);
-    fs.fsyncSync(fd);
+    fs().fsyncSync(fd);
     const note = this.replaceFile(path, fd);
-    const time = this.job.keepsTime ? parseHttpDate(this.version.lastModified) : undefined;
-    if (time !== undefined) ignoreErrors(() => fs.utimesSync(this.path, Date.now() / 1000, time / 1000));
+    const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : undefined;
+    if (time !== undefined) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
     this.discard();
-    if (this.folder === dirname(this.path))
+    if (this.folder === paths().dirname(this.path))
       for (const older of findParts(this.path, this.folder))
         if (older.labelledAt < this.startedAt) removePart(older.path);
     return note;
   }
 
   discard(): void {
-    if (this.part !== undefined) removePart(this.part.path);
-    if (this.part !== undefined) fs.closeSync(this.part.fd);
+    if (this.part === undefined) return;
+    removePart(this.part.path);
+    fs().closeSync(this.part.fd);
     this.part = undefined;
   }
 
   /** Keeps a part that a later run can continue, and nothing else. */
-  close(): string {
+  close(held: Held): string {
     if (this.part === undefined) return "";
     const { path, fd, inode } = this.part;
     const found = statOf(path); // its size counts what a full disk has taken of a piece, too
-    const isWhole = found?.ino === inode && found.size >= this.position && statOf(`${path}.json`) !== undefined;
+    const isWhole = found?.ino === inode && found.size >= held.bytes && statOf(`${path}.json`) !== undefined;
     if (!this.isWorthKeeping || !isWhole || found.size === 0) {
       this.discard();
       return "";
     }
-    fs.closeSync(fd);
+    fs().closeSync(fd);
     return `Kept ${found.size} bytes in ${path}: the same command continues from there`;
   }
 
-  /** The part that the content goes into. @throws TransferError if it is not as this run has left it */
-  private ready(): NonNullable<FileSink["part"]> {
-    if (this.part === undefined || this.isOther) {
-      const next = this.begin();
+  /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
+  private ready(held: Held): NonNullable<FileSink["part"]> {
+    if (this.part === undefined || held.bytes === 0) {
+      const next = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
       this.discard();
       this.part = next;
-      this.isOther = false;
+      this.syncedTo = held.bytes;
     }
     const found = statOf(this.part.path);
     if (found?.ino !== this.part.inode) throw takenOver(this.part.path);
-    if (found.size < this.position) throw changed(this.part.path);
+    if (found.size < held.bytes) throw changed(this.part.path);
     return this.part;
   }
 
   /** Gives a part a name of its own, be it new or of an earlier run. The label comes first. */
-  private begin(leftover?: FoundPart): NonNullable<FileSink["part"]> {
-    const { O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW } = fs.constants;
-    const path = `${stemOf(this.path, this.folder)}.${crypto.randomUUID().slice(-12)}.part`;
-    const { bytes: _, ...version } = this.version;
+  private begin({ bytes: _, ...version }: Held, leftover: FoundPart | undefined): NonNullable<FileSink["part"]> {
+    const { O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW } = fs().constants;
+    const path = paths().join(this.folder, `${stemOf(this.path)}.${crypto.randomUUID().slice(-12)}.part`);
     const { sha256 } = this.job;
     const validator = sha256 === "" ? version.validator : "";
-    const label: Label = { file: basename(this.path), url: this.url, sha256, ...version, validator };
+    const label: Label = { file: paths().basename(this.path), url: this.url, sha256, ...version, validator };
     const flags = O_RDWR | O_NOFOLLOW | (leftover === undefined ? O_CREAT | O_EXCL : 0);
     try {
-      fs.writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
-      // What replaces a private FILE is private from its first byte on.
-      const fd = fs.openSync(leftover?.path ?? path, flags, this.old === undefined ? 0o666 : 0o600);
-      const inode = fs.fstatSync(fd).ino;
-      if (leftover !== undefined) fs.renameSync(leftover.path, path);
+      fs().writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
+      // A file that replaces a private FILE is private from its first byte on.
+      const fd = fs().openSync(leftover?.path ?? path, flags, this.old === undefined ? 0o666 : 0o600);
+      const inode = fs().fstatSync(fd).ino;
+      if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
       this.isWorthKeeping = this.canContinue && (validator !== "" || sha256 !== "");
       return { path, fd, inode };
@@ -1739,57 +1823,93 @@ class FileSink implements Sink {
   /** FILE stays as private, as executable and whose it was. Only root may give files away; some disks know no modes. */
   private keepOwnerAndMode(fd: number): void {
     const { mode = 0o666 & ~process.umask(), uid = -1, gid = -1 } = this.old ?? {};
-    const isGiven = this.old === undefined || ignoreErrors(() => (fs.fchownSync(fd, uid, gid), true));
-    // Not set-user-ID for somebody else.
-    ignoreErrors(() => fs.fchmodSync(fd, mode & (isGiven ? 0o7777 : 0o777)));
+    const isGiven = this.old === undefined || ignoreErrors(() => (fs().fchownSync(fd, uid, gid), true));
+    // Not set-user-ID for another owner.
+    ignoreErrors(() => fs().fchmodSync(fd, mode & (isGiven ? 0o7777 : 0o777)));
   }
 
   /** @returns what the user should know, or "" */
   private replaceFile(path: string, fd: number): string {
     try {
-      fs.renameSync(path, this.path);
+      fs().renameSync(path, this.path);
       return "";
     } catch (error) {
       const { code = "" } = error as SystemError; // node:fs throws SystemErrors
       // A mount point, a folder in which nothing may be renamed, a part on another disk.
       if (this.old === undefined || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS)$/.test(code)) throw error;
-      withFile(this.path, fs.constants.O_WRONLY | fs.constants.O_TRUNC, (file) => {
+      withFile(this.path, fs().constants.O_WRONLY | fs().constants.O_TRUNC, (file) => {
         for (const piece of piecesOf(fd))
-          for (let written = 0; written < piece.length;) written += fs.writeSync(file, piece, written);
-        fs.fsyncSync(file);
+          for (let written = 0; written < piece.length;) written += fs().writeSync(file, piece, written);
+        fs().fsyncSync(file);
       });
       return `${this.path} was overwritten in place, since it cannot be replaced (${code})`;
     }
   }
 }
 
-/** What a path leads to in the end, be it there or not. /dev/stdout leads to /proc/self/fd/1. */
+/** @returns undefined if FILE has the SHA-256 already */
+async function openSink(job: Options): Promise<Sink | undefined> {
+  const { output = "-", sha256 } = job;
+  if (output === "-") return openDescriptor(1, job.keepsOnlyContent);
+  const { O_WRONLY, O_APPEND, W_OK, X_OK } = fs().constants;
+  const path = followLinks(output);
+  const old = fs().statSync(path, { throwIfNoEntry: false });
+  // A descriptor that is open already, and anything but a regular file, is written to and never replaced.
+  const [, owner, descriptor] = /^\/proc\/(self|\d+)\/fd\/(\d+)$/.exec(path) ?? [];
+  if (owner === "self") return openDescriptor(Number(descriptor), true);
+  if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
+    return openDescriptor(fs().openSync(path, O_WRONLY | O_APPEND), true);
+  const folder = paths().dirname(path);
+  const needFolder = () => fs().accessSync(folder, W_OK | X_OK);
+  if (old === undefined) needFolder();
+  else fs().accessSync(path, W_OK);
+  if (old !== undefined && sha256 !== "" && withFile(path, "r", sha256Of) === sha256) return undefined;
+  const isBeside = ignoreErrors(() => (needFolder(), true)) ?? false;
+  const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
+  // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
+  return new FileSink(path, old, parts, isBeside && job.request.method === "GET", job);
+}
+
+/** @throws TransferError "write" */
+async function openDescriptor(fd: number, isContentOnly: boolean): Promise<Sink> {
+  const isOnLinux = fd === 1 && process.platform === "linux";
+  const info = isOnLinux ? Bun.file("/proc/self/fdinfo/1").text() : "";
+  const [found, text] = await Promise.all([Bun.file(fd).stat(), info]);
+  // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
+  // program is started with do not have O_CLOEXEC; those that Bun opens do.
+  const isClosed = found.isCharacterDevice() && /^flags:\s*\d*[2367]\d{6}$/m.test(text);
+  if (isClosed) throw new TransferError("write", "stdout is closed");
+  return new StreamSink(fd, isContentOnly, found);
+}
+
+/** Where a path leads in the end, whether that exists or not. /dev/stdout leads to /proc/self/fd/1. */
 function followLinks(path: string): string {
+  const { basename, dirname, join, resolve } = paths();
   for (let links = 0; links < 40 && statOf(path)?.isSymbolicLink(); links++) {
-    const folder = fs.realpathSync(dirname(path));
+    const folder = fs().realpathSync(dirname(path));
     if (/^\/proc\/\d+\/fd$/.test(folder)) return join(folder.replace(`/${process.pid}/`, "/self/"), basename(path));
-    path = resolve(folder, fs.readlinkSync(path));
+    path = resolve(folder, fs().readlinkSync(path));
   }
   return path;
 }
 
 /** Runs a step with a descriptor that is closed whatever happens. */
 function withFile<T>(path: string, flags: number | "r", step: (fd: number) => T): T {
-  const fd = fs.openSync(path, flags);
+  const fd = fs().openSync(path, flags);
   try {
     return step(fd);
   } finally {
-    fs.closeSync(fd);
+    fs().closeSync(fd);
   }
 }
 
 function* piecesOf(fd: number): Generator<Uint8Array> {
   const buffer = new Uint8Array(1_048_576);
-  for (let at = 0, length = 0; (length = fs.readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
+  for (let at = 0, length = 0; (length = fs().readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
     yield buffer.subarray(0, length);
 }
 
-/** SHA-256 in hex of what can be read from a descriptor. */
+/** SHA-256 in hex of all that a descriptor reads. */
 function sha256Of(fd: number): string {
   const hash = new Bun.CryptoHasher("sha256");
   for (const piece of piecesOf(fd)) hash.update(piece);
@@ -1822,7 +1942,9 @@ Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
   -k, --insecure           do not verify the certificate
   -s, --silent             print nothing on stderr but errors
   -v, --verbose            print the heads that are sent and received, and a summary, on stderr
-  -f, --fail, -S, --show-error  accepted: what they mean in curl is done anyway
+      --trace              show each step on the connection, on stderr
+  -f, --fail               accepted: what it means in curl is done anyway
+  -S, --show-error         accepted: the same
   -h, --help               print this text
   -V, --version            print the version
 
@@ -1835,130 +1957,133 @@ a GET with -o any but 200, otherwise 400 and above), 23 cannot write, 28 timeout
 large, 77 --cacert; and 29 if a digest does not fit, 1 a fault of this program.
 `;
 
-const STRING = { type: "string" } as const;
-const flag = (short: string) => ({ type: "boolean", short }) as const;
-
-const FLAGS = {
-  request: { ...STRING, short: "X" },
-  header: { ...STRING, short: "H", multiple: true },
-  data: { ...STRING, short: "d", multiple: true },
-  head: flag("I"),
-  location: flag("L"),
-  output: { ...STRING, short: "o" },
-  "remote-name": flag("O"),
-  "remote-time": flag("R"),
-  "time-cond": { ...STRING, short: "z" },
-  retry: STRING,
-  "retry-delay": STRING,
-  "retry-max-time": STRING,
-  "connect-timeout": STRING,
-  "stall-timeout": STRING,
-  "max-time": STRING,
-  "max-size": STRING,
-  sha256: STRING,
-  cacert: STRING,
-  insecure: flag("k"),
-  // These two are habits of hands that type -fsSL: they mean what is done anyway.
-  fail: flag("f"),
-  "show-error": flag("S"),
-  silent: flag("s"),
-  verbose: flag("v"),
-  help: flag("h"),
-  version: flag("V"),
-} as const;
-
-/** @throws TransferError "usage" or "url" */
-export function parseCommandLine(args: string[]) {
-  const { values, positionals } = parseFlags(args);
-  const [text = DEFAULTS.url, extra] = positionals;
-  if (extra !== undefined) throw usageError(`one argument too many: ${JSON.stringify(extra)}`);
-  const { data = [], head = false, sha256 = "", "max-size": maxSize, retry, "remote-name": isRemoteName } = values;
-  if (isRemoteName && values.output !== undefined) throw usageError("--remote-name goes with no --output");
-  const url = parseUrl(text);
-  const output = isRemoteName ? remoteName(text, url) : values.output;
-  if (output === "") throw usageError("--output takes a file or -");
-  if (head && (output !== undefined || data.length > 0))
-    throw usageError("--head goes with neither --output nor --data");
-  const method = values.request ?? (head ? "HEAD" : data.length > 0 ? "POST" : "GET");
-  if (!new RegExp(`^${TOKEN}$`).test(method) || method === "CONNECT")
-    throw usageError(`--request takes no ${JSON.stringify(method)}`);
-  if (head && method !== "HEAD") throw usageError("--head asks with HEAD, and --request with another method");
-  if (sha256 !== "" && !/^[0-9a-f]{64}$/i.test(sha256)) throw usageError("--sha256 takes 64 hexadecimal digits");
-  type SecondsFlag = "connect-timeout" | "stall-timeout" | "max-time" | "retry-delay" | "retry-max-time";
-  const seconds = (name: SecondsFlag, byDefault: number) => parseSeconds(`--${name}`, values[name], byDefault);
-  const fields = [...(values.header ?? []).map(parseField), ...timeCondition(values["time-cond"])];
-  const job: Job = {
-    request: { method, url, fields, content: undefined },
-    keepsOnlyContent: output !== undefined,
-    canStartOver: output !== undefined && output !== "-",
-    isVerified: sha256 !== "" && method === "GET",
-    followsRedirects: values.location ?? false,
-    isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
-    retries: retry === undefined ? DEFAULTS.retries : parseCount("--retry", retry),
-    retryDelayMs: values["retry-delay"] === undefined ? undefined : seconds("retry-delay", 0),
-    retryMaxMs: seconds("retry-max-time", Number.POSITIVE_INFINITY),
-    sizeMax: maxSize === undefined ? Number.POSITIVE_INFINITY : parseCount("--max-size", maxSize),
-    connectMs: seconds("connect-timeout", DEFAULTS.connectTimeoutS),
-    stallMs: seconds("stall-timeout", DEFAULTS.stallTimeoutS),
-    maxMs: seconds("max-time", Number.POSITIVE_INFINITY),
-    authoritiesFile: values.cacert,
-    isInsecure: values.insecure ?? false,
-    sha256: sha256.toLowerCase(),
-    keepsTime: values["remote-time"] ?? false,
-    isSilent: values.silent ?? false,
-    isVerbose: values.verbose ?? false,
-  };
-  const show = values.help ? "help" : values.version ? "version" : "";
-  return { show, job, data, output } as const;
+/** Checks what the user typed. @throws TransferError "usage" */
+function check(isRight: boolean, message: string): asserts isRight {
+  if (!isRight) throw new TransferError("usage", `${message} (see client-robust --help)`);
 }
 
-/** As in curl, the last segment of the path as it was typed. @throws TransferError "usage" if that is no plain name */
+/** A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one. */
+const FLAG = /^ +(?:-(\w), |)--([\w-]+)( [A-Z]+)? {2}/gm;
+
+function findFlag(name: string, isLong: boolean): { flag: string; takesValue: boolean } {
+  for (const [, letter, flag = "", value] of HELP.matchAll(FLAG))
+    if (name === (isLong ? flag : letter)) return { flag, takesValue: value !== undefined };
+  throw check(false, `no such option: ${isLong ? "--" : "-"}${name}`);
+}
+
+/**
+ * Reads flags as getopt_long does: --name value, --name=value, -n value, -nvalue, -abc for switches; "--" ends them.
+ * To load parseArgs of node:util would take a tenth of the time of a small transfer.
+ */
+function parseFlags(args: readonly string[]) {
+  const values = new Map<string, string[]>();
+  const positionals: string[] = [];
+  const rest = [...args];
+  for (let arg = rest.shift(); arg !== undefined; arg = rest.shift()) {
+    if (arg === "--") return { values, positionals: [...positionals, ...rest] };
+    if (arg === "-" || !arg.startsWith("-")) {
+      positionals.push(arg);
+      continue;
+    }
+    const isLong = arg.startsWith("--");
+    const nameEnd = isLong ? `${arg}=`.indexOf("=") : 2;
+    const { flag, takesValue } = findFlag(arg.slice(isLong ? 2 : 1, nameEnd), isLong);
+    let value = nameEnd < arg.length ? arg.slice(isLong ? nameEnd + 1 : nameEnd) : undefined;
+    check(takesValue || !isLong || value === undefined, `--${flag} takes no value`);
+    if (!takesValue && value !== undefined) rest.unshift(`-${value}`);
+    // A value that looks like a flag is more often a value that was forgotten; --name=value takes any.
+    if (takesValue && value === undefined && !/^-./.test(rest[0] ?? "-?")) value = rest.shift();
+    check(!takesValue || value !== undefined, `--${flag} takes a value`);
+    values.set(flag, [...(values.get(flag) ?? []), ...(takesValue && value !== undefined ? [value] : [])]);
+  }
+  return { values, positionals };
+}
+
+/** @throws TransferError "usage" or "url" */
+export function parseCommandLine(args: readonly string[]) {
+  const { values, positionals } = parseFlags(args);
+  const all = (flag: string) => values.get(flag) ?? [];
+  const last = (flag: string) => all(flag).at(-1);
+  const [text = DEFAULTS.url, extra] = positionals;
+  check(extra === undefined, `one argument too many: ${JSON.stringify(extra)}`);
+  const url = parseUrl(text);
+  const [isHead, isRemoteName, data] = [values.has("head"), values.has("remote-name"), all("data")];
+  check(!isRemoteName || !values.has("output"), "--remote-name goes with no --output");
+  const output = isRemoteName ? remoteName(text, url) : last("output");
+  check(output !== "", "--output takes a file or -");
+  check(!isHead || (output === undefined && data.length === 0), "--head goes with neither --output nor --data");
+  const method = last("request") ?? (isHead ? "HEAD" : data.length > 0 ? "POST" : "GET");
+  const isMethod = !values.has("request") || (method !== "CONNECT" && new RegExp(`^${TOKEN}$`).test(method));
+  check(isMethod, `--request takes no ${JSON.stringify(method)}`);
+  check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
+  const sha256 = last("sha256")?.toLowerCase() ?? "";
+  check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
+  const fields = [...all("header").map(parseField), ...timeCondition(last("time-cond"))];
+  const request: Request = { method, url, fields, content: undefined };
+  const options = {
+    request,
+    output, // undefined: print the whole response
+    keepsOnlyContent: output !== undefined,
+    isVerified: sha256 !== "" && method === "GET",
+    followsRedirects: values.has("location"),
+    isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
+    retries: parseCount("retry", last("retry")) ?? DEFAULTS.retries,
+    retryDelayMs: parseSeconds("retry-delay", last("retry-delay")),
+    retryMaxMs: parseSeconds("retry-max-time", last("retry-max-time")) ?? Number.POSITIVE_INFINITY,
+    sizeMax: parseCount("max-size", last("max-size")) ?? Number.POSITIVE_INFINITY,
+    connectMs: parseSeconds("connect-timeout", last("connect-timeout")) ?? DEFAULTS.connectTimeoutS * 1000,
+    stallMs: parseSeconds("stall-timeout", last("stall-timeout")) ?? DEFAULTS.stallTimeoutS * 1000,
+    maxMs: parseSeconds("max-time", last("max-time")) ?? Number.POSITIVE_INFINITY, // for everything
+    authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
+    isInsecure: values.has("insecure"), // certificates are not verified
+    sha256, // that the content must have, in lower-case hex; "" if any will do
+    keepsTime: values.has("remote-time"), // FILE gets the time of Last-Modified
+    isSilent: values.has("silent"),
+    isVerbose: values.has("verbose"),
+    isTraced: values.has("trace"),
+  };
+  return { show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", options, data };
+}
+
+/** As in curl, the last segment of the path as it was typed. */
 function remoteName(text: string, url: URL): string {
   const [path = ""] = text.split(/[?#]/, 1);
   const name = path.slice(path.lastIndexOf("/") + 1);
-  if (url.pathname.endsWith("/") || /^\.{0,2}$|[\\\0]/.test(name))
-    throw usageError(`--remote-name finds no name of a file in ${JSON.stringify(text)}`);
+  const isName = !url.pathname.endsWith("/") && !/^\.{0,2}$|[\\\0]/.test(name);
+  check(isName, `--remote-name finds no name of a file in ${JSON.stringify(text)}`);
   return name;
 }
 
-/** The condition of -z: only what has changed since FILE did (RFC 9110 §13.1.3). None if there is no FILE. */
+/** The condition of -z: changed since FILE was (RFC 9110 §13.1.3). None if there is no FILE. */
 function timeCondition(file: string | undefined): [name: string, value: string][] {
-  const found = file === undefined ? undefined : ignoreErrors(() => fs.statSync(file));
+  const found = file === undefined ? undefined : ignoreErrors(() => fs().statSync(file));
   return found === undefined ? [] : [["If-Modified-Since", found.mtime.toUTCString()]];
 }
 
-function parseFlags(args: string[]) {
-  try {
-    return parseArgs({ args, options: FLAGS, allowPositionals: true });
-  } catch (error) {
-    throw usageError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
-  }
-}
-
-const usageError = (message: string) => new TransferError("usage", `${message} (see client-robust --help)`);
-
-function parseSeconds(name: string, text: string | undefined, byDefault: number): number {
-  if (text === undefined) return byDefault * 1000;
-  const seconds = Number(text);
+/** @returns milliseconds */
+function parseSeconds(flag: string, text: string | undefined): number | undefined {
+  if (text === undefined) return undefined;
+  const seconds = /^\d*\.?\d+$/.test(text) ? Number(text) : 0;
   // A timer takes 2^31 ms at the most, and would fire at once for more.
-  if (!/^\d*\.?\d+$/.test(text) || seconds <= 0 || seconds > 2_000_000)
-    throw usageError(`${name} takes seconds, from above 0 to 2000000`);
-  return seconds * 1000; // ms
+  check(seconds > 0 && seconds <= 2_000_000, `--${flag} takes seconds, from above 0 to 2000000`);
+  return seconds * 1000;
 }
 
-function parseCount(name: string, text: string): number {
-  if (!/^\d{1,15}$/.test(text)) throw usageError(`${name} takes a number, not ${JSON.stringify(text)}`);
+function parseCount(flag: string, text: string | undefined): number | undefined {
+  if (text === undefined) return undefined;
+  check(/^\d{1,15}$/.test(text), `--${flag} takes a number, not ${JSON.stringify(text)}`);
   return Number(text);
 }
 
-/** Fields that say how the message is framed, or what is asked for, are the program's own. */
+/** Only the program itself sets the fields that frame the message, or say which part is asked for. */
 const OWN_FIELD = /^(connection|content-length|if-range|range|transfer-encoding)$/i;
+
 /** @returns name and value; an empty value means that no such field is to be sent */
 function parseField(line: string): [name: string, value: string] {
   const bytes = Buffer.from(line).toString("latin1");
   const name = FIELD_LINE.exec(bytes)?.[1];
-  if (name === undefined) throw usageError(`--header takes "Name: value", not ${JSON.stringify(line)}`);
-  if (OWN_FIELD.test(name)) throw usageError(`--header cannot set ${name}`);
+  check(name !== undefined, `--header takes "Name: value", not ${JSON.stringify(line)}`);
+  check(!OWN_FIELD.test(name), `--header cannot set ${name}`);
   return [name, trimOws(bytes.slice(name.length + 1))];
 }
 
@@ -1967,89 +2092,71 @@ const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "ht
 /** As in curl, "http://" may be left out. @throws TransferError "url" */
 export function parseUrl(text: string): URL {
   const withScheme = /^[a-z][a-z0-9+.-]*:\/\//i.test(text) ? text : `http://${text}`;
-  // URL.parse drops tabs and line ends, and encodes spaces: what is left would not be what was asked for.
+  // URL.parse drops tabs and line ends, and encodes spaces: the result would not be what the user asked for.
   const url = /[\0-\x20\x7f]/.test(text) ? null : URL.parse(withScheme);
   if (url === null) throw new TransferError("url", `not a URL: ${JSON.stringify(text)}`);
-  if (!isSpoken(url))
-    throw new TransferError("url", `only http:// and https:// are spoken here, not ${url.protocol}//`);
-  if (url.username !== "" || url.password !== "")
-    throw new TransferError("url", "a URL with a user name is not supported");
+  if (!isSpoken(url)) throw new TransferError("url", `only http:// and https:// are spoken, not ${url.protocol}//`);
+  if (url.username + url.password !== "") throw new TransferError("url", "a URL with a user name is not supported");
   return url;
 }
 
 /**
- * The content to send; what several -d say is joined with "&", as forms are. A file is read while it is sent, once for
- * each attempt. What can be read once only is held.
- * @throws TransferError "usage"
+ * The content to send. Several -d are joined with "&", as in forms. A file is read while it is sent, again for each
+ * attempt; a pipe can be read only once, and is held in memory.
  */
 async function readData(data: readonly string[]): Promise<Blob[] | undefined> {
-  if (data.length === 0) return undefined;
   const blobs: Blob[] = [];
-  let text = "";
+  let text = ""; // up to the next file: it is sent in one write
   for (const [i, item] of data.entries()) {
     text += (i > 0 ? "&" : "") + (item.startsWith("@") ? "" : item);
-    if (item.startsWith("@")) blobs.push(new Blob([text]), await openData(item.slice(1)));
-    if (item.startsWith("@")) text = "";
+    if (!item.startsWith("@")) continue;
+    blobs.push(new Blob([text]), await openData(item.slice(1)));
+    text = "";
   }
-  return [...blobs, new Blob([text])];
+  return data.length === 0 ? undefined : [...blobs, new Blob([text])];
 }
 
 async function openData(path: string): Promise<Blob> {
   try {
-    const [source, found] = path === "-" ? [Bun.stdin, undefined] : [Bun.file(path), fs.statSync(path)];
-    return found?.isFile() ? source.slice(0, found.size) : await hold(source);
+    const [source, found] = path === "-" ? [Bun.stdin, undefined] : [Bun.file(path), fs().statSync(path)];
+    if (found?.isFile()) return source.slice(0, found.size);
+    const pieces: Uint8Array<ArrayBuffer>[] = [];
+    let left = LIMITS.heldDataBytesMax;
+    for await (const piece of source.stream()) {
+      pieces.push(piece);
+      left -= piece.length;
+      if (left < 0) throw new Error(`a pipe may have ${formatBytes(LIMITS.heldDataBytesMax)}, a file (@FILE) any size`);
+    }
+    return new Blob(pieces);
   } catch (error) {
-    throw usageError(`cannot read the data: ${(error as SystemError).code ?? (error as Error).message}`); // of node:fs or Bun
+    const { code, message } = error as SystemError; // of node:fs, Bun or ours
+    throw check(false, `cannot read the data: ${code ?? message}`);
   }
 }
 
-async function hold(source: Blob): Promise<Blob> {
-  const pieces: Uint8Array<ArrayBuffer>[] = [];
-  let length = 0;
-  for await (const piece of source.stream()) {
-    length += piece.length;
-    if (length > LIMITS.heldDataBytesMax)
-      throw new Error(`a pipe may have ${formatBytes(LIMITS.heldDataBytesMax)}, a file (@FILE) any size`);
-    pieces.push(piece);
-  }
-  return new Blob(pieces);
-}
-
-/** Ctrl-C ends a transfer into a file in order: what has come is kept. Then the signal does what it does by default. */
-function keepPartOnSignals(sink: FileSink): void {
+/** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
+function keepPartOnSignals(delivery: Delivery): void {
   for (const signal of ["SIGINT", "SIGTERM"] as const)
     process.once(signal, () => {
-      tell(sink.close() || "Interrupted");
+      const advice = delivery.close();
+      tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
       // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
       process.kill(process.pid, signal);
       process.exit(signal === "SIGINT" ? 130 : 143);
     });
 }
 
-/** If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. @throws TransferError "write" */
-function requireStdout(): void {
-  if (process.platform !== "linux" || !fs.fstatSync(1).isCharacterDevice()) return;
-  // No descriptor that a program is started with has O_CLOEXEC of Linux; those that Bun opens have.
-  const flags = ignoreErrors(() => /^flags:\s*(\d+)/m.exec(fs.readFileSync("/proc/self/fdinfo/1", "latin1"))?.[1]);
-  if ((Number.parseInt(flags ?? "0", 8) & 0o2000000) !== 0) throw new TransferError("write", "stdout is closed");
-}
-
 /** @returns the exit code */
 async function main(): Promise<number> {
   try {
-    const { show, job, data, output } = parseCommandLine(process.argv.slice(2));
-    const text = { help: HELP, version: `client-robust ${VERSION}\n`, "": "" }[show];
-    if (show !== "") await writeAll(1, Buffer.from(text), true, null);
+    const { show, options, data } = parseCommandLine(process.argv.slice(2));
+    if (show !== "") await Bun.write(Bun.stdout, show);
     if (show !== "") return EXIT_CODES.ok;
-    const isStdout = output === undefined || output === "-";
-    if (isStdout) requireStdout();
-    const sink = isStdout ? new StreamSink(1, output === "-") : FileSink.open(output, job);
-    if (sink === undefined && job.isVerbose) tell(`${output} has this SHA-256 already`);
+    const request = { ...options.request, content: await readData(data) };
+    const sink = await openSink(options);
+    if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
     if (sink === undefined) return EXIT_CODES.ok;
-    if (sink instanceof FileSink) keepPartOnSignals(sink);
-    const request = { ...job.request, content: await readData(data) };
-    const canStartOver = sink instanceof FileSink;
-    return await download({ ...job, request, canStartOver }, sink);
+    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
   } catch (error) {
     const failure = asTransferError(error);
     if (!failure.isQuiet) tell(`Error: ${failure.message}`);

@@ -13,17 +13,14 @@
  *    and a character that is cut in two there is destroyed
  *  - a slower response (the head now, the content later): the content is missing
  *
- * client-robust.ts handles both. The sections have the numbers that they have there.
+ * client-robust.ts handles both.
  */
-import * as fs from "node:fs";
-import { isIPv6 } from "node:net";
-import { parseArgs } from "node:util";
 
 // ═══ 1 Limits and defaults ═══════════════════════════════════════════════════════════════════════
 
 const VERSION = "0.1.0";
 const RECEIVED_BYTES_MAX = 1024; // the tutorial's recv(1024)
-const TIMEOUT_MS = 10_000; // a server that sends nothing must not make the client wait without end
+const TIMEOUT_MS = 10_000; // a server that sends nothing must not make the client wait forever
 
 const HELP = `Usage: client [-h | -V] [HOST [PORT [TARGET]]]
 Sends GET TARGET to HOST:PORT, by default /data to localhost:8888, receives once (at most
@@ -32,11 +29,11 @@ ${RECEIVED_BYTES_MAX} bytes), prints that, and closes.
 Exit 1: no answer, or none within ${TIMEOUT_MS / 1000} s. Exit 2: wrong usage.
 `;
 
-// ═══ 5 Formatting ════════════════════════════════════════════════════════════════════════════════
+// ═══ 5 Formatting ═══════════════════════════════════════════════════════════════════════════════
 
 /** RFC 9112 §3.2: an HTTP/1.1 request names its host; and the port, unless it is the default, 80. */
 export function formatRequest(host: string, port: number, target: string): string {
-  const uriHost = isIPv6(host) ? `[${host}]` : host;
+  const uriHost = host.includes(":") ? `[${host}]` : host; // an IPv6 address
   return `GET ${target} HTTP/1.1\r\nHost: ${uriHost}${port === 80 ? "" : `:${port}`}\r\n\r\n`;
 }
 
@@ -52,7 +49,7 @@ export function printable(text: string): string {
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
-    fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    process.getBuiltinModule("node:fs").writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
@@ -82,36 +79,35 @@ function exchange(hostname: string, port: number, request: string): Promise<Uint
 // ═══ 9 Command line ══════════════════════════════════════════════════════════════════════════════
 
 /** @throws Error that says in one line what is wrong */
-function parseCommandLine(args: string[]) {
-  const options = { help: { type: "boolean", short: "h" }, version: { type: "boolean", short: "V" } } as const;
-  const { values, positionals } = parseArgs({ args, options, allowPositionals: true });
-  const [host = "localhost", port = "8888", target = "/data", extra] = positionals;
+function parseCommandLine([host = "localhost", port = "8888", target = "/data", extra]: readonly string[]) {
   if (extra !== undefined) throw new Error(`one argument too many: ${JSON.stringify(extra)}`);
-  if (!/^[\w.:-]+$/.test(host)) throw new Error(`not a host: ${JSON.stringify(host)}`);
+  if (!/^[\w.:][\w.:-]*$/.test(host)) throw new Error(`not a host or a known option: ${JSON.stringify(host)}`);
   if (!/^\d{1,5}$/.test(port) || Number(port) > 65_535) throw new Error(`not a port: ${JSON.stringify(port)}`);
-  // Anything but visible ASCII could end the request-line early and start a request of its own.
+  // Anything but visible ASCII could end the request-line early and start another request.
   if (!/^[\x21-\x7e]+$/.test(target)) throw new Error(`not a request-target: ${JSON.stringify(target)}`);
-  return { ...values, host, port: Number(port), target };
+  return { host, port: Number(port), target };
 }
 
 /** @returns the exit code */
-async function main(): Promise<number> {
+async function main(args: readonly string[]): Promise<number> {
   let exitCode = 2;
   try {
-    const { help, version, host, port, target } = parseCommandLine(process.argv.slice(2));
+    const isHelp = args.includes("-h") || args.includes("--help");
+    let text = isHelp ? HELP : args.includes("-V") || args.includes("--version") ? `client ${VERSION}\n` : "";
+    const { host, port, target } = parseCommandLine(text === "" ? args : []);
     exitCode = 1;
-    if (help || version) fs.writeSync(1, help ? HELP : `client ${VERSION}\n`);
-    else {
+    if (text === "") {
       const response = await exchange(host, port, formatRequest(host, port, target));
-      fs.writeSync(1, `${printable(new TextDecoder().decode(response))}\n`);
+      text = `${printable(new TextDecoder().decode(response))}\n`;
     }
+    await Bun.write(Bun.stdout, text);
     return 0;
   } catch (error) {
-    tell(`Error: ${(error as Error).message.split(". ", 1)[0]}`); // all throws are Errors
+    tell(`Error: ${(error as Error).message}`); // all throws are Errors
     return exitCode;
   }
 }
 
 // ═══ 10 Main ═════════════════════════════════════════════════════════════════════════════════════
 
-if (import.meta.main) process.exit(await main());
+if (import.meta.main) process.exit(await main(process.argv.slice(2)));

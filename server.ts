@@ -16,9 +16,10 @@
  * what the loop calls, in the order in which a request meets it. Section 11, Files, is for `--root`
  * alone: a reader can stop before it, and a copy of this file can do without it.
  */
+import { isUtf8 } from "node:buffer";
 import * as fs from "node:fs";
 import { isIPv6 } from "node:net";
-import { dirname, join, sep } from "node:path";
+import { dirname, join, resolve, sep } from "node:path";
 import { parseArgs, type ParseArgsConfig } from "node:util";
 
 export const VERSION = "0.1.0";
@@ -105,7 +106,7 @@ export interface Response {
   readonly head: Uint8Array;
   readonly content: Uint8Array;
   /** Content that is read while it is sent, instead of `content`. The holder must close it. */
-  readonly part?: Part;
+  readonly part?: FilePart;
 }
 
 /** What a server answers with: a text, or files. */
@@ -150,7 +151,7 @@ export const REJECTIONS = Object.freeze({
   "trailer-too-large": [431, "the trailer section is too large"],
   "trailer-forbidden": [400, "a field that is not allowed in a trailer section"],
   expectation: [417, "only the expectation 100-continue is known here"],
-  path: [400, "no path of a file: it has .., a backslash, NUL, an encoded slash or what is not UTF-8"],
+  path: [400, "no path of a file: it leads above the root, or has NUL, an encoded slash or what is not UTF-8"],
   forbidden: [403, "the server may not read this"],
   "not-found": [404, "there is no such file here"],
   precondition: [412, "the file is not in the version that the request is about"],
@@ -328,12 +329,13 @@ const [NEED_MORE, REJECT] = [-1, -2];
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
 
-const EVERY_BYTE = String.fromCharCode(...Array(256).keys());
+let EVERY_BYTE = "";
+for (let byte = 0; byte < 256; byte++) EVERY_BYTE += String.fromCharCode(byte);
 
 /** The class of the bytes that a pattern matches, read as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
-  for (const { index } of EVERY_BYTE.matchAll(pattern)) members[index] = 1;
+  for (let found; (found = pattern.exec(EVERY_BYTE)) !== null;) members[found.index] = 1;
   return members;
 }
 
@@ -712,6 +714,13 @@ const CHUNK_SIZE_DIGITS_MAX = 64;
 const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/g);
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
+/** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */
+function findSizeEnd(bytes: Uint8Array, from: number, to: number): number | undefined {
+  const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
+  const isSize = end > from && end - from <= CHUNK_SIZE_DIGITS_MAX;
+  return isSize && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1) ? end : undefined;
+}
+
 export type ChunkedFault =
   "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
 
@@ -749,12 +758,13 @@ export class ChunkedDecoder {
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
     this.contentFrom = this.contentTo = from;
-    if (this.state === "data") return this.takeData(from, to);
+    if (this.state === "data") return this.takeData(bytes, from, to);
     if (from === to || this.state === "done" || this.state === "failed") return from;
     // Refused at once: what cannot become a line that fits.
-    if (this.state === "line" && !this.mayBeSize(bytes, from, to)) return this.fail("chunk-size", from);
+    const sizeEnd = this.state === "line" ? findSizeEnd(bytes, from, to) : from;
+    if (sizeEnd === undefined) return this.fail("chunk-size", from);
     if (this.state === "data-end" && bytes[from] !== CR) return this.fail("chunk-data", from);
-    const end = skipWhile(FIELD_CONTENT, bytes, from + this.known, to);
+    const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeEnd, from + this.known), to);
     this.known = end - from;
     if (this.isTooLong(this.known)) return from;
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
@@ -762,24 +772,20 @@ export class ChunkedDecoder {
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(this.state === "trailer" ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail(this.state === "data-end" ? "chunk-data" : "bare-cr", end);
-    if (this.state === "line") this.takeChunkLine(bytes, from, end);
+    if (this.state === "line") this.takeChunkLine(bytes, from, sizeEnd, end);
     else if (this.state === "trailer") this.takeTrailerLine(latin1(bytes, from, end));
     else this.state = "line";
     return end + 2;
   }
 
-  private takeData(from: number, to: number): number {
-    this.contentTo = Math.min(to, from + this.left);
-    this.left -= this.contentTo - from;
-    if (this.left === 0) this.state = "data-end";
-    return this.contentTo;
-  }
-
-  /** The digits are bounded, or leading zeros would go on without end. */
-  private mayBeSize(bytes: Uint8Array, from: number, to: number): boolean {
-    const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
-    const length = end - from;
-    return length > 0 && length <= CHUNK_SIZE_DIGITS_MAX && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1);
+  private takeData(bytes: Uint8Array, from: number, to: number): number {
+    const end = Math.min(to, from + this.left);
+    this.contentTo = end;
+    this.left -= end - from;
+    if (this.left > 0) return end;
+    const hasCrlf = end + 1 < to && bytes[end] === CR && bytes[end + 1] === LF; // a step less for most chunks
+    this.state = hasCrlf ? "line" : "data-end";
+    return hasCrlf ? end + 2 : end;
   }
 
   /** Bounds a line before its end has come. */
@@ -790,16 +796,15 @@ export class ChunkedDecoder {
     return this.state === "failed";
   }
 
-  private takeChunkLine(bytes: Uint8Array, from: number, end: number): void {
-    const digitsEnd = skipWhile(HEXDIG, bytes, from, end);
-    for (let at = from; at < digitsEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeEnd: number, end: number): void {
+    for (let at = from; at < sizeEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
     // Past 2^53 sums stop being exact: refuse, never wrap around.
     if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return void this.fail("chunk-size", 0);
     // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-    this.extensionBytes += end - digitsEnd;
+    this.extensionBytes += end - sizeEnd;
     const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
-    const isExtended = digitsEnd < end; // most lines are a size alone, and no text is made of them
-    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, digitsEnd, end))))
+    const isExtended = sizeEnd < end; // most lines are a size alone, and no text is made of them
+    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, sizeEnd, end))))
       return void this.fail("chunk-extension", 0);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
@@ -1024,7 +1029,7 @@ export function printable(text: string): string {
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
-    fs.writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    process.getBuiltinModule("node:fs").writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
   } catch {}
 }
 // ── end shared ──
@@ -1114,7 +1119,8 @@ export interface Transport {
   terminate(): void;
   pause(): void;
   resume(): void;
-  readonly remoteAddress: string;
+  /** Undefined once the peer has left. */
+  readonly remoteAddress: string | undefined;
 }
 
 /** How a step ends: with bytes, FIN, room in the socket, a passed deadline, a stop of the server, or the connection. */
@@ -1153,9 +1159,9 @@ export class Connection {
   ) {
     this.head = new RequestHead(server.limits);
     this.deadline = server.now + server.limits.headTimeoutMs;
-    this.address = server.logFormat === "access" ? socket.remoteAddress : "";
+    this.address = server.logFormat === "access" || server.logFormat === "wire" ? (socket.remoteAddress ?? "-") : "";
     server.connections.add(this);
-    this.trace = server.startTrace(socket.remoteAddress);
+    this.trace = server.startTrace(this.address);
   }
 
   onData(bytes: Uint8Array): void {
@@ -1360,7 +1366,8 @@ export class Server {
 
   startTrace(address: string): Trace | undefined {
     if (this.logFormat !== "wire") return undefined;
-    const trace = new Trace(++this.connectionsTraced, (line) => this.log(`${line}\n`));
+    const trace = new Trace((line) => this.log(`${line}\n`));
+    trace.begin(++this.connectionsTraced);
     trace.step("connect", `from ${address}`);
     return trace;
   }
@@ -1505,18 +1512,9 @@ class Log {
   }
 }
 
-/** The first bytes, for people: as many as fit into a line, and what is not printable as an escape. */
-function quote(bytes: Uint8Array): string {
-  const text = latin1(bytes, 0, Math.min(bytes.length, 40));
-  const escaped = text.replace(/[^\x20-\x7e]|["\\]/g, (character) => {
-    const known = { "\r": "\\r", "\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\" }[character];
-    return known ?? `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`;
-  });
-  return `"${escaped}"${bytes.length > text.length ? "…" : ""}`;
-}
-
+// ── shared: trace ──
 /**
- * Prints each step on a connection as one line: its number, the time since it began, the step.
+ * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
  *
  *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
  *     #1      0.9 ms  send     153 of 153 B
@@ -1524,15 +1522,19 @@ function quote(bytes: Uint8Array): string {
  * Over TLS the bytes are the decrypted ones.
  */
 class Trace {
-  private readonly startedAt = performance.now();
+  private number = 0;
+  private startedAt = 0;
   /** The last receive, printed once it is known what it has completed. */
   private received = "";
   private readonly completed = new Map<string, number>();
 
-  constructor(
-    private readonly number: number,
-    private readonly print: (line: string) => void,
-  ) {}
+  constructor(private readonly print: (line: string) => void) {}
+
+  begin(number = this.number + 1): void {
+    this.flush();
+    this.number = number;
+    this.startedAt = performance.now();
+  }
 
   step(event: string, details: string): void {
     this.flush();
@@ -1541,20 +1543,25 @@ class Trace {
 
   receive(bytes: Uint8Array): void {
     this.flush();
-    this.received = this.format("receive", `${bytes.length} B  ${quote(bytes)}`);
+    const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
+    const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
+      '\r\n\t"\\'.includes(character)
+        ? JSON.stringify(character).slice(1, -1)
+        : `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`,
+    );
+    this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
   }
 
   /** Notes what the last receive has completed, or brought a part of. */
   complete(what: "head" | "content" | "content complete"): void {
     if (what === "content complete") this.completed.delete("content");
-    this.completed.set(what, (this.completed.get(what) ?? 0) + 1);
+    this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);
   }
 
   /** Nothing more comes of the last receive. */
   flush(): void {
-    if (this.received === "") return;
-    const completed = [...this.completed].map(([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
-    this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);
+    const completed = Array.from(this.completed, ([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
+    if (this.received !== "") this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);
     this.received = "";
     this.completed.clear();
   }
@@ -1564,6 +1571,7 @@ class Trace {
     return `#${this.number} ${ms} ms  ${event.padEnd(8)} ${details}`.trimEnd();
   }
 }
+// ── end shared ──
 
 // ═══ 10 Command line ═════════════════════════════════════════════════════════════════════════════
 
@@ -1685,7 +1693,7 @@ function descriptorsMax(): number {
  * Lowers the limit of connections so that a descriptor is always free for one more. Without one, nobody is accepted or
  * told so, and the event loop spins.
  * @param each descriptors that a connection may need
- * @returns `reserve`: at most so many refused connections, open digests and recent files, each
+ * @returns `reserve`: at most so many refused connections; twice as many descriptors are left for files and folders
  */
 export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { limits: Limits; reserve: number } {
   const reserve = Math.min(REFUSED_CONNECTIONS_MAX, Math.floor(descriptors / 8));
@@ -1698,7 +1706,7 @@ function run(commandLine: CommandLine): void {
   const { host, text, root, log: logFormat, tlsFiles } = commandLine;
   const { limits, reserve } = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
   const log = new Log();
-  const site = root === undefined ? new TextSite(text) : new FileSite(findRoot(root), reserve);
+  const site = root === undefined ? new TextSite(text) : new FileSite(root);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
   const readTls = () => tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
   let listeners = listen(server, { ...commandLine, tls: readTls() });
@@ -1750,123 +1758,377 @@ function main(): void {
 
 // ═══ 11 Files ════════════════════════════════════════════════════════════════════════════════════
 //
-// All that is only for --root. Without this section, and without the line of `run` that names
-// FileSite, the rest serves a text.
+// Only for --root. Without this section, and without the line of `run` that names FileSite, the
+// rest serves a text. A request meets these, one after the other:
+//
+//   parseTargetPath     its path, decoded, without dot segments
+//   FileSite.open       opens the path if it is a file or a folder below the root
+//   KnownFile           what a response says about this version of the file
+//   evaluateConditions  304 or 412
+//   decideRanges        the parts of the file that are asked for, or 416
+//   respondContent      a small file is read at once,
+//   sendPart            a large one is read while it is sent
+//   formatListing       the page of a folder that has no index.html
 
-/** A file is read and written to a socket in pieces of this size. */
-const PIECE_BYTES = 262_144;
-/** Pieces sent to one connection before the others have their turn. */
-const PIECES_PER_TURN = 16;
-/** A file up to this size is read at once, and sent together with its head. */
-const SMALL_FILE_BYTES_MAX = 65_536;
-/** A name takes some 300 bytes of a page. The names that a page leaves out can still be fetched. */
-const LISTING_ENTRIES_MAX = 10_000;
-/** A digest is requested, never required. client-robust waits three times as long for a byte. */
-const DIGEST_TIMEOUT_MS = 10_000;
-/** Digests being computed: each holds a file open. Answers above that go without. */
-const PENDING_DIGESTS_MAX = 64;
-/** Digests that are remembered, each with the path of its file. */
-const DIGESTS_KEPT_MAX = 4096;
-/** Two changes within one tick of the kernel's clock leave a file with the same time: 10 ms at most. */
-const CLOCK_TICK_MS = 10;
+const PIECE_BYTES = 262_144; // A file is read, and written to a socket, in pieces of this size.
+const PIECES_PER_TURN = 16; // After so many pieces for one connection, the others have their turn.
+const SMALL_FILE_BYTES_MAX = 65_536; // A file up to this size is read at once and sent with its head.
+const RANGES_MAX = 50; // A request for more gets the whole file. PDF readers and zsync ask for some ten.
+const KNOWN_FILES_MAX = 16_384; // What was found out about a file is kept in memory: about 700 bytes.
+const FOUND_BELOW_MS = 1000; // For this long, a file that was found below the root is not looked for again.
+const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: a response waits this long for it.
+const DIGEST_WAITERS_MAX = 8; // So many responses may wait for a digest at once; others go without.
+const LIVELY_MS = 60_000; // A file that changed within this time, such as a log, may change while it is sent.
+const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave the same timestamps.
+const SLOW_READ_MS = 20; // A read that takes this long has waited for a slow disk.
+const SLOW_DISK_MS = 2000; // For this long after a slow read, the thread pool waits for the disk instead of us.
+const LISTING_ENTRIES_MAX = 10_000; // A page shows no more names, of 300 bytes each. The others can be fetched.
 
 // ── what is requested ──
 
-/** The path of a request-target (RFC 3986 §3.3), taken apart. */
-export interface TargetPath {
-  /** Decoded, none of them empty. */
-  readonly segments: readonly string[];
-  /** It ends in a slash: it names a folder. */
-  readonly isFolder: boolean;
-  /** "?" and what follows; "" if there is none. */
-  readonly query: string;
-}
-
-/** Characters that no file name may have: on some systems they lead to other folders. On Windows ":" names streams. */
-const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]|^\.\.$/ : /[\0/\\]|^\.\.$/;
+/** Characters that no file name may have: on Windows a backslash is a slash too, and ":" names streams. */
+const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/;
 
 /**
- * Takes the path of a request-target apart. It is decoded once, and ".." is not resolved but refused: clients resolve it
- * themselves, so a client that sends it wants to leave the folder. Slashes in a row count as one, so that no path starts
- * with "//".
- * @returns undefined if no file can have this path
+ * Takes the path of a request-target (RFC 3986 §3.3) apart. It is decoded once. Then dot segments are resolved (§5.2.4),
+ * by their text alone, and slashes in a row count as one.
+ * @returns the names in the path; whether it ends as that of a folder does; "?" and the query, if there is one. Undefined
+ * if no file can have this path, or if it leads above the root
  */
-export function parseTargetPath(requestTarget: string): TargetPath | undefined {
+export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
+  const segments: string[] = [];
+  let last = "";
   try {
-    const segments = path
-      .split("/")
-      .filter((segment) => segment !== "")
-      .map(decodeURIComponent);
-    if (segments.some((segment) => NO_FILE_NAME.test(segment))) return undefined;
-    const hasQuery = requestTarget.includes("?");
-    return { segments, isFolder: path === "" || path.endsWith("/"), query: hasQuery ? `?${query}` : "" };
+    for (const encoded of path.split("/")) {
+      last = encoded.includes("%") ? decodeURIComponent(encoded) : encoded;
+      if (NO_FILE_NAME.test(last)) return undefined;
+      if (last === ".." && segments.pop() === undefined) return undefined;
+      if (last !== "" && last !== "." && last !== "..") segments.push(last);
+    }
   } catch {
     return undefined; // decodeURIComponent: not UTF-8
   }
+  const isFolder = last === "" || last === "." || last === "..";
+  return { segments, isFolder, query: requestTarget.includes("?") ? `?${query}` : "" };
 }
 
-/** The bytes from `from` up to, but not including, `to`. */
-export interface ByteRange {
-  readonly from: number;
-  readonly to: number;
+/** Names with a leading dot are hidden. In the path of a request, /.well-known/ is not (RFC 8615). */
+const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
+
+const isFileOrFolder = (stats: fs.Stats | undefined) => stats?.isFile() || stats?.isDirectory();
+
+/** What a failed system call means for the request. */
+function rejectionFor(error: unknown): Rejection {
+  const { code } = error as { code?: string }; // node:fs throws SystemErrors
+  if (code === "EACCES" || code === "EPERM") return "forbidden";
+  if (code === "EMFILE" || code === "ENFILE") return "too-many-files";
+  return code === "EIO" || code === undefined ? "internal" : "not-found";
 }
 
-/**
- * Parses a Range of one range (RFC 9110 §14.1.2).
- * @returns "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another unit, a syntax error, or
- * several ranges, for which a server may send the whole (§14.2)
- */
-export function parseRange(value: string, size: number): ByteRange | "unsatisfiable" | undefined {
-  const [, first, last] = /^bytes=[ \t]*(\d*)-(\d*)[ \t]*$/i.exec(value) ?? [];
-  if (first === undefined || last === undefined || (first === "" && last === "")) return undefined;
-  if (first === "") {
-    if (Number(last) === 0) return "unsatisfiable";
-    // The last bytes of an empty file are the whole, and Content-Range has no way to say so.
-    return size === 0 ? undefined : { from: Math.max(0, size - Number(last)), to: size };
+/** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */
+const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
+const NO_FIELDS: ReadonlyMap<string, string> = new Map();
+
+const isLinux = process.platform === "linux";
+const OPEN_DESCRIPTORS = `/proc/${process.pid}/fd/`;
+
+/** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
+export class FileSite implements Site {
+  private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
+  private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
+  private readonly root: string;
+  /** Ends in a slash. "" at each sweep: links in the path of the root are followed anew. */
+  private realRoot = "";
+  /** By path. */
+  private readonly knownFiles = new Map<string, KnownFile>();
+  /** Listings that wait for their turn, by the path of the folder, and the last of them. */
+  private readonly listings = new Map<string, Promise<Response>>();
+  private lastListing: Promise<unknown> = Promise.resolve();
+  private digestWaiters = 0;
+  /** The time that answers have as their Date. */
+  private dateNow = Date.now();
+
+  /** @throws StartError if it is not the path of a folder that can be read */
+  constructor(path: string) {
+    this.root = resolve(path);
+    try {
+      fs.readdirSync(path);
+    } catch (error) {
+      throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
+    }
   }
-  if (last !== "" && Number(last) < Number(first)) return undefined;
-  if (Number(first) >= size) return "unsatisfiable";
-  return { from: Number(first), to: last === "" ? size : Math.min(size, Number(last) + 1) };
+
+  refuse({ method }: RequestHead): Response | undefined {
+    if (method === "GET" || method === "HEAD" || method === "OPTIONS") return undefined;
+    return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
+  }
+
+  respond(request: RequestHead): Response | Promise<Response> {
+    const refusal = request.method === "OPTIONS" ? this.options : this.refuse(request);
+    if (refusal !== undefined) return refusal;
+    const target = parseTargetPath(request.requestTarget);
+    if (target === undefined) return responseTo("path");
+    const { segments, isFolder, query } = target;
+    if (segments.some(isHidden)) return responseTo("not-found");
+    const path = [this.root, ...segments].join(sep);
+    const found = this.open(path);
+    if (typeof found === "string") return responseTo(found);
+    if (!found.known.isFolder)
+      return isFolder ? closeAfter(found, responseTo("not-found")) : this.respondFile(request, found);
+    fs.closeSync(found.fd);
+    // Relative, so that it is right behind a proxy that puts the folder elsewhere.
+    const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
+    if (!isFolder) return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
+    const index = this.open(join(path, "index.html"));
+    if (index === "not-found") return this.list(segments, path);
+    if (typeof index === "string") return responseTo(index);
+    return index.known.isFolder ? closeAfter(index, this.list(segments, path)) : this.respondFile(request, index);
+  }
+
+  sweep(now: number): void {
+    this.dateNow = now;
+    this.realRoot = "";
+  }
+
+  /** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
+  private open(path: string): OpenFile | Rejection {
+    let fd = -1;
+    try {
+      // Opening a device or a FIFO may already do something, so only what is, or last was, a file or a folder is opened.
+      if (!this.knownFiles.has(path) && !isFileOrFolder(fs.statSync(path, { throwIfNoEntry: false })))
+        return "not-found";
+      // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
+      fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
+      const known = this.know(fd, path);
+      if (known !== undefined) return { fd, known };
+      this.knownFiles.delete(path);
+      fs.closeSync(fd);
+      return "not-found";
+    } catch (error) {
+      if (fd >= 0) fs.closeSync(fd);
+      const rejection = rejectionFor(error);
+      return rejection === "forbidden" && !this.isKnownBelow(path) ? "not-found" : rejection;
+    }
+  }
+
+  /**
+   * What is known of an open file; undefined if it is of another kind, or not below the root. Changing a link or moving a
+   * folder at this moment cannot show a file from elsewhere: the kernel tells where the open file is, or the same file in
+   * the same version was found below the root within the last second.
+   */
+  private know(fd: number, path: string): KnownFile | undefined {
+    const stats = fs.fstatSync(fd);
+    if (!isFileOrFolder(stats)) return undefined;
+    let known = this.knownFiles.get(path);
+    if (known?.isOf(stats) !== true) known = new KnownFile(path, stats, this.dateNow);
+    else if (Math.abs(this.dateNow - known.foundAt) < FOUND_BELOW_MS) return known; // clocks may be set back
+    // Elsewhere than on Linux the path is resolved once more: a race for whoever can change links below the root.
+    if (!this.hasBelow(isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path))) return undefined;
+    known.foundAt = this.dateNow;
+    if (known.isLasting) this.knownFiles.set(path, known);
+    const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
+    this.knownFiles.delete(oldest);
+    return known;
+  }
+
+  /** Is this real path below the root? @throws SystemError if the root is not there */
+  private hasBelow(realPath: string): boolean {
+    const isBelow = () => this.realRoot !== "" && join(realPath, sep).startsWith(this.realRoot);
+    if (isBelow()) return true;
+    this.realRoot = join(fs.realpathSync(this.root), sep);
+    return isBelow();
+  }
+
+  /** Whether what cannot be read is reported as 403, or hidden as 404 because a link leads out of the root. */
+  private isKnownBelow(path: string): boolean {
+    try {
+      return this.hasBelow(fs.realpathSync(path));
+    } catch {
+      return path !== this.root && this.isKnownBelow(dirname(path));
+    }
+  }
+
+  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
+    const { known } = file;
+    const { method } = request;
+    const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
+    const status = evaluateConditions(fields, known);
+    if (status === 412) return closeAfter(file, responseTo("precondition"));
+    if (status === 304) return closeAfter(file, prepareFile(304, known.validators));
+    const ranges = decideRanges(method, fields, known, Date.now());
+    if (ranges === "unsatisfiable") {
+      const content = encoder.encode("the file has none of these bytes\n");
+      const about = `Content-Type: text/plain; charset=utf-8\r\nContent-Length: ${content.length}\r\n`;
+      return closeAfter(
+        file,
+        prepareFile(416, `${about}Content-Range: bytes */${known.size}\r\n${known.validators}`, content),
+      );
+    }
+    const want = fields.get("want-repr-digest");
+    const wantsDigest = want !== undefined && wantsSha256(want);
+    const respond = () => respondContent(method, file, ranges, wantsDigest);
+    if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return respond();
+    this.digestWaiters++;
+    return hashInTurns(file)
+      .finally(() => this.digestWaiters--)
+      .then(respond);
+  }
+
+  /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
+  private list(segments: readonly string[], path: string): Promise<Response> {
+    const known = this.listings.get(path);
+    if (known !== undefined) return known;
+    const openAndList = async () => {
+      this.listings.delete(path); // a later request may know of a change that this listing misses
+      const folder = this.open(path); // not kept open: many may wait, and their peers may have gone
+      if (typeof folder === "string") return responseTo(folder);
+      // The very folder that was opened, wherever its path leads by now.
+      const ownPath = isLinux ? OPEN_DESCRIPTORS + folder.fd : path;
+      return this.listFolder(segments, ownPath).finally(() => fs.closeSync(folder.fd));
+    };
+    const listing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
+    this.listings.set(path, listing);
+    this.lastListing = listing;
+    return listing;
+  }
+
+  private async listFolder(segments: readonly string[], folder: string): Promise<Response> {
+    const names = await fs.promises.readdir(folder, { encoding: "buffer" });
+    const readable = names.filter((name) => isUtf8(name)).map(String);
+    const served = readable.filter((name) => !isHidden(name) && !NO_FILE_NAME.test(name));
+    const entries: ListingEntry[] = [];
+    for (const [i, name] of served.slice(0, LISTING_ENTRIES_MAX).entries()) {
+      try {
+        const path = join(folder, name);
+        let stats = fs.lstatSync(path);
+        if (stats.isSymbolicLink() && this.hasBelow(fs.realpathSync(path))) stats = fs.statSync(path);
+        const { size, mtime: modified } = stats;
+        if (isFileOrFolder(stats)) entries.push({ name, isFolder: stats.isDirectory(), size, modified });
+      } catch {} // it has gone, or its link leads nowhere
+      if (i % 256 === 255) await nextTurn();
+    }
+    const page = formatListing(segments, entries, served.length - LISTING_ENTRIES_MAX, names.length - readable.length);
+    return prepareResponse(200, listingFields(), page);
+  }
 }
 
-const IMF_FIXDATE = /^[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) (\d{4}) (\d\d:\d\d:\d\d) GMT$/;
-const RFC850_DATE = /^[A-Z][a-z]+day, (\d\d)-([A-Z][a-z]{2})-(\d\d) (\d\d:\d\d:\d\d) GMT$/;
-const ASCTIME_DATE = /^[A-Z][a-z]{2} ([A-Z][a-z]{2}) ([ \d]\d) (\d\d:\d\d:\d\d) (\d{4})$/;
+// ── what is opened ──
 
-/** RFC 9110 §5.6.7: HTTP-date, in the form that is sent today or in one of the two obsolete ones. NaN if it is none. */
-export function parseHttpDate(text: string, now = Date.now()): number {
-  const [, asctimeMonth = "", asctimeDay = "", asctimeTime = "", asctimeYear = ""] = ASCTIME_DATE.exec(text) ?? [];
-  const [, day = asctimeDay.replace(" ", "0"), month = asctimeMonth, year = asctimeYear, time = asctimeTime] =
-    IMF_FIXDATE.exec(text) ?? RFC850_DATE.exec(text) ?? [];
-  // Two digits are the year that is not more than 50 years ahead.
-  const century = new Date(now).getUTCFullYear() + 50 - Number(year);
-  const wholeYear = year.length === 2 ? String(Number(year) + 100 * Math.floor(century / 100)) : year;
-  const date = new Date(`${day} ${month} ${wholeYear} ${time} GMT`);
-  // There is no 31st of February, but Date reads it as a day in March.
-  const isDate =
-    !Number.isNaN(date.getTime()) && date.toUTCString().endsWith(`${day} ${month} ${wholeYear} ${time} GMT`);
-  return isDate ? date.getTime() : Number.NaN;
+/** Until then a disk is slow. */
+let slowUntil = 0;
+/** Filled by several threads at once, and never looked at. */
+const unused = new Uint8Array(PIECE_BYTES);
+
+/** Reads a piece in the thread pool, for the page cache alone: to read it then does not wait for the disk. */
+const warm = (fd: number, position: number) =>
+  new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position, () => resolve()));
+
+/** A file or a folder below the root. The holder must close it. */
+type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
+
+/** Closes a file when there is an outcome, unless some of it is still to be sent. */
+function closeAfter<R extends Response | Promise<Response>>({ fd }: OpenFile, response: R): R {
+  if (response instanceof Promise || response.part === undefined) fs.closeSync(fd);
+  return response;
 }
 
-/** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. */
-export function wantsSha256(wantReprDigest: string): boolean {
-  const last = [...wantReprDigest.matchAll(/(?:^|,)[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/g)].at(-1);
-  return Number(last?.[1] ?? 0) > 0;
+/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
+function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
+  const start = performance.now();
+  for (let at = from, more = 1; at < to; at += more) {
+    more = fs.readSync(fd, into, at, to - at, position + at - from);
+    if (more === 0) return false;
+  }
+  const end = performance.now();
+  if (end - start > SLOW_READ_MS) slowUntil = end + SLOW_DISK_MS;
+  return true;
+}
+
+/** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
+class KnownFile {
+  readonly size: number;
+  readonly isFolder: boolean;
+  readonly type: string;
+  /** Strong (RFC 9110 §8.8.3). */
+  readonly etag: string;
+  /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. NaN, which equals nothing, if unknown. */
+  readonly lastModified: number;
+  /** The field-lines of both. */
+  readonly validators: string;
+  /** Another request may find the same version. */
+  readonly isLasting: boolean;
+  /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
+  digest: string | undefined;
+  private hasher: Bun.CryptoHasher | undefined;
+  hashedTo = 0;
+
+  /** @param foundAt when it was found below the root: the time that answers have as their Date */
+  constructor(
+    readonly path: string,
+    readonly stats: fs.Stats,
+    public foundAt: number,
+  ) {
+    const { size, ino, mtimeMs, ctimeMs } = stats;
+    this.size = size;
+    this.isFolder = stats.isDirectory();
+    // By the name's extension. All text is taken for UTF-8.
+    const [type = ""] = Bun.file(path).type.split(";");
+    this.type = type.startsWith("text/") ? `${type}; charset=utf-8` : type;
+    const now = Date.now();
+    // Modified within the clock's resolution: a second change might leave the same times, so this tag is used once.
+    const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
+    const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+    // Anyone can set the time of the last modification, nobody that of the last change. Both are exact to a microsecond.
+    this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
+    // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
+    const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
+    this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
+    this.lastModified = modified > 1000 ? modified : Number.NaN;
+    const date = modified > 1000 ? `Last-Modified: ${new Date(modified).toUTCString()}\r\n` : "";
+    this.validators = `ETag: ${this.etag}\r\n${date}`;
+  }
+
+  /** Is it the version of an open file? */
+  isOf(found: fs.Stats): boolean {
+    const { dev, ino, size, mtimeMs, ctimeMs } = this.stats;
+    const isOne = found.dev === dev && found.ino === ino && found.size === size;
+    return isOne && found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
+  }
+
+  /** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
+  hashOn(fd: number, bytes: Uint8Array, position: number): void {
+    const from = this.hashedTo - position;
+    if (this.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
+    this.hasher ??= new Bun.CryptoHasher("sha256");
+    this.hasher.update(bytes.subarray(from));
+    this.hashedTo = position + bytes.length;
+    if (this.hashedTo === this.size && this.isOf(fs.fstatSync(fd))) this.digest = this.hasher.digest("base64");
+  }
+
+  /** Reads and hashes the next piece. @returns whether there may be more to hash; if the disk fails, sending will tell */
+  hashNext(fd: number): boolean {
+    const length = Math.min(PIECE_BYTES, this.size - this.hashedTo);
+    try {
+      if (this.digest !== undefined || !readFully(fd, piece, 0, length, this.hashedTo)) return false;
+      this.hashOn(fd, piece.subarray(0, length), this.hashedTo);
+      return this.digest === undefined && length > 0;
+    } catch {
+      return false;
+    }
+  }
+}
+
+/** Hashes a file until it has its digest, for as long as an answer waits. */
+async function hashInTurns({ fd, known }: OpenFile): Promise<void> {
+  const deadline = performance.now() + DIGEST_TIMEOUT_MS;
+  do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
+  while (performance.now() < deadline && known.hashNext(fd));
 }
 
 // ── what is decided ──
 
-/** The version of a file: two with the same entity-tag are the same, byte by byte. */
-export interface FileVersion {
-  readonly size: number;
-  /** Strong (RFC 9110 §8.8.3). */
-  readonly etag: string;
-  /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. */
-  readonly lastModified: number;
-  /** Modified within the clock's resolution: a second change might leave the same timestamps, so this ETag is used once. */
-  readonly isFresh: boolean;
-}
+export type FileVersion = Pick<KnownFile, "size" | "etag" | "lastModified">;
 
 /** entity-tag (RFC 9110 §8.8.3) */
 const ENTITY_TAG = /(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g;
@@ -1896,384 +2158,210 @@ export function evaluateConditions(fields: ReadonlyMap<string, string>, version:
   return version.lastModified <= date("if-modified-since") ? 304 : undefined;
 }
 
-/** Step 5: RFC 9110 §13.1.5. A date counts only if the file cannot have changed again within its second. */
-function mayTakePart(ifRange: string | undefined, version: FileVersion, now: number): boolean {
-  if (ifRange === undefined || ifRange === version.etag) return true;
-  return parseHttpDate(ifRange) === version.lastModified && now - version.lastModified >= 1000;
+/** HTTP-date (RFC 9110 §5.6.7): the form that is sent today, and two obsolete ones. */
+const HTTP_DATES = [
+  /^[A-Z][a-z]{2}, (?<day>\d\d) (?<month>[A-Z][a-z]{2}) (?<year>\d{4}) (?<time>\d\d:\d\d:\d\d) GMT$/,
+  /^[A-Z][a-z]+day, (?<day>\d\d)-(?<month>[A-Z][a-z]{2})-(?<year>\d\d) (?<time>\d\d:\d\d:\d\d) GMT$/,
+  /^[A-Z][a-z]{2} (?<month>[A-Z][a-z]{2}) (?<day>[ \d]\d) (?<time>\d\d:\d\d:\d\d) (?<year>\d{4})$/,
+];
+
+/** @returns NaN if it is no HTTP-date */
+export function parseHttpDate(text: string, now = Date.now()): number {
+  const form = HTTP_DATES.find((form) => form.test(text));
+  const { day = "", month = "", year = "", time = "" } = form?.exec(text)?.groups ?? {};
+  // Two digits are the year that is not more than 50 years ahead.
+  const centuries = Math.floor((new Date(now).getUTCFullYear() + 50 - Number(year)) / 100);
+  const written = `${day.replace(" ", "0")} ${month} ${year.length === 2 ? Number(year) + 100 * centuries : year} ${time} GMT`;
+  const date = new Date(written);
+  // There is no 31st of February, but Date reads it as a day in March.
+  return !Number.isNaN(date.getTime()) && date.toUTCString().endsWith(written) ? date.getTime() : Number.NaN;
 }
 
-/** The part of a file to send; undefined is the whole, "unsatisfiable" that the file has nothing of what is asked for. */
-export function decideRange(
-  method: Method,
-  fields: ReadonlyMap<string, string>,
-  version: FileVersion,
-  now: number,
-): ByteRange | "unsatisfiable" | undefined {
-  const range = fields.get("range");
-  // RFC 9110 §14.2: Range has a meaning only in a GET.
-  if (method !== "GET" || range === undefined || !mayTakePart(fields.get("if-range"), version, now)) return undefined;
-  return parseRange(range, version.size);
-}
+/** The bytes from `from` up to, but not including, `to`. */
+export type ByteRange = Readonly<{ from: number; to: number }>;
 
-/** Makes the tags of fresh versions unique. */
-let freshVersions = 0;
-
-/** @param dateNow the time that answers have as their Date: Last-Modified is never later (RFC 9110 §8.8.2.1) */
-function versionOf({ size, ino, mtimeMs, ctimeMs }: fs.Stats, dateNow: number): FileVersion {
-  const now = Date.now();
-  // The time of the last change is part of the tag, since anyone can set that of the last modification. Both are exact to
-  // less than a microsecond, and changes that are closer together are told apart by the tag of a fresh version.
-  const parts = [mtimeMs * 1000, size, ino, ctimeMs * 1000].map((part) => Math.round(part).toString(36));
-  const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
-  if (isFresh) parts.push(`${now}.${freshVersions++}`);
-  const modified = Math.max(0, Math.min(mtimeMs, dateNow));
-  return { size, etag: `"${parts.join("-")}"`, lastModified: Math.floor(modified / 1000) * 1000, isFresh };
-}
-
-// ── what is opened ──
-
-/** The media type by the name's extension. All text is taken for UTF-8. */
-function typeOf(path: string): string {
-  const [type = ""] = Bun.file(path).type.split(";");
-  return type.startsWith("text/") ? `${type}; charset=utf-8` : type;
-}
-
-/** A browser must not guess another type from the content. */
-const FILE_FIELDS = { "X-Content-Type-Options": "nosniff" };
-
-/** A file or a folder below the root. It is closed when the last of its holders has closed it. */
-class OpenFile {
-  readonly isFolder: boolean;
-  readonly version: FileVersion;
-  private knownFields: Record<string, string> | undefined;
-  private holders = 1;
-
-  constructor(
-    readonly fd: number,
-    /** As it was asked for, links included; and with links resolved. */
-    readonly path: string,
-    readonly realPath: string,
-    private readonly stats: fs.Stats,
-    dateNow: number,
-  ) {
-    this.isFolder = stats.isDirectory();
-    this.version = versionOf(stats, dateNow);
-  }
-
-  hold(): this {
-    this.holders++;
-    return this;
-  }
-
-  close(): void {
-    if (--this.holders === 0) fs.closeSync(this.fd);
-  }
-
-  /** Has nothing been written to it since it was opened? */
-  isUnchanged(): boolean {
-    const { size, mtimeMs } = fs.fstatSync(this.fd);
-    // Not the time of the last change: moving, replacing or deleting a file changes that too.
-    return size === this.stats.size && mtimeMs === this.stats.mtimeMs;
-  }
-
-  /** Does its path still lead to this file, in this version? */
-  isCurrent(): boolean {
-    const { dev, ino, size, mtimeMs, ctimeMs } = this.stats;
-    try {
-      const found = fs.statSync(this.path);
-      const isOne = found.dev === dev && found.ino === ino;
-      return isOne && found.size === size && found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
-    } catch {
-      return false;
-    }
-  }
-
-  /** What a response says of its version (RFC 9110 §8.8). */
-  get validators(): Record<string, string> {
-    const { etag, lastModified } = this.version;
-    return { ETag: etag, "Last-Modified": new Date(lastModified).toUTCString() };
-  }
-
-  /** What a response says of it, whatever part it sends. */
-  get fields(): Record<string, string> {
-    return (this.knownFields ??= {
-      ...{ "Content-Type": typeOf(this.path), "Accept-Ranges": "bytes" },
-      ...this.validators,
-      ...FILE_FIELDS,
-    });
-  }
+/** The parts of a file to send; undefined is the whole, "unsatisfiable" that the file has nothing of what is asked for. */
+export function decideRanges(method: Method, fields: ReadonlyMap<string, string>, version: FileVersion, now: number) {
+  const [range, ifRange] = [fields.get("range"), fields.get("if-range")];
+  if (method !== "GET" || range === undefined) return undefined; // RFC 9110 §14.2: it has a meaning only in a GET
+  // Step 5: RFC 9110 §13.1.5. A date counts only if the file cannot have changed again within its second.
+  const { etag, lastModified } = version;
+  const isOld = now - lastModified >= 1000;
+  const isSame = ifRange === undefined || ifRange === etag || (isOld && parseHttpDate(ifRange) === lastModified);
+  return isSame ? parseRanges(range, version.size) : undefined;
 }
 
 /**
- * The real path of an open file. Linux knows it. Elsewhere the path is resolved once more, and whoever can change links
- * below the root between the two could reach any file that the server may read.
+ * Parses a Range (RFC 9110 §14.1.2). Ranges that overlap or touch are joined, so that all together are at most the file.
+ * @returns in the order asked for; "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another
+ * unit, a syntax error, too many, or an empty file, of which Content-Range can say nothing
  */
-function realPathOf(fd: number, path: string): string {
-  return process.platform === "linux" ? fs.readlinkSync(`/proc/self/fd/${fd}`) : fs.realpathSync(path);
-}
-
-const isBelow = (root: string, realPath: string) =>
-  realPath === root || realPath.startsWith(root.endsWith(sep) ? root : root + sep);
-
-/** What a failed system call means for the request. */
-function rejectionFor(error: unknown): Rejection {
-  const { code } = error as { code?: string }; // node:fs throws SystemErrors
-  if (code === "EACCES" || code === "EPERM") return "forbidden";
-  if (code === "EMFILE" || code === "ENFILE") return "too-many-files";
-  return code === "EIO" || code === undefined ? "internal" : "not-found";
-}
-
-/** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
-function openBelow(root: string, path: string, dateNow: number): OpenFile | Rejection {
-  let fd = -1;
-  try {
-    // Opening a device or a FIFO may already do something, so only files and folders are opened.
-    const found = fs.statSync(path, { throwIfNoEntry: false });
-    if (found === undefined || !(found.isFile() || found.isDirectory())) return "not-found";
-    // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
-    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
-    const realPath = realPathOf(fd, path);
-    const stats = fs.fstatSync(fd);
-    if (!isBelow(root, realPath) || !(stats.isFile() || stats.isDirectory())) return "not-found";
-    const file = new OpenFile(fd, path, realPath, stats, dateNow);
-    fd = -1;
-    return file;
-  } catch (error) {
-    const rejection = rejectionFor(error);
-    return rejection === "forbidden" && !isKnownBelow(root, path) ? "not-found" : rejection;
-  } finally {
-    if (fd >= 0) fs.closeSync(fd);
+export function parseRanges(value: string, size: number): readonly ByteRange[] | "unsatisfiable" | undefined {
+  const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
+  const specs = list.split(",").map(trimOws).filter(Boolean); // §5.6.1: empty elements are ignored
+  if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
+  let ranges: readonly ByteRange[] = [];
+  for (const spec of specs) {
+    const [, first = "", last = ""] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
+    if (first + last === "" || (first !== "" && last !== "" && Number(last) < Number(first))) return undefined;
+    const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
+    const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
+    if (from < to) ranges = joinRange(ranges, { from, to });
   }
+  return ranges.length === 0 ? "unsatisfiable" : ranges;
 }
 
-/** Whether an unreadable path is reported as 403, or hidden as 404 because a link leads out of the root. */
-function isKnownBelow(root: string, path: string): boolean {
-  for (let at = path; isBelow(root, at); at = dirname(at)) {
-    try {
-      return isBelow(root, fs.realpathSync(at));
-    } catch {} // try the folder above
-  }
-  return false;
+/** Adds a range to some that do not touch each other. If it touches any, the whole stands where the first of them was. */
+function joinRange(ranges: readonly ByteRange[], range: ByteRange): readonly ByteRange[] {
+  const isApart = ({ from, to }: ByteRange) => to < range.from || range.to < from;
+  const joined = ranges.filter((one) => !isApart(one)).concat(range);
+  const whole = { from: Math.min(...joined.map(({ from }) => from)), to: Math.max(...joined.map(({ to }) => to)) };
+  const place = ranges.findIndex((one) => !isApart(one));
+  return place < 0 ? [...ranges, whole] : [...ranges.slice(0, place), whole, ...ranges.slice(place).filter(isApart)];
+}
+
+/** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. */
+export function wantsSha256(wantReprDigest: string): boolean {
+  const last = [...wantReprDigest.matchAll(/(?:^|,)[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/g)].at(-1);
+  return Number(last?.[1] ?? 0) > 0;
 }
 
 // ── what is answered ──
 
-/** Names in a folder that are neither hidden nor impossible in a request. */
-const isServed = (name: string) => !name.startsWith(".") && !NO_FILE_NAME.test(name);
+/** A response about a file. `lines` are field-lines. */
+const prepareFile = (status: number, lines: string, content: Uint8Array = NO_BYTES): Response => ({
+  status,
+  head: encoder.encode(`HTTP/1.1 ${REASON_PHRASES.get(status)}\r\n${lines}Date: `),
+  content,
+});
 
-/** Does a head have a field that decides what of a file is sent? Most have not, and need no map of their fields. */
-const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
-const NO_FIELDS: ReadonlyMap<string, string> = new Map();
-const conditionsOf = (request: RequestHead) => (HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS);
+/** A browser must not guess another type from the content. */
+const NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n";
+const contentRange = ({ from, to }: ByteRange, size: number) => `Content-Range: bytes ${from}-${to - 1}/${size}\r\n`;
 
-/** The version of a listing: it has no tag, and no date to compare. */
-const NO_VERSION: FileVersion = { size: 0, etag: "", lastModified: Number.NaN, isFresh: true };
-
-/** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
-export class FileSite implements Site {
-  private readonly notAllowed = prepareNotAllowed("GET, HEAD");
-  private readonly digests: Digests;
-  /** Files that were asked for since the last sweep, by path. */
-  private readonly recent = new Map<string, OpenFile>();
-  /** Listings that wait for their turn, by the path of the folder, and the last of them. */
-  private readonly listings = new Map<string, Promise<Response>>();
-  private lastListing: Promise<unknown> = Promise.resolve();
-  /** The time that answers have as their Date. */
-  private dateNow = Date.now();
-
-  /**
-   * @param root its real path
-   * @param openMax files that may stay open for a moment, and digests that may be computed at once
-   */
-  constructor(
-    private readonly root: string,
-    private readonly openMax: number,
-  ) {
-    this.digests = new Digests(Math.min(PENDING_DIGESTS_MAX, openMax));
-  }
-
-  refuse({ method }: RequestHead): Response | undefined {
-    if (method === "GET" || method === "HEAD") return undefined;
-    return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
-  }
-
-  respond(request: RequestHead): Response | Promise<Response> {
-    const refusal = this.refuse(request);
-    if (refusal !== undefined) return refusal;
-    const path = parseTargetPath(request.requestTarget);
-    if (path === undefined) return responseTo("path");
-    if (!path.segments.every(isServed)) return responseTo("not-found");
-    const found = this.find(join(this.root, ...path.segments));
-    if (typeof found === "string") return responseTo(found);
-    try {
-      if (found.isFolder) return this.respondFolder(request, path, found);
-      return path.isFolder ? responseTo("not-found") : this.respondFile(request, found);
-    } finally {
-      found.close();
-    }
-  }
-
-  sweep(now: number): void {
-    this.dateNow = now;
-    for (const file of this.recent.values()) file.close();
-    this.recent.clear();
-  }
-
-  /** Opens a path, unless it is open and its file is still the one at the path. */
-  private find(path: string): OpenFile | Rejection {
-    const known = this.recent.get(path);
-    if (known?.isCurrent()) return known.hold();
-    let found = openBelow(this.root, path, this.dateNow);
-    if (found === "too-many-files" && this.recent.size > 0) {
-      this.sweep(this.dateNow);
-      found = openBelow(this.root, path, this.dateNow);
-    }
-    if (typeof found === "string" || found.isFolder || found.version.isFresh) return found;
-    if (this.recent.size >= this.openMax) this.sweep(this.dateNow);
-    this.recent.get(path)?.close();
-    this.recent.set(path, found.hold());
-    return found;
-  }
-
-  private respondFolder(request: RequestHead, path: TargetPath, folder: OpenFile): Response | Promise<Response> {
-    if (!path.isFolder) {
-      const location = `/${path.segments.map(encodeURIComponent).join("/")}/${path.query}`;
-      return prepareResponse(301, { ...TEXT_FIELDS, Location: location }, "it is a folder\n");
-    }
-    const index = this.find(join(folder.realPath, "index.html"));
-    const list = () => this.respondListing(request, path.segments, folder.path);
-    if (typeof index === "string") return index === "not-found" ? list() : responseTo(index);
-    try {
-      return index.isFolder ? list() : this.respondFile(request, index);
-    } finally {
-      index.close();
-    }
-  }
-
-  /** A listing has no validator. Conditions on whether there is anything at all can still fail. */
-  private respondListing(request: RequestHead, segments: readonly string[], path: string) {
-    const status = evaluateConditions(conditionsOf(request), NO_VERSION);
-    if (status === 412) return responseTo("precondition");
-    return status === 304 ? prepareResponse(304, {}) : this.list(segments, path);
-  }
-
-  /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
-  private list(segments: readonly string[], path: string): Promise<Response> {
-    const known = this.listings.get(path);
-    if (known !== undefined) return known;
-    const openAndList = async () => {
-      this.listings.delete(path); // a later request may know of a change that this listing misses
-      // The folder was not kept open: many may wait, and their peers may have gone.
-      const folder = openBelow(this.root, path, this.dateNow);
-      if (typeof folder === "string") return responseTo(folder);
-      return listFolder(this.root, segments, folder).finally(() => folder.close());
-    };
-    const listing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
-    this.listings.set(path, listing);
-    this.lastListing = listing;
-    return listing;
-  }
-
-  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
-    const { version } = file;
-    const fields = conditionsOf(request);
-    const status = evaluateConditions(fields, version);
-    if (status === 412) return responseTo("precondition");
-    if (status === 304) return prepareResponse(304, file.validators);
-    const range = decideRange(request.method, fields, version, Date.now());
-    if (range === "unsatisfiable") {
-      const explained = { ...TEXT_FIELDS, "Content-Range": `bytes */${version.size}`, ...file.validators };
-      return prepareResponse(416, explained, "the file has none of these bytes\n");
-    }
-    const part = new FilePart(file.hold(), range ?? { from: 0, to: version.size });
-    const respond = (digest?: string) => respondPart(request.method, file, range, part, digest);
-    const want = fields.get("want-repr-digest");
-    const digest = want !== undefined && wantsSha256(want) ? this.digests.find(file) : undefined;
-    if (!(digest instanceof Promise)) return respond(digest);
-    return Promise.race([digest, Bun.sleep(DIGEST_TIMEOUT_MS).then(() => undefined)]).then(respond);
-  }
-}
-
-/** The response with a part of a file. A small one is read now, a large one while it is sent. */
-function respondPart(
+/** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
+function respondContent(
   method: Method,
   file: OpenFile,
-  range: ByteRange | undefined,
-  part: FilePart,
-  digest: string | undefined,
+  ranges: readonly ByteRange[] | undefined,
+  wantsDigest: boolean,
 ): Response {
-  const status = range === undefined ? 200 : 206;
-  const length = part.left;
-  const head = formatHead(status, {
-    ...file.fields,
-    ...(range && { "Content-Range": `bytes ${range.from}-${range.to - 1}/${file.version.size}` }),
-    ...(digest !== undefined && { "Repr-Digest": `sha-256=:${digest}:` }),
-    "Content-Length": String(length),
-  });
-  if (method !== "HEAD" && length > SMALL_FILE_BYTES_MAX) return { status, head, content: NO_BYTES, part };
-  const content = method === "HEAD" ? NO_BYTES : new Uint8Array(length);
-  // If the file has just changed, fall through to the streaming path, which detects it and ends the connection.
-  if (!part.read(content, content.length)) return { status, head, content: NO_BYTES, part };
-  part.close();
-  return { status, head, content };
+  const { size, type, validators, digest } = file.known;
+  const [range = { from: 0, to: size }, second] = ranges ?? [];
+  const boundary = second === undefined ? "" : crypto.randomUUID();
+  const segments =
+    ranges === undefined || second === undefined ? [range] : separateRanges(ranges, file.known, boundary);
+  const part = new FilePart(file, segments, wantsDigest);
+  const sent = second === undefined ? type : `multipart/byteranges; boundary=${boundary}`;
+  let lines = `Content-Type: ${sent}\r\n${NO_SNIFFING}Accept-Ranges: bytes\r\n${validators}Content-Length: ${part.left}\r\n`;
+  if (ranges !== undefined && second === undefined) lines += contentRange(range, size);
+  if (wantsDigest && digest !== undefined) lines += `Repr-Digest: sha-256=:${digest}:\r\n`;
+  const response = prepareFile(ranges === undefined ? 200 : 206, lines);
+  if (method === "HEAD") return closeAfter(file, response);
+  if (part.left > SMALL_FILE_BYTES_MAX) return { ...response, part };
+  const content = new Uint8Array(part.left);
+  // If the file has just changed, the streaming path detects what has become of it.
+  return part.read(content, content.length) === "same"
+    ? closeAfter(file, { ...response, content })
+    : { ...response, part };
+}
+
+/** RFC 9110 §14.6: the content of multipart/byteranges, in which each range has a head of its own. */
+function separateRanges(ranges: readonly ByteRange[], { size, type }: KnownFile, boundary: string) {
+  const head = (range: ByteRange) => `\r\n--${boundary}\r\nContent-Type: ${type}\r\n${contentRange(range, size)}\r\n`;
+  const parts = ranges.flatMap((range) => [encoder.encode(head(range)), range]);
+  return [...parts, encoder.encode(`\r\n--${boundary}--\r\n`)];
 }
 
 // ── what is sent ──
 
-/** Bytes of a file that are read while they are sent. No piece of them is kept. */
-export class FilePart implements Part {
+/** Shared scratch buffer: its content is consumed before the event loop turns. */
+const piece = new Uint8Array(PIECE_BYTES);
+
+/** Lets all other connections have a turn. */
+const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
+
+const lengthOf = (segment: ByteRange | Uint8Array) =>
+  segment instanceof Uint8Array ? segment.length : segment.to - segment.from;
+
+/**
+ * Content that is read from a file while it is sent, and not kept. All of it must be one version. If the file has become
+ * longer meanwhile, the last piece is held back until the rest of it is seen to be what was sent, by a checksum.
+ */
+export class FilePart {
+  /** How many bytes are left, and how many have been sent. */
+  left: number;
+  sent = 0;
+  /** Where the next one is in the file. NaN for several ranges. */
+  position: number;
+  /** The file when it was last known to have what was sent. */
+  private compared: fs.Stats;
+  /** CRC-32 of what was sent. It takes a while: files that have long been the same go without. */
+  private checksum: number | undefined;
+
   constructor(
-    private readonly file: OpenFile,
-    private readonly range: ByteRange,
-    private at = range.from,
-  ) {}
-
-  get name(): string {
-    return this.file.path;
+    readonly file: OpenFile,
+    private readonly segments: readonly (ByteRange | Uint8Array)[], // of the file, and texts between them
+    private readonly hashes: boolean, // whether it brings on the digest of the file
+  ) {
+    this.left = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
+    const [first] = segments;
+    this.position = first !== undefined && "from" in first ? first.from : Number.NaN;
+    this.compared = file.known.stats;
+    this.checksum = Date.now() - this.compared.ctimeMs < LIVELY_MS ? 0 : undefined;
   }
 
-  get left(): number {
-    return this.range.to - this.at;
-  }
-
-  get sent(): number {
-    return this.at - this.range.from;
-  }
-
-  read(piece: Uint8Array, length: number): boolean {
+  /** Reads the next bytes without moving on, and says what has become of the file. */
+  read(into: Uint8Array, length: number): "same" | "longer" | "changed" | "gone" {
     try {
-      for (let read = 0; read < length;) {
-        const more = fs.readSync(this.file.fd, piece, read, length - read, this.at + read);
-        if (more === 0) return false;
-        read += more;
-      }
-      // Checked before the last byte is sent, so that a changed file never arrives whole.
-      return length < this.left || this.file.isUnchanged();
+      if (!this.readAt(this.sent, into, length)) return "gone";
+      const { size, mtimeMs } = fs.fstatSync(this.file.fd);
+      // Not the time of the last change: moving, replacing or deleting a file changes that too.
+      if (size === this.compared.size && mtimeMs === this.compared.mtimeMs) return "same";
+      return size > this.compared.size ? "longer" : "changed";
     } catch {
-      return false; // the disk fails
+      return "gone"; // the disk fails
     }
   }
 
-  advance(length: number): void {
-    this.at += length;
+  /** Moves on: these bytes have been sent. */
+  advance(bytes: Uint8Array): void {
+    if (this.hashes) this.file.known.hashOn(this.file.fd, bytes, this.position);
+    if (this.checksum !== undefined) this.checksum = Bun.hash.crc32(bytes, this.checksum);
+    this.sent += bytes.length;
+    this.position += bytes.length;
+    this.left -= bytes.length;
   }
 
-  close(): void {
-    this.file.close();
+  /** Of a file that has become longer: is what was sent still there? @throws SystemError */
+  async hasOnlyGrown(): Promise<boolean> {
+    const found = fs.fstatSync(this.file.fd);
+    if (this.sent > 0 && this.checksum === undefined) return false;
+    let checksum = 0;
+    for (let at = 0; at < this.sent; at += PIECE_BYTES) {
+      const length = Math.min(PIECE_BYTES, this.sent - at);
+      if (!this.readAt(at, piece, length)) return false;
+      checksum = Bun.hash.crc32(piece.subarray(0, length), checksum);
+      await nextTurn();
+    }
+    this.compared = found;
+    return this.sent === 0 || checksum === this.checksum;
   }
-}
 
-/** Bytes that are read piece by piece while they are sent. */
-export interface Part {
-  /** How many are left, and how many have been sent. */
-  readonly left: number;
-  readonly sent: number;
-  /** Reads the next bytes without moving on. False if they are not, or may not be, those that the head has promised. */
-  read(piece: Uint8Array, length: number): boolean;
-  advance(length: number): void;
-  close(): void;
-  /** For the error message if `read` fails. */
-  readonly name: string;
+  private readAt(position: number, into: Uint8Array, length: number): boolean {
+    let start = 0; // of a segment, in the content
+    let at = 0;
+    for (const segment of this.segments) {
+      const skipped = position + at - start;
+      const count = Math.min(length - at, lengthOf(segment) - skipped);
+      start += lengthOf(segment);
+      if (count <= 0) continue;
+      if (segment instanceof Uint8Array) into.set(segment.subarray(skipped, skipped + count), at);
+      else if (!readFully(this.file.fd, into, at, at + count, segment.from + skipped)) return false;
+      at += count;
+    }
+    return true;
+  }
 }
 
 /** Waits for a response that takes time. */
@@ -2283,134 +2371,66 @@ async function waitForResponse(connection: Connection, promise: Promise<Response
   if (!connection.flush()) await connection.drain().catch(() => {});
   const response = await promise;
   if (!connection.isGone) return response;
-  response.part?.close();
+  if (response.part !== undefined) fs.closeSync(response.part.file.fd);
   throw GONE;
 }
 
-/** Shared scratch buffer: its content is consumed before the event loop turns. */
-const piece = new Uint8Array(PIECE_BYTES);
-
-/** Lets all other connections have a turn. */
-const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
-
-/** Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. */
-async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: Part) {
+/**
+ * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. If it cannot be
+ * completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that it is short.
+ */
+async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: FilePart) {
+  const { file } = part;
   connection.head.keep();
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
-    for (let pieces = 1; part.left > 0; pieces++) {
-      const length = Math.min(PIECE_BYTES, part.left);
-      if (!part.read(piece, length)) {
-        tell(`Error: ${part.name} has changed while it was sent: the connection is cut off`);
-        throw GONE;
+    for (let pieces = 1, warmTo = 0; part.left > 0; pieces++) {
+      if (part.position >= warmTo && performance.now() < slowUntil) {
+        await warm(file.fd, part.position);
+        warmTo = part.position + PIECE_BYTES;
       }
+      const room = part.position < warmTo ? warmTo - part.position : PIECE_BYTES;
+      const length = Math.min(room, part.left);
+      let found = part.read(piece, length);
+      if (found === "changed") {
+        await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
+        found = part.read(piece, length);
+      }
+      if (found === "longer" && length === part.left) {
+        found = (await part.hasOnlyGrown()) && part.read(piece, length) !== "gone" ? "same" : "changed";
+        deadline = connection.server.writeDeadline;
+      }
+      if (found === "changed" || found === "gone") throw new Error(`${file.known.path} has changed while it was sent`);
       const taken = connection.write(piece, length);
-      part.advance(taken);
+      part.advance(piece.subarray(0, taken));
       if (taken > 0) deadline = connection.server.writeDeadline;
       if (taken < length) await connection.waitForRoom(deadline);
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
+  } catch (error) {
+    if (error !== GONE) tell(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
+    throw GONE;
   } finally {
     log(connection, content, status, part.sent);
-    part.close();
+    fs.closeSync(file.fd);
   }
-}
-
-/** SHA-256 digests of files, for Repr-Digest (RFC 9530 §3): computed in turns, and the last ones are remembered. */
-class Digests {
-  private readonly known = new Map<string, string>();
-  private readonly pending = new Map<string, Promise<string | undefined>>();
-
-  constructor(private readonly pendingMax: number) {}
-
-  /** In base64; undefined if there is none: the file changes, or too many others are being computed. */
-  find(file: OpenFile): string | undefined | Promise<string | undefined> {
-    const key = `${file.realPath} ${file.version.etag}`;
-    const known = this.known.get(key);
-    if (known !== undefined) this.remember(key, known);
-    return known ?? this.pending.get(key) ?? this.start(key, file);
-  }
-
-  private start(key: string, file: OpenFile): Promise<string | undefined> | undefined {
-    if (this.pending.size >= this.pendingMax) return undefined;
-    const whole = new FilePart(file.hold(), { from: 0, to: file.version.size });
-    const found = computeDigest(whole).finally(() => {
-      whole.close();
-      this.pending.delete(key);
-    });
-    this.pending.set(key, found);
-    void found.then((digest) => digest !== undefined && this.remember(key, digest));
-    return found;
-  }
-
-  private remember(key: string, digest: string): void {
-    this.known.delete(key);
-    this.known.set(key, digest);
-    const [oldest] = this.known.keys();
-    if (this.known.size > DIGESTS_KEPT_MAX && oldest !== undefined) this.known.delete(oldest);
-  }
-}
-
-/** @returns in base64; undefined if the file changes, or cannot be read: sending it will tell */
-async function computeDigest(whole: FilePart): Promise<string | undefined> {
-  const hash = new Bun.CryptoHasher("sha256");
-  while (whole.left > 0) {
-    const length = Math.min(PIECE_BYTES, whole.left);
-    if (!whole.read(piece, length)) return undefined;
-    hash.update(piece.subarray(0, length));
-    whole.advance(length);
-    await nextTurn();
-  }
-  return hash.digest("base64");
 }
 
 // ── what a page shows ──
 
 /** A line of a listing. */
-export interface ListingEntry {
-  readonly name: string;
-  readonly isFolder: boolean;
-  readonly size: number;
-  readonly modified: Date;
-}
-
-/** Looks at a name in a folder. @returns undefined if a request for it would find nothing */
-function lookAt(root: string, folder: string, name: string): ListingEntry | undefined {
-  try {
-    const path = join(folder, name);
-    let stats = fs.lstatSync(path);
-    if (stats.isSymbolicLink()) {
-      if (!isBelow(root, fs.realpathSync(path))) return undefined;
-      stats = fs.statSync(path);
-    }
-    if (!stats.isFile() && !stats.isDirectory()) return undefined;
-    return { name, isFolder: stats.isDirectory(), size: stats.size, modified: stats.mtime };
-  } catch {
-    return undefined; // it has gone, or its link leads nowhere
-  }
-}
-
-/** Reads a folder, and answers with its page. */
-async function listFolder(root: string, segments: readonly string[], folder: OpenFile): Promise<Response> {
-  // The very folder that was opened, wherever its path leads by now.
-  const path = process.platform === "linux" ? `/proc/self/fd/${folder.fd}` : folder.realPath;
-  const served = (await fs.promises.readdir(path)).filter(isServed);
-  const entries: ListingEntry[] = [];
-  for (const [i, name] of served.slice(0, LISTING_ENTRIES_MAX).entries()) {
-    const entry = lookAt(root, path, name);
-    if (entry !== undefined) entries.push(entry);
-    if (i % 256 === 255) await nextTurn();
-  }
-  const unlisted = Math.max(0, served.length - LISTING_ENTRIES_MAX);
-  return prepareResponse(200, fieldsOfListing(), formatListing(segments, entries, unlisted));
-}
+export type ListingEntry = Readonly<{ name: string; isFolder: boolean; size: number; modified: Date }>;
 
 /** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
-function fieldsOfListing(): Record<string, string> {
+function listingFields(): Record<string, string> {
   const style = new Bun.CryptoHasher("sha256").update(LISTING_STYLE).digest("base64");
   const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
-  return { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...FILE_FIELDS };
+  return {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": policy,
+    "X-Content-Type-Options": "nosniff",
+  };
 }
 
 // ── shared: sizes ──
@@ -2426,56 +2446,54 @@ function formatBytes(bytes: number): string {
 /** Text from a peer or a file name, as content of an HTML page. */
 const escapeText = (text: string) => Bun.escapeHTML(printable(text));
 
+const count = (n: number, one: string, many = `${one}s`) => (n > 0 ? [`${n} ${n === 1 ? one : many}`] : []);
+
 /**
- * The page that lists a folder. Links are relative and start with "./", so that no name is taken for a scheme or a host,
- * and the page works behind a proxy that puts the folder elsewhere.
+ * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
  * @param segments the path of the folder
- * @param unlisted how many names the page leaves out
+ * @param unlisted how many more names there are than the page may have
+ * @param unreadable how many names are not UTF-8
  */
-export function formatListing(segments: readonly string[], entries: readonly ListingEntry[], unlisted: number): string {
+export function formatListing(
+  segments: readonly string[],
+  entries: readonly ListingEntry[],
+  unlisted = 0,
+  unreadable = 0,
+) {
   // Folders first; then "file9" before "file10".
   const { compare } = new Intl.Collator("en", { numeric: true });
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
   if (segments.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
   const path = escapeText(["", ...segments, ""].join("/"));
+  const folders = entries.filter(({ isFolder }) => isFolder).length;
+  const shown = [...count(folders, "folder"), ...count(entries.length - folders, "file")];
+  if (unlisted > 0) shown.push(`and ${unlisted} more that the page leaves out`);
+  const left = count(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
+  const sentences = [shown.join(", "), ...left].filter(Boolean).map((sentence) => `${sentence}. `);
   return `<!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Index of ${path}</title>
 <style>${LISTING_STYLE}</style>
-</head>
-<body>
 <main>
 <h1><bdi>${path}</bdi></h1>
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${formatListingSummary(entries, unlisted)}</p>
+<p>${sentences.length === 0 ? "This folder is empty." : `${sentences.join("")}Times are in UTC.`}</p>
 </main>
-</body>
 </html>
 `;
 }
 
-/** How much is on the page, and how much is not. */
-function formatListingSummary(entries: readonly ListingEntry[], unlisted: number): string {
-  if (entries.length === 0 && unlisted === 0) return "This folder is empty.";
-  const count = (n: number, what: string) => (n === 0 ? [] : [`${n} ${what}${n === 1 ? "" : "s"}`]);
-  const folders = entries.filter(({ isFolder }) => isFolder).length;
-  const counts = [...count(folders, "folder"), ...count(entries.length - folders, "file")];
-  const more = unlisted > 0 ? [`and ${unlisted} more that the page leaves out`] : [];
-  return `${[...counts, ...more].join(", ")}. Times are in UTC.`;
-}
-
 function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): string {
   const slash = isFolder ? "/" : "";
-  const link = `<a href="./${encodeURIComponent(name).replaceAll("'", "%27")}${slash}"><bdi>${escapeText(name)}</bdi>${slash}</a>`;
+  const link = `<a href="${encodeURIComponent(name).replaceAll("'", "%27")}${slash}"><bdi>${escapeText(name)}</bdi>${slash}</a>`;
   const time = Number.isNaN(modified.getTime()) ? "" : modified.toISOString(); // a date that no calendar has
   const length = isFolder ? "" : `<span title="${size} bytes">${formatBytes(size)}</span>`;
-  return `<li>${link}${length}<time datetime="${time}">${time.slice(0, 16).replace("T", " ")}</time></li>`;
+  return `<li>${link} ${length} <time datetime="${time}">${time.slice(0, 16).replace("T", " ")}</time></li>`;
 }
 
 /**
@@ -2484,13 +2502,13 @@ function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): s
  */
 const LISTING_STYLE = `
 :root { color-scheme: light dark; --dim: light-dark(#59626d, #9aa3ae); --line: light-dark(#e3e6ea, #2c3036); }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 2rem 1rem; }
-body { color: light-dark(#1c2024, #e4e7ea); background: light-dark(#fff, #14161a); }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 2rem 1rem;
+  color: light-dark(#1c2024, #e4e7ea); background: light-dark(#fff, #14161a); }
 h1 { font-size: 1.25rem; margin: 0; padding: 0 .5rem 1rem; }
 h1, a { overflow-wrap: anywhere; white-space: pre-wrap; }
 ul { list-style: none; margin: 0; padding: 0; border: solid var(--line); border-width: 1px 0; }
-li { display: grid; grid: auto / 1fr 6rem 9rem; gap: 0 1rem; align-items: baseline; align-content: center; }
-li { position: relative; padding: .5rem; }
+li { display: grid; grid: auto / 1fr 6rem 9rem; gap: 0 1rem; align-items: baseline; align-content: center;
+  position: relative; padding: .5rem; }
 li + li { border-top: 1px solid var(--line); }
 li:hover { background: light-dark(#f3f6f9, #1d2025); }
 a { padding-left: 1.75rem; text-decoration: none; color: light-dark(#0a58ca, #8ab8ff); }
@@ -2499,14 +2517,14 @@ li:hover a { text-decoration: underline; }
 a::after { content: ""; position: absolute; inset: 0; }
 a:focus-visible { outline: none; }
 a:focus-visible::after { outline: 2px solid; outline-offset: -2px; border-radius: 4px; }
-a::before { content: ""; position: absolute; left: .5rem; top: .75rem; width: 1rem; height: 1rem; background: #8b949e; }
-a::before { clip-path: polygon(12% 0, 60% 0, 88% 28%, 88% 100%, 12% 100%); }
-[href$="/"]::before { background: light-dark(#3b82d6, #6ba6f0); }
-[href$="/"]::before { clip-path: polygon(0 8%, 40% 8%, 52% 22%, 100% 22%, 100% 92%, 0 92%); }
+a::before { content: ""; position: absolute; left: .5rem; top: .75rem; width: 1rem; height: 1rem;
+  background: #8b949e; clip-path: polygon(12% 0, 60% 0, 88% 28%, 88% 100%, 12% 100%); }
+[href$="/"]::before { background: light-dark(#3b82d6, #6ba6f0);
+  clip-path: polygon(0 8%, 40% 8%, 52% 22%, 100% 22%, 100% 92%, 0 92%); }
 [href="../"]::before { clip-path: polygon(50% 4%, 96% 50%, 64% 50%, 64% 96%, 36% 96%, 36% 50%, 4% 50%); }
 span, time, p { font-size: .875rem; color: var(--dim); font-variant-numeric: tabular-nums; white-space: nowrap; }
-span { text-align: right; }
-time { grid-column: 3; text-align: right; }
+span, time { text-align: right; }
+time { grid-column: 3; }
 p { margin: 0; padding: .75rem .5rem; white-space: normal; }
 @media (max-width: 40rem) {
   body { padding: 1rem .5rem; }
@@ -2516,16 +2534,6 @@ p { margin: 0; padding: .75rem .5rem; white-space: normal; }
   span { grid-area: 2 / 2; }
 }
 `;
-
-/** The real path of the folder to serve. @throws StartError if it is none, or cannot be read */
-function findRoot(path: string): string {
-  try {
-    fs.readdirSync(path);
-    return fs.realpathSync(path);
-  } catch (error) {
-    throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
-  }
-}
 
 // ═══ 12 Main ═════════════════════════════════════════════════════════════════════════════════════
 

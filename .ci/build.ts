@@ -5,9 +5,10 @@
  *     bun run build --target bun-linux-arm64      # dist/bun-linux-arm64/server, …
  *     bun run build --target all                  # the same for every target
  *     bun run build --outdir DIR                  # DIR instead of dist
+ *     bun run build --outdir DIR old/client.ts    # this script instead of the three
  */
 import { rm } from "node:fs/promises";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { parseArgs } from "node:util";
 
 export const PROGRAMS = ["server", "client", "client-robust"] as const;
@@ -23,12 +24,14 @@ const TARGETS = [
   "bun-windows-arm64",
 ] as const;
 
+const SCRIPTS = PROGRAMS.map((program) => join(import.meta.dir, "..", `${program}.ts`));
+
 /** Builds for this machine, or for a target. @throws AggregateError what Bun has to say */
-export async function build(outdir: string, target?: string): Promise<void> {
-  const root = join(import.meta.dir, "..");
-  for (const program of PROGRAMS) {
+export async function build(outdir: string, target?: string, scripts: readonly string[] = SCRIPTS): Promise<void> {
+  for (const script of scripts) {
+    const program = basename(script, ".ts");
     await Bun.build({
-      entrypoints: [join(root, `${program}.ts`)],
+      entrypoints: [script],
       // Bytecode spares the parser at start-up; it wants modules, for the top-level await.
       format: "esm",
       bytecode: true,
@@ -52,9 +55,12 @@ export async function build(outdir: string, target?: string): Promise<void> {
 
 async function main(): Promise<void> {
   const string = { type: "string" } as const;
-  const { target, outdir = "dist" } = parseArgs({ options: { target: string, outdir: string } }).values;
-  if (target === undefined) return build(outdir);
-  for (const one of target === "all" ? TARGETS : [target]) await build(join(outdir, one), one);
+  const options = { target: string, outdir: string };
+  const { values, positionals } = parseArgs({ options, allowPositionals: true });
+  const { target, outdir = "dist" } = values;
+  const scripts = positionals.length > 0 ? positionals : SCRIPTS;
+  if (target === undefined) return build(outdir, undefined, scripts);
+  for (const one of target === "all" ? TARGETS : [target]) await build(join(outdir, one), one, scripts);
 }
 
 if (import.meta.main)

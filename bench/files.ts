@@ -2,7 +2,7 @@
  * `server.ts --root` beside other servers of files: a large one to one reader, and small ones to many connections.
  */
 import { mkdirSync, truncateSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 import {
   cpuSeconds,
   type Effort,
@@ -48,6 +48,15 @@ function makeSite(): void {
   truncateSync(join(site, "large"), LARGE_BYTES); // sparse: takes no room on the disk, but 2 GiB of the page cache
 }
 
+const ours = (name: string, script: string): PeerSpec => ({
+  name,
+  role: "ours",
+  argv: (port) => [
+    ...[process.execPath, script, "--root", site, "--log", "off"],
+    ...["--host", "127.0.0.1", "--port", String(port)],
+  ],
+});
+
 const PEERS: readonly PeerSpec[] = [
   {
     name: "floor",
@@ -55,14 +64,7 @@ const PEERS: readonly PeerSpec[] = [
     needs: "cc",
     argv: async (port) => [await compileC("floor-files"), String(port), site],
   },
-  {
-    name: "server.ts --root",
-    role: "ours",
-    argv: (port) => [
-      ...[process.execPath, join(ROOT, "server.ts"), "--root", site, "--log", "off"],
-      ...["--host", "127.0.0.1", "--port", String(port)],
-    ],
-  },
+  ours("server.ts --root", join(ROOT, "server.ts")),
   {
     name: "nginx",
     role: "peer",
@@ -163,11 +165,13 @@ async function workloadsFor({ seconds }: Effort, core: number, peers: readonly P
   ];
 }
 
-export async function benchFiles(effort: Effort): Promise<Measured> {
+/** @param beside another version of server.ts, measured in the same run */
+export async function benchFiles(effort: Effort, beside?: string): Promise<Measured> {
   requireTools(["taskset", "wrk", "nginx"]);
   const [serving, loading] = twoCores();
   makeSite();
-  const { peers, missing } = await startPeers(PEERS, serving, check);
+  const specs = beside === undefined ? PEERS : [...PEERS, ours("server.ts beside", resolve(beside))];
+  const { peers, missing } = await startPeers(specs, serving, check);
   const roleOf = (name: string) => peers.find((peer) => peer.name === name)?.role ?? "peer";
   const results: WorkloadResult[] = [];
   try {

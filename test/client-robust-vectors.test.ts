@@ -96,10 +96,6 @@ class Pieces implements Source {
     this.isWaiting = true;
     throw new TransferError("timeout", "");
   }
-
-  putBack(bytes: Uint8Array): void {
-    if (bytes.length > 0) this.left.unshift(bytes);
-  }
 }
 
 /** Reads all pieces, as `transfer` does. */
@@ -109,9 +105,9 @@ async function read(pieces: readonly Buffer[], { closes, status }: Expectation) 
   let final: ResponseHead | undefined;
   let outcome: Outcome | "waiting" = "ok";
   try {
-    const { head, framing } = await receiveHead(source, "GET");
+    const { head, rest } = await receiveHead(source, "GET");
     final = head;
-    for await (const piece of receiveContent(source, framing)) content.push(Buffer.from(piece));
+    for await (const piece of receiveContent(source, head.framing, rest)) content.push(Buffer.from(piece));
     requireSuccess(head, false, "GET");
   } catch (error) {
     if (!(error instanceof TransferError)) throw error;

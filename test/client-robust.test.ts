@@ -9,6 +9,7 @@ import {
   measureResidentMiB,
   run,
   runProgram,
+  start,
   startNginx,
   startPython,
   startServer,
@@ -198,6 +199,55 @@ time.sleep(60)`;
     expect(exitCode).toBe(EXIT_CODES.timeout);
   });
 
+  test.concurrent("--trace shows each step on each connection, and changes nothing else", async () => {
+    const sockets: Bun.Socket[] = [];
+    const handlers = { open: (socket: Bun.Socket) => void sockets.push(socket), data() {} };
+    using listener = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: handlers });
+    const url = `http://127.0.0.1:${listener.port}/`;
+    const argv = [
+      ...(await command("client-robust", variant)),
+      "--trace",
+      "-s",
+      "--retry-delay",
+      "0.1",
+      "-o",
+      "-",
+      url,
+    ];
+    await using client = await start(argv, /#1 .* send .*\n/);
+    const { stderr } = client;
+    for (const [i, number] of ["#1", "#2"].entries()) {
+      await stderr.waitFor(new RegExp(`${number} .* send .*\n`));
+      sockets[i]?.write('HTTP/1.1 200 OK\r\nETag: "a"\r\nContent-Length: 6\r\n');
+      await stderr.waitFor(new RegExp(`${number} .*nothing yet\n`));
+      sockets[i]?.write("\r\n\x1b[");
+      await stderr.waitFor(new RegExp(`${number} .*head, content\n`));
+      if (i === 0) sockets[i]?.terminate();
+      else sockets[i]?.write("2Jok");
+    }
+    expect([await client.child.exited, await client.stdout.waitFor(/ok$/)]).toEqual([0, expect.anything()]);
+    await stderr.waitFor(/#2 .* close .*\n/);
+    expect(client.stdout.text).toBe("\x1b[2Jok");
+    const head = '"HTTP/1.1 200 OK\\r\\nETag: \\"a\\"\\r\\nContent-Leng"…';
+    // A number, and the time in a column of its own.
+    expect(stderr.text).toMatch(/^(#[12] (?= {3,6}\d+\.\d ms)[ \d.]{8} ms {2}.*\n){12}$/);
+    expect(stderr.text.replace(/^(#\d) .{8} ms {2}/gm, "$1 ").split("\n")).toEqual([
+      `#1 connect  127.0.0.1:${listener.port}`,
+      "#1 send     163 of 163 B",
+      `#1 receive  47 B  ${head}  nothing yet`,
+      '#1 receive  4 B  "\\r\\n\\x1b["  head, content',
+      "#1 reset    the connection was lost: ECONNRESET",
+      "#1 close",
+      `#2 connect  127.0.0.1:${listener.port}`,
+      "#2 send     195 of 195 B",
+      `#2 receive  47 B  ${head}  nothing yet`,
+      '#2 receive  4 B  "\\r\\n\\x1b["  head, content',
+      '#2 receive  4 B  "2Jok"  content complete',
+      "#2 close    FIN sent",
+      "",
+    ]);
+  });
+
   test.concurrent.each(["--nonsense", "a b", "-o", "--stall-timeout 0", "--connect-timeout x", "--stall-timeout 1e9"])(
     "wrong usage is one line and exit 2: %s",
     async (args) => {
@@ -242,6 +292,34 @@ while data := os.read(r, 4096): n += len(data)
 print(n, child.wait())`;
     expect((await run(["python3", "-c", code, ...argv])).stdout).toBe("100000 0\n");
   });
+
+  test.concurrent(
+    "prints each byte once into a non-blocking pipe that has room for a part of it, or for none",
+    async () => {
+      const program = await command("client-robust", variant);
+      const code = `
+import os, subprocess, sys
+filled, argv = int(sys.argv[1]), sys.argv[2:]
+r, w = os.pipe(); os.set_blocking(w, False)
+os.write(w, b"z" * filled)
+child = subprocess.Popen(argv, stdout=w, stderr=subprocess.PIPE); os.close(w)
+try: child.wait(0.5)
+except subprocess.TimeoutExpired: pass
+data = b""
+while piece := os.read(r, 4096): data += piece
+print(data[filled:].decode(), child.wait(), end="")`;
+      for (const [length, filled] of [
+        [4000, 65_536],
+        [4000, 63_000],
+        [60_000, 60_000],
+      ] as const) {
+        const text = Array.from({ length }, (_, i) => String.fromCharCode(97 + (i % 23))).join("");
+        await using server = await startServer(variant, ["--log", "off", "--text", text]);
+        const printed = await run(["python3", "-c", code, `${filled}`, ...program, "-o", "-", server.url]);
+        expect([length, filled, printed.stdout === `${text} 0`]).toEqual([length, filled, true]);
+      }
+    },
+  );
 
   test.if(hasTool("nginx"))(
     "1 GiB from nginx: whole, in constant memory, and `| head` ends it quietly",

@@ -3,11 +3,11 @@
  * connection that sends files, to a transport that takes what the test says.
  */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { realpathSync, writeFileSync } from "node:fs";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
   type ByteRange,
-  decideRange,
+  decideRanges,
   evaluateConditions,
   FileSite,
   type FileVersion,
@@ -15,15 +15,18 @@ import {
   type ListingEntry,
   type Method,
   parseHttpDate,
-  parseRange,
+  parseRanges,
   parseTargetPath,
   Server,
   wantsSha256,
 } from "../server.ts";
+import { Random } from "./random.ts";
 import { converse, FakeTransport, nextTurn } from "./transport.ts";
 import { temporaryFolder } from "./harness.ts";
 
 setDefaultTimeout(30_000);
+
+const seed = Number(process.env["SEED"] ?? Date.now() % 2 ** 32);
 
 /** A second that is long past, and those beside it. */
 const MODIFIED = Date.UTC(2026, 10, 22, 11, 30, 7);
@@ -31,7 +34,7 @@ const NOW = MODIFIED + 3_600_000;
 const dateAt = (ms: number) => new Date(ms).toUTCString();
 const [EARLIER, EQUAL, LATER] = [MODIFIED - 1000, MODIFIED, MODIFIED + 1000].map(dateAt) as [string, string, string];
 
-const VERSION: FileVersion = { size: 1000, etag: '"v-1"', lastModified: MODIFIED, isFresh: false };
+const VERSION: FileVersion = { size: 1000, etag: '"v-1"', lastModified: MODIFIED };
 
 type Fields = Readonly<Record<string, string | undefined>>;
 /** Fields as a request head has them: names in lower case, absent ones not there. */
@@ -52,12 +55,20 @@ describe("parseTargetPath", () => {
     ["/a+b;c=d", ["a+b;c=d"], false, ""],
     ["/...", ["..."], false, ""],
     ["/a..b", ["a..b"], false, ""],
+    ["/a%5Cb\\c", ["a\\b\\c"], false, ""],
+    ["/..%5c..", ["..\\.."], false, ""],
+    ["/./a", ["a"], false, ""],
+    ["/a/../b", ["b"], false, ""],
+    ["/a/..", [], true, ""],
+    ["/a/.", ["a"], true, ""],
+    ["/a/b/%2e%2E/./c?d/..", ["a", "c"], false, "?d/.."],
+    ["http://x/a/../b/.", ["b"], true, ""],
     ["http://x", [], true, ""],
     ["http://x/", [], true, ""],
     ["HTTPS://x:1/a/b?c", ["a", "b"], false, "?c"],
     ["http://x?c", [], true, "?c"],
   ] as const)("takes %s apart", (target, segments, isFolder, query) => {
-    expect(parseTargetPath(target)).toEqual({ segments, isFolder, query });
+    expect(parseTargetPath(target)).toEqual({ segments: [...segments], isFolder, query });
   });
 
   test("takes slashes in a row for one: what a redirect is made of never starts with //", () => {
@@ -72,15 +83,15 @@ describe("parseTargetPath", () => {
   test.each([
     "/..",
     "/../etc/passwd",
-    "/a/../b",
-    "/a/..",
+    "/a/../../b",
+    "/a/../..",
     "/%2e%2e/b",
     "/.%2E",
+    "/a/%2e%2e/./%2E./b",
+    "//..",
+    "/a//../..",
     "/a%2fb",
     "/a%2F..%2Fb",
-    "/a%5Cb",
-    "/a\\b",
-    "/..%5c..",
     "/a%00",
     "/%00",
     "/a%00.html",
@@ -109,49 +120,97 @@ function bytesNamed(first: string, last: string, size: number): number[] | "inva
 
 const bytesOf = ({ from, to }: ByteRange) => Array.from({ length: to - from }, (_, i) => from + i);
 
-describe("parseRange", () => {
+describe("parseRanges", () => {
   test("names the same bytes as the RFC, for every small file and range", () => {
     const numbers = ["", ...Array.from({ length: 9 }, (_, i) => String(i)), "007"];
     for (let size = 0; size <= 6; size++)
       for (const first of numbers)
         for (const last of numbers) {
           const value = `bytes=${first}-${last}`;
-          const range = parseRange(value, size);
+          const ranges = parseRanges(value, size);
           const named = bytesNamed(first, last, size);
-          // The last bytes of an empty file are satisfiable and none (§14.1.2): the whole says so.
-          const isWholeOfNothing = size === 0 && first === "" && Number(last) > 0;
-          if (named === "invalid" || isWholeOfNothing) expect([value, size, range]).toEqual([value, size, undefined]);
-          else if (named.length === 0) expect([value, size, range]).toEqual([value, size, "unsatisfiable"]);
-          else expect([value, size, bytesOf(range as ByteRange)]).toEqual([value, size, named]); // just told apart
+          // Of an empty file there is no range: the whole is sent.
+          if (named === "invalid" || size === 0) expect([value, size, ranges]).toEqual([value, size, undefined]);
+          else if (named.length === 0) expect([value, size, ranges]).toEqual([value, size, "unsatisfiable"]);
+          else expect([value, size, (ranges as ByteRange[]).flatMap(bytesOf)]).toEqual([value, size, named]); // just told apart
         }
   });
 
   test.each([
-    ["bytes=0-99999999999999999999999", { from: 0, to: 1000 }],
-    [`bytes=0-${"9".repeat(400)}`, { from: 0, to: 1000 }],
-    [`bytes=-${"9".repeat(400)}`, { from: 0, to: 1000 }],
-    ["bytes=-1000", { from: 0, to: 1000 }],
-    ["bytes=-1001", { from: 0, to: 1000 }],
-    ["bytes=999-", { from: 999, to: 1000 }],
+    ["bytes=0-99999999999999999999999", [{ from: 0, to: 1000 }]],
+    [`bytes=0-${"9".repeat(400)}`, [{ from: 0, to: 1000 }]],
+    [`bytes=-${"9".repeat(400)}`, [{ from: 0, to: 1000 }]],
+    ["bytes=-1000", [{ from: 0, to: 1000 }]],
+    ["bytes=-1001", [{ from: 0, to: 1000 }]],
+    ["bytes=999-", [{ from: 999, to: 1000 }]],
     ["bytes=1000-", "unsatisfiable"],
     [`bytes=${"9".repeat(400)}-`, "unsatisfiable"],
     [`bytes=${"9".repeat(30)}-${"9".repeat(31)}`, "unsatisfiable"],
     ["bytes=-0", "unsatisfiable"],
     ["bytes=-000", "unsatisfiable"],
-    ["BYTES=0-0", { from: 0, to: 1 }], // §14.1: range units are case-insensitive
-  ] as const)("knows huge numbers and edges: %s", (value, range) => {
-    expect(parseRange(value, 1000)).toEqual(range);
+    ["bytes=-0, 1000-, 2000-3000", "unsatisfiable"],
+    ["BYTES=0-0", [{ from: 0, to: 1 }]], // §14.1: range units are case-insensitive
+    [
+      "bytes=0-0,,\t , 5-5,",
+      [
+        { from: 0, to: 1 },
+        { from: 5, to: 6 },
+      ],
+    ], // §5.6.1: elements may be empty
+  ] as const)("knows huge numbers and edges: %s", (value, ranges) => {
+    expect(parseRanges(value, 1000)).toEqual(ranges as "unsatisfiable"); // or any other of them
   });
 
   test.each([
-    "bytes=0-1,2-3",
-    "bytes=0-1, 5-",
-    "bytes=-1,-2",
+    ["0-1,5-6", ["0-1", "5-6"]],
+    ["5-6, 0-1", ["5-6", "0-1"]],
+    ["-1,0-0", ["999-999", "0-0"]],
+    ["0-1,2-3", ["0-3"]],
+    ["2-3,0-1", ["0-3"]],
+    ["0-5,3-8,20-30", ["0-8", "20-30"]],
+    ["0-1,10-11,4-5,0-20", ["0-20"]],
+    ["50-60,0-1,10-11,4-5,2-3", ["50-60", "0-5", "10-11"]],
+    ["0-,0-,0-", ["0-999"]],
+    ["0-1,2000-,5-6", ["0-1", "5-6"]],
+    ["0-998,-1", ["0-999"]],
+  ])("joins what overlaps or touches, and keeps the order: %s", (value, expected) => {
+    const ranges = parseRanges(`bytes=${value}`, 1000) as ByteRange[]; // all of them are satisfiable
+    expect(ranges.map(({ from, to }) => `${from}-${to - 1}`)).toEqual(expected);
+  });
+
+  test("is the same bytes as the ranges one by one, each once, whatever they are", () => {
+    const random = new Random(seed);
+    for (let run = 0; run < 3000; run++) {
+      const size = 1 + random.below(40);
+      const specs = Array.from({ length: 1 + random.below(8) }, () => {
+        const from = random.below(size);
+        return { from, to: Math.min(size, from + 1 + random.below(6)) };
+      });
+      const value = `bytes=${specs.map(({ from, to }) => `${from}-${to - 1}`).join(",")}`;
+      const ranges = parseRanges(value, size) as ByteRange[]; // all of them are satisfiable
+      const found = ranges.flatMap(bytesOf);
+      const asked = [...new Set(specs.flatMap(bytesOf))];
+      expect([seed, value, found.toSorted((a, b) => a - b)]).toEqual([seed, value, asked.toSorted((a, b) => a - b)]);
+      for (const one of ranges)
+        for (const other of ranges) expect(one === other || one.to < other.from || other.to < one.from).toBeTrue();
+    }
+  });
+
+  test("takes 50 ranges, and for more the whole", () => {
+    const many = (count: number) => `bytes=${Array.from({ length: count }, (_, i) => `${i * 2}-${i * 2}`).join(",")}`;
+    expect(parseRanges(many(50), 1000)).toHaveLength(50);
+    expect(parseRanges(many(51), 1000)).toBeUndefined();
+  });
+
+  test.each([
     "bytes",
     "bytes=",
+    "bytes=,",
     "bytes=-",
     "bytes=5",
     "bytes=5-3",
+    "bytes=0-1,5-3",
+    "bytes=0-1,x",
     "bytes=a-b",
     "bytes=0x0-0x1",
     "bytes=1.0-2",
@@ -167,15 +226,15 @@ describe("parseRange", () => {
     "0-1",
     "",
     "bytes=٣-٤",
-  ])("ignores what is not one range of bytes, to the letter: %j", (value) => {
-    expect(parseRange(value, 1000)).toBeUndefined();
+  ])("ignores what is not ranges of bytes, to the letter: %j", (value) => {
+    expect(parseRanges(value, 1000)).toBeUndefined();
   });
 
   test("reaches where 32 bits do not", () => {
     const size = 5 * 2 ** 30;
-    expect(parseRange("bytes=4294967296-4294967296", size)).toEqual({ from: 2 ** 32, to: 2 ** 32 + 1 });
-    expect(parseRange("bytes=-1", size)).toEqual({ from: size - 1, to: size });
-    expect(parseRange(`bytes=${size}-`, size)).toBe("unsatisfiable");
+    expect(parseRanges("bytes=4294967296-4294967296", size)).toEqual([{ from: 2 ** 32, to: 2 ** 32 + 1 }]);
+    expect(parseRanges("bytes=-1", size)).toEqual([{ from: size - 1, to: size }]);
+    expect(parseRanges(`bytes=${size}-`, size)).toBe("unsatisfiable");
   });
 });
 
@@ -379,10 +438,10 @@ describe("evaluateConditions", () => {
   });
 });
 
-describe("decideRange", () => {
+describe("decideRanges", () => {
   const decide = (fields: Fields, method: Method = "GET", now = NOW) =>
-    decideRange(method, fieldsOf(fields), VERSION, now);
-  const PART = { from: 100, to: 200 };
+    decideRanges(method, fieldsOf(fields), VERSION, now);
+  const PART = [{ from: 100, to: 200 }];
   const range = "bytes=100-199";
 
   test("sends the part to a GET, and the whole to any other method", () => {
@@ -392,7 +451,7 @@ describe("decideRange", () => {
     expect(decide({})).toBeUndefined();
   });
 
-  test.each<[string, ByteRange | undefined]>([
+  test.each<[string, ByteRange[] | undefined]>([
     ['"v-1"', PART],
     ['"v-2"', undefined],
     ['W/"v-1"', undefined], // §13.1.5: the comparison is strong
@@ -406,7 +465,7 @@ describe("decideRange", () => {
     [LATER, undefined], // exactly that date, not "not after" it
     ["soon", undefined],
   ])("If-Range: %s", (ifRange, outcome) => {
-    expect(decide({ range, "if-range": ifRange })).toEqual(outcome as ByteRange); // or undefined
+    expect(decide({ range, "if-range": ifRange })).toEqual(outcome as ByteRange[]); // or undefined
   });
 
   test("If-Range with the date of a file that may change within the second is no match", () => {
@@ -426,7 +485,7 @@ describe("decideRange", () => {
     expect(decide({ "if-range": '"v-1"' })).toBeUndefined();
   });
 
-  test.each(["bytes=0-1,5-6", "bytes=0-0, -1", "lines=0-9", "bytes=9-1"])("sends the whole for %s", (value) => {
+  test.each(["lines=0-9", "bytes=9-1"])("sends the whole for %s", (value) => {
     expect(decide({ range: value })).toBeUndefined();
   });
 });
@@ -498,20 +557,20 @@ describe("formatListing", () => {
     }
   });
 
-  test("starts every link with ./ so that no name is taken for a scheme, a host or a query", () => {
+  test("has links that are plain names: nothing in them is a scheme, a host, a query or a path", () => {
     const page = formatListing(
       [],
       ODD_NAMES.map((name) => entry(name, true)),
       0,
     );
-    expect(hrefs(page).every((href) => /^\.\/[^/:?#"'<>\s]+\/$/.test(href))).toBeTrue();
+    expect(hrefs(page).every((href) => /^[^/:?#"'<>\s]+\/$/.test(href))).toBeTrue();
   });
 
   test("has folders first, with a slash, then files as people count", () => {
     const entries = [entry("file10"), entry("file9"), entry("b", true), entry("File1"), entry("a"), entry("z10", true)];
     const page = formatListing([], [...entries, entry("z9", true)], 0);
-    expect(hrefs(page)).toEqual(["./b/", "./z9/", "./z10/", "./a", "./File1", "./file9", "./file10"]);
-    expect(page).toContain('<a href="./b/"><bdi>b</bdi>/</a>');
+    expect(hrefs(page)).toEqual(["b/", "z9/", "z10/", "a", "File1", "file9", "file10"]);
+    expect(page).toContain('<a href="b/"><bdi>b</bdi>/</a> ');
   });
 
   test("leads up from everywhere but the root", () => {
@@ -529,6 +588,24 @@ describe("formatListing", () => {
     expect(page).toContain("and 7 more");
     expect(formatListing([], [], 0)).not.toContain("more");
     expect(page).toStartWith("<!DOCTYPE html>\n");
+  });
+
+  test("has white space between name, size and time, for browsers without styles", () => {
+    const page = formatListing([], [entry("file", false, 1536), entry("folder", true)]);
+    const text = page.replace(/<li>/g, "\n").replace(/<[^>]*>/g, "");
+    expect(text).toContain("\nfile 1.5 KiB 2026-11-22 11:30");
+    expect(text).toMatch(/\nfolder\/ +2026-11-22 11:30/);
+  });
+
+  test.each([
+    [0, 0, "This folder is empty."],
+    [0, 1, "1 name that is not UTF-8 is left out. Times are in UTC."],
+    [0, 2, "2 names that are not UTF-8 are left out. Times are in UTC."],
+    [1, 0, "1 file. Times are in UTC."],
+    [2, 1, "2 files. 1 name that is not UTF-8 is left out. Times are in UTC."],
+  ])("counts %d files, and %d names that are not UTF-8: %s", (files, unreadable, summary) => {
+    const entries = Array.from({ length: files }, (_, i) => entry(`f${i}`));
+    expect(formatListing([], entries, 0, unreadable)).toContain(`<p>${summary}</p>`);
   });
 });
 
@@ -548,7 +625,7 @@ describe("a connection that sends files", () => {
     const folder = await temporaryFolder();
     writeFileSync(join(folder.path, "a"), A);
     writeFileSync(join(folder.path, "b"), B);
-    const server = new Server(new FileSite(realpathSync(folder.path), 256), "off", () => {});
+    const server = new Server(new FileSite(folder.path), "off", () => {});
     const transport = new FakeTransport(room);
     const connection = converse(transport, server);
     const dispose = async () => {

@@ -46,7 +46,7 @@ afterAll(() => rmSync(root, { recursive: true }));
 interface Asked {
   readonly request: string;
   readonly status: number;
-  readonly content: Buffer | RegExp;
+  readonly content: Buffer | RegExp | ((content: Buffer) => void);
   readonly fields?: readonly string[];
 }
 
@@ -69,8 +69,10 @@ function ask(random: Random): Asked {
       return { request: get("Want-Repr-Digest: sha-256=1\r\n"), status: 200, content, fields };
     }
     case 4: {
-      if (content.length === 0)
-        return { request: get("Range: bytes=0-\r\n"), status: 416, content: /none of these bytes/ };
+      if (content.length === 0) return { request: get("Range: bytes=0-\r\n"), status: 200, content };
+      const beyond = `Range: bytes=${content.length}-\r\n`;
+      if (random.once(4)) return { request: get(beyond), status: 416, content: /none of these bytes/ };
+      if (random.once(3)) return askParts(random, name, content);
       const from = random.below(content.length);
       const to = from + random.below(content.length - from);
       const fields = [`Content-Range: bytes ${from}-${to}/${content.length}`];
@@ -86,6 +88,27 @@ function ask(random: Random): Asked {
     default:
       return { request: get(), status: 200, content };
   }
+}
+
+/** Several ranges, from behind to the front, that do not touch: the parts come as they were asked for. */
+function askParts(random: Random, name: string, content: Buffer): Asked {
+  const step = Math.floor(content.length / 5);
+  const ranges = [4, 2, 0].map((i) => [i * step, i * step + random.below(step - 1)] as const);
+  const value = ranges.map(([from, to]) => `${from}-${to}`).join(",");
+  const fields = ranges.map(([from, to]) => `Content-Range: bytes ${from}-${to}/${content.length}`);
+  const check = (found: Buffer) => {
+    const text = found.toString("latin1");
+    const [, boundary = ""] = /^\r\n--([^\r]+)\r\n/.exec(text) ?? [];
+    const parts = text.split(`\r\n--${boundary}`).slice(1);
+    const expected = ranges.map(([from, to], i) => {
+      const head = `\r\nContent-Type: application/octet-stream\r\n${fields[i]}\r\n\r\n`;
+      return head + content.toString("latin1", from, to + 1);
+    });
+    expect(parts.length).toBe(4);
+    expect([...expected, "--\r\n"].every((part, i) => part === parts[i])).toBeTrue();
+  };
+  const request = `GET /${name} HTTP/1.1\r\nHost: x\r\nRange: bytes=${value}\r\n\r\n`;
+  return { request, status: 206, content: check };
 }
 
 /** Takes some of what it is given, and says later, or too early, that there is room for more. */
@@ -133,7 +156,8 @@ function check(stream: Buffer, asked: readonly Asked[]): void {
     for (const field of fields) expect(head, request).toContain(`\r\n${field}\r\n`);
     const length = /^(?:HEAD|.*[^]*If-None-Match)/.test(request) ? 0 : Number(/Content-Length: (\d+)/.exec(head)?.[1]);
     const found = stream.subarray(headTo, headTo + length);
-    if (content instanceof RegExp) expect(found.toString(), request).toMatch(content);
+    if (typeof content === "function") content(found);
+    else if (content instanceof RegExp) expect(found.toString(), request).toMatch(content);
     else expect(found.equals(content), request).toBeTrue();
     at = headTo + length;
   }
@@ -143,7 +167,7 @@ function check(stream: Buffer, asked: readonly Asked[]): void {
 async function play(random: Random): Promise<void> {
   const asked = [ask(random), ...random.several(6, () => ask(random))];
   const message = Buffer.from(asked.map(({ request }) => request).join(""));
-  const server = new Server(new FileSite(root, 256), random.pick(["off", "access"] as const), () => {});
+  const server = new Server(new FileSite(root), random.pick(["off", "access"] as const), () => {});
   const peer = new Peer(random);
   const connection = converse(peer, server);
   const halfCloses = random.once(2);

@@ -158,7 +158,11 @@ describe.skipIf(!hasChromium)("listing", () => {
       writeFileSync(Buffer.concat([Buffer.from(`${root}/`), noText]), "");
     });
     await tab.navigate(server.url);
-    expect(await tab.evaluate<string[]>("[...document.links].map((link) => link.innerText)")).toEqual(["shown"]);
+    expect(await tab.evaluate<string[]>("[...document.links].map((link) => link.innerText)")).toEqual([
+      "back\\slash",
+      "shown",
+    ]);
+    expect(await tab.evaluate<string>("document.querySelector('p').innerText")).toContain("1 name that is not UTF-8");
   });
 
   test("runs nothing, loads nothing, and says nothing on the console", async () => {

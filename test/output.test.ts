@@ -318,6 +318,21 @@ describe.each(VARIANTS)("-o FILE (%s)", (variant) => {
       expect(rangeOf(origin.requests[0])).toBeGreaterThanOrEqual(CONTENT.length - 1);
       expectWhole(place);
     });
+
+    test.concurrent(
+      "a 416 that names length and version says that what a former run has kept is the whole",
+      async () => {
+        await using place = await makePlace(OLD);
+        const chunk = `${CONTENT.length.toString(16)}\r\n${CONTENT}`;
+        const unended = raw(`HTTP/1.1 200 OK\r\nETag: "a"\r\nTransfer-Encoding: chunked\r\n\r\n${chunk}`);
+        using origin = scripted([unended]);
+        expect((await save(place, origin.url, "--retry", "0")).exitCode).toBe(EXIT_CODES.partial);
+        const fields = `ETag: "a"\r\nContent-Range: bytes */${CONTENT.length}\r\nContent-Length: 0\r\n`;
+        origin.answerAnew(raw(`HTTP/1.1 416 Range Not Satisfiable\r\n${fields}\r\n`));
+        expect((await save(place, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+        expectWhole(place);
+      },
+    );
   });
 
   describe("FILE is a link", () => {

@@ -135,7 +135,7 @@ test.concurrent.each<[variant: Variant, scheme: "http" | "https", files: number,
     /** Reads a folder's page, and those of the folders that it links to, as a person would. @returns links to files */
     async function explore(folder: string): Promise<string[]> {
       const page = (await get(folder, proxy.port)).toString();
-      const hrefs = [...page.matchAll(/<a href="\.\/([^"]*)">/g)].map(([, href = ""]) => folder + href);
+      const hrefs = [...page.matchAll(/<a href="(?!\.\.\/)([^"]*)">/g)].map(([, href = ""]) => folder + href);
       const folders = await Promise.all(hrefs.filter((href) => href.endsWith("/")).map(explore));
       return [...hrefs.filter((href) => !href.endsWith("/")), ...folders.flat()];
     }

@@ -1,6 +1,6 @@
 /** The parts without sockets: what vectors do not reach of parsing, formatting, policy and the connection's clockwork. */
 import { describe, expect, test } from "bun:test";
-import { mkdtempSync, realpathSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import * as client from "../client.ts";
@@ -186,7 +186,7 @@ describe("a connection", () => {
     const root = mkdtempSync(join(tmpdir(), "http-over-tcp-"));
     try {
       writeFileSync(join(root, "large"), Buffer.alloc(300_000));
-      const server = new Server(new FileSite(realpathSync(root), 256), "off", () => {});
+      const server = new Server(new FileSite(root), "off", () => {});
       const transport = new FakeTransport(1000);
       const connection = converse(transport, server);
       connection.onData(Buffer.from("GET /large HTTP/1.1\r\nHost: x\r\n\r\n"));

@@ -12,6 +12,7 @@ import {
 } from "node:fs";
 import {
   type Attempt,
+  decideFraming,
   decideNext,
   EXIT_CODES,
   type Held,
@@ -47,8 +48,13 @@ const POLICY: Policy = {
 const HELD: Held = { bytes: 40, validator: '"a"', etag: '"a"', lastModified: "", total: 100 };
 
 function head(status: number, fields: Record<string, string> = {}): ResponseHead {
-  const entries = Object.entries(fields).map(([name, value]) => [name.toLowerCase(), value] as const);
-  return { status, reasonPhrase: "", minorVersion: 1, fields: entries, text: "" };
+  const start = {
+    status,
+    reasonPhrase: "",
+    fields: new Map(Object.entries(fields).map(([name, value]) => [name.toLowerCase(), [value]] as const)),
+    text: "",
+  };
+  return { ...start, framing: decideFraming(start, false, "GET") };
 }
 
 /** A verdict in a word or two. */
@@ -58,7 +64,8 @@ function judge(
   policy: Partial<Policy> = {},
   request: { method?: string; isLastTry?: boolean; hasRange?: boolean } = {},
 ): string {
-  const verdict = judgeHead(response, held, { ...POLICY, ...policy }, request);
+  const asked = { method: "GET", hasRange: held.bytes > 0, isLastTry: false, ...request };
+  const verdict = judgeHead(response, held, { ...POLICY, ...policy }, asked);
   switch (verdict.action) {
     case "deliver":
       return held.bytes > 0 && verdict.held.bytes === 0 ? "start over" : `deliver from ${verdict.from}`;
@@ -167,9 +174,11 @@ describe("judgeHead", () => {
   });
 
   test("remembers what an earlier response said of the same version", () => {
-    const verdict = judgeHead(head(200, { ETag: '"a"' }), HELD, POLICY);
+    const asked = { method: "GET", hasRange: true, isLastTry: false };
+    const verdict = judgeHead(head(200, { ETag: '"a"' }), HELD, POLICY, asked);
     expect(verdict).toMatchObject({ action: "deliver", held: { total: 100, bytes: 40 } });
-    const fresh = judgeHead(head(200, { ETag: '"a"' }), { ...HELD, bytes: 0, validator: '"b"', etag: '"b"' }, POLICY);
+    const other = { ...HELD, bytes: 0, validator: '"b"', etag: '"b"' };
+    const fresh = judgeHead(head(200, { ETag: '"a"' }), other, POLICY, asked);
     expect(fresh).toMatchObject({ action: "deliver", held: { total: undefined, validator: '"a"' } });
   });
 

@@ -1,5 +1,6 @@
 /**
- * Takes pictures of the page that lists a folder, light and dark, on a desktop and on a phone, for who wants to look:
+ * Takes pictures of the page that lists a folder, light and dark, on a desktop and on a phone. docs/listing.png is one of
+ * them, shared-desktop-light.png:
  *   bun test/screenshots.ts DIR_OUT [SERVER]     SERVER: another server.ts to look at
  */
 import { mkdirSync, writeFileSync } from "node:fs";

@@ -286,6 +286,19 @@ print(answers)`;
     expect([stdout, exitCode]).toEqual(["", 1]);
   });
 
+  test("nor is a port free that a program has just left without SO_REUSEADDR: the message says to wait", async () => {
+    // The side that closes first keeps the port in TIME_WAIT.
+    const code = `
+import socket
+s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(1)
+c = socket.create_connection(s.getsockname()); a, _ = s.accept(); a.close(); c.recv(1)
+print(s.getsockname()[1])`;
+    const left = await run(["python3", "-c", code]);
+    const { stderr, exitCode } = await runProgram("server", variant, ["--port", left.stdout.trim()]);
+    expect(stderr).toContain("; if it has just ended, wait a minute\n");
+    expect(exitCode).toBe(1);
+  });
+
   const wrongUsages = [
     "--nonsense",
     "extra",

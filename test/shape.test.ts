@@ -1,8 +1,9 @@
 /** The shape of the project: what a copy of one file, a binary in a hostile folder and the README rely on. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { accessSync, constants, existsSync, readFileSync } from "node:fs";
+import { accessSync, constants, existsSync, readdirSync, readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { PROGRAMS } from "../.ci/build.ts";
+import { drawFigures } from "../docs/figures.ts";
 import { LIMITS } from "../server.ts";
 import { ROOT, run, runProgram, startServer, temporaryFolder, VARIANTS } from "./harness.ts";
 
@@ -26,7 +27,7 @@ describe.each(PROGRAMS)("%s.ts", (program) => {
 
   test("imports nothing but built-ins of Bun and Node", () => {
     const imports = [...text.matchAll(/^import .* from "(.*)";$|\bimport\("(.*?)"\)|\brequire\("(.*?)"\)/gm)];
-    expect(imports.length).toBeGreaterThan(0);
+    expect(imports.length > 0 || program === "client").toBeTrue(); // client.ts needs none
     for (const [, from, dynamic, required] of imports) expect(from ?? dynamic ?? required).toMatch(/^(node:|bun$)/);
   });
 
@@ -45,10 +46,10 @@ describe.each(PROGRAMS)("%s.ts", (program) => {
     expect(text.slice(0, text.indexOf("*/")).split("\n").length).toBeLessThanOrEqual(30);
   });
 
-  test("says in --help what the README says, and has the version of package.json", async () => {
+  test("says in --help what docs/reference.md says, and has the version of package.json", async () => {
     const help = await runProgram(program, "script", ["--help"]);
     expect(help.exitCode).toBe(0);
-    expect(read("README.md")).toContain(`\n\`\`\`text\n${help.stdout}\`\`\`\n`);
+    expect(read("docs/reference.md")).toContain(`\n\`\`\`text\n${help.stdout}\`\`\`\n`);
     const version = await runProgram(program, "script", ["--version"]);
     expect(version.stdout).toBe(`${program} ${JSON.parse(read("package.json")).version}\n`);
   });
@@ -83,30 +84,59 @@ describe.each(PROGRAMS)("%s.ts", (program) => {
   );
 });
 
-test("the README has what server --help limits prints", async () => {
-  const limits = await runProgram("server", "script", ["--help", "limits"]);
-  expect(limits.exitCode).toBe(0);
-  expect(read("README.md")).toContain(`\n\`\`\`text\n${limits.stdout}\`\`\`\n`);
+/** The cells of the rows of all tables, without the white space around them. */
+const tableRows = (text: string) =>
+  text
+    .split("\n")
+    .filter((line) => line.startsWith("|"))
+    .map((line) =>
+      line
+        .split("|")
+        .slice(1, -1)
+        .map((cell) => cell.trim()),
+    );
+
+test("docs/reference.md has each limit with its default, its meaning in --help limits, and the reason in the code", async () => {
+  const { stdout, exitCode } = await runProgram("server", "script", ["--help", "limits"]);
+  expect(exitCode).toBe(0);
+  const source = /^const BOUNDS = \{\n(.*?)^\} as const/ms.exec(read("server.ts"))?.[1] ?? "";
+  const reasons = [...source.matchAll(/^ {2}\/\*\* (.*) \*\/$/gm)].map(([, reason = ""]) => reason);
+  const printed = [...stdout.matchAll(/^ {2}(--\S+) +(\d+) {2}(.*)$/gm)];
+  expect(printed.length).toBe(Object.keys(LIMITS).length);
+  const expected = printed.map(([, flag, value = "", meaning = ""], index) => [
+    `\`${flag}\``,
+    value,
+    meaning,
+    reasons[index] ?? "",
+  ]);
+  const rows = tableRows(read("docs/reference.md"));
+  expect(rows.filter(([flag = ""]) => /^`--\S+-(max|ms)`$/.test(flag))).toEqual(expected);
+  const chinese = tableRows(read("docs/README.zh-CN.md")).filter(([flag = ""]) => /^`--\S+-(max|ms)`$/.test(flag));
+  expect(chinese.map(([flag, value]) => [flag, value])).toEqual(expected.map(([flag, value]) => [flag, value]));
 });
 
-test("the README has each limit of the server's with its default and the reason that stands beside it in the code", () => {
-  const source = /^const BOUNDS = \{\n(.*?)^\} as const/ms.exec(read("server.ts"))?.[1] ?? "";
-  const rows = read("README.md").replace(/ +/g, " ");
-  let reason = "";
-  let limits = 0;
-  for (const line of source.split("\n")) {
-    reason = /^ {2}\/\*\* (.*) \*\/$/.exec(line)?.[1] ?? reason;
-    const [, name = "", value = ""] = /^ {2}(\w+): \[([\d_]+),/.exec(line) ?? [];
-    if (name === "") continue;
-    limits++;
-    const flag = name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
-    expect(rows).toContain(`| \`--${flag}\` | ${value.replaceAll("_", "")} | ${reason} |`);
+test("the Chinese README has a row for each option that --help has", async () => {
+  const told = tableRows(read("docs/README.zh-CN.md")).map(([options = ""]) => options);
+  const flags = (text: string) => new Set(text.match(/(?<=^|[ `])--?[a-zA-Z][\w-]*/g));
+  const chinese = flags(told.filter((options) => options.startsWith("`-")).join("\n"));
+  const english = new Set<string>();
+  for (const [program, topic] of [["server"], ["client-robust"], ["server", "limits"]] as const) {
+    const help = await runProgram(program, "script", ["--help", ...(topic === undefined ? [] : [topic])]);
+    for (const [line] of help.stdout.matchAll(/^ {2,6}-.*$/gm))
+      for (const flag of flags(line.trim().split(/ {2,}/)[0] ?? "")) english.add(flag);
   }
-  expect(limits).toBe(Object.keys(LIMITS).length);
+  expect(english.size).toBeGreaterThan(40);
+  expect([...chinese].sort()).toEqual([...english].sort());
+});
+
+test("the README fits on two screens of a terminal, and has the figures of bench/results.json", () => {
+  expect(read("README.md").split("\n").length - 1).toBeLessThanOrEqual(150);
+  expect(read("docs/figures.svg")).toBe(drawFigures());
 });
 
 test("every link of the documents leads to a file, and to a heading that is there", () => {
-  const documents = ["README.md", "docs/scaling.md", "docs/README.zh-CN.md", "bench/README.md", "bench/RESULTS.md"];
+  const docs = ["scaling", "reference", "lab", "lab.zh-CN", "audit", "README.zh-CN"].map((name) => `docs/${name}.md`);
+  const documents = ["README.md", ...docs, "bench/README.md", "bench/RESULTS.md"];
   const anchors = (path: string) =>
     [...read(path).matchAll(/^#+ (.*)$/gm)].map(([, heading = ""]) =>
       heading
@@ -122,6 +152,33 @@ test("every link of the documents leads to a file, and to a heading that is ther
       expect(existsSync(join(ROOT, target)), `${document}: ${link}`).toBeTrue();
       if (anchor !== undefined) expect(anchors(target), `${document}: ${link}`).toContain(anchor);
     }
+});
+
+test("every test, vector and piece of code that docs/audit.md names is there, for each threat of SECURITY.md", () => {
+  const names = readdirSync(join(ROOT, "test")).filter((name) => name.endsWith(".ts"));
+  const tests = names.map((name) => read(`test/${name}`)).join("\n");
+  const vectors = ["request", "response", "path"].flatMap((kind) => readdirSync(join(ROOT, "test/vectors", kind)));
+  const rows = tableRows(read("docs/audit.md")).filter(([threat]) => threat !== "threat" && !threat?.startsWith("-"));
+  for (const [threat = "", shown = ""] of rows) {
+    for (const [, words = ""] of shown.matchAll(/"(.*?)"/g))
+      expect(tests.includes(words), `${threat}: ${words}`).toBeTrue();
+    for (const [, name = ""] of shown.matchAll(/(?<!code: )`([a-z\d*-]+)`/g))
+      if (!name.startsWith("--"))
+        expect(
+          vectors.some((file) => new Bun.Glob(`${name}.txt`).match(file)),
+          `${threat}: ${name}`,
+        ).toBeTrue();
+    for (const [, code = ""] of shown.matchAll(/code: `(?:\w+\.)?(\w+)`/g))
+      expect(
+        sources.some(({ text }) => new RegExp(`\\b${code}\\(`).test(text)),
+        `${threat}: ${code}`,
+      ).toBeTrue();
+  }
+  const threats = (page: string) =>
+    tableRows(read(page))
+      .map(([threat = ""]) => threat.replace(/ \(.*/, ""))
+      .filter((threat) => !threat.startsWith("-"));
+  expect(threats("docs/audit.md")).toEqual(threats("SECURITY.md"));
 });
 
 test("what two scripts share is the same in both", () => {
@@ -171,42 +228,67 @@ test("Bun gives each data event bytes of its own, as client-robust.ts relies on"
   ).toBeTrue();
 });
 
-test("the Chinese README has the same command blocks as the English one, in the same order, and the same numbers in its tables", () => {
-  const english = read("README.md");
-  const chinese = read("docs/README.zh-CN.md");
+test("the Chinese README has the same blocks as the English one, in the same order, and the same three programs", () => {
+  const [english, chinese] = [read("README.md"), read("docs/README.zh-CN.md")];
   const fencedBlock = /^```.*?^```$/gms;
   expect(chinese.match(fencedBlock)).toEqual(english.match(fencedBlock));
+  const programs = (text: string) =>
+    tableRows(text)
+      .filter(([name = ""]) => name.endsWith(".ts`"))
+      .map(([name, lines]) => [name, lines]);
+  expect(programs(english).length).toBe(PROGRAMS.length);
+  expect(programs(chinese)).toEqual(programs(english));
+});
 
-  /** Of each row of each table in order: its code spans and its numbers, sorted, as another language orders them otherwise. */
-  const tables = (text: string) =>
-    [...text.replace(fencedBlock, "").matchAll(/(?:^\|.*\n)+/gm)].map(([table]) =>
-      table
-        .trimEnd()
-        .split("\n")
-        .map((row) => (row.match(/`[^`]+`|\d+(?:[.,]\d+)*/g) ?? []).sort()),
-    );
-  // One section is the Chinese README's own: the way from the tutorial to the code.
-  const own = /^## 从教程到代码\n.*?(?=^## )/ms.exec(chinese)?.[0] ?? "";
-  const translated = tables(chinese.replace(own, ""));
-  expect(own).not.toBe("");
-  for (const [index, table] of tables(english).entries()) expect(translated[index]).toEqual(table);
-  expect(translated.length).toBe(tables(english).length);
+test.each(["docs/lab.md", "docs/lab.zh-CN.md"])(
+  "%s: the functions that each step has become stand in the section that it says",
+  (page) => {
+    const parts = read(page)
+      .split(/^### .*[:：] ?(?=\S+\.ts$)/m)
+      .slice(1);
+    expect(parts.length).toBe(PROGRAMS.length);
+    for (const part of parts) {
+      const [script = "", ...rows] = part.split("\n");
+      const places = read(script).split(/^\/\/ ═══ (?=\d)/m);
+      const steps = [
+        ...rows
+          .map((row) => row.split("|")[2] ?? "")
+          .join("\n")
+          .matchAll(/((?:`\w+`(?:, |、| → )?)+) \((\d+)\)/g),
+      ];
+      expect(steps.length).toBeGreaterThan(4);
+      for (const [, names = "", place] of steps)
+        for (const [name] of names.matchAll(/\w+/g)) {
+          const text = places.find((text) => text.startsWith(`${place} `)) ?? "";
+          expect(new RegExp(`\\b${name}\\b`).test(text), `${script}, section ${place}: ${name}`).toBeTrue();
+        }
+    }
+  },
+);
 
-  // The same outline, and the same numbers and code spans in the prose of each section.
-  const sections = (text: string) => text.replace(fencedBlock, "").split(/^(?=#+ )/m);
-  const told = (section: string) =>
-    (section.replace(/\]\([^)]*\)/g, "]").match(/^#+|`[^`]+`|\d+(?:[.,]\d+)*/g) ?? []).sort();
-  expect(sections(chinese.replace(own, "")).map(told)).toEqual(sections(english).map(told));
-
-  // The functions that its second column names stand in the section of the script that it says: `name`（7）.
-  for (const part of own.split(/^### .*：/m).slice(1)) {
-    const [script = "", ...rows] = part.split("\n");
-    const places = read(script).split(/^\/\/ ═══ (?=\d)/m);
-    const does = rows.map((row) => row.split("|")[2] ?? "").join("\n");
-    for (const [, names = "", place] of does.matchAll(/((?:`\w+`(?:、| → )?)+)（(\d+)）/g))
-      for (const [name] of names.matchAll(/\w+/g)) {
-        const text = places.find((text) => text.startsWith(`${place} `)) ?? "";
-        expect(new RegExp(`\\b${name}\\b`).test(text), `${script}, section ${place}: ${name}`).toBeTrue();
+test("each section that the lab sends its readers to has that title, and each name is there", () => {
+  const titles = new Map(
+    PROGRAMS.map((program) => [
+      `${program}.ts`,
+      [...read(`${program}.ts`).matchAll(/^\/\/ ═══ (\d+) (.*?) ═+$/gm)].map(
+        ([, number, title]) => `${number} "${title}"`,
+      ),
+    ]),
+  );
+  const everything = sources.map(({ text }) => text).join("\n");
+  let sections = 0;
+  for (const [paragraph] of read("docs/lab.md").matchAll(/^\*\*Read on\*\*.*?(?=\n\n|$(?![\s\S]))/gms)) {
+    for (const [, name] of paragraph.matchAll(/`(\w+)`/g))
+      expect(new RegExp(`\\b${name}\\b`).test(everything), `no script has ${name}`).toBeTrue();
+    let script = "";
+    for (const [, file, number, title] of paragraph
+      .replace(/\s+/g, " ")
+      .matchAll(/([\w-]+\.ts)|[Ss]ection (\d+) "(.*?)"/g))
+      if (file !== undefined) script = file;
+      else {
+        sections++;
+        expect(titles.get(script), `${script}: section ${number}`).toContain(`${number} "${title}"`);
       }
   }
+  expect(sections).toBeGreaterThan(12);
 });
