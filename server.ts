@@ -1774,7 +1774,7 @@ const PIECE_BYTES = 262_144; // A file is read, and written to a socket, in piec
 const PIECES_PER_TURN = 16; // After so many pieces for one connection, the others have their turn.
 const SMALL_FILE_BYTES_MAX = 65_536; // A file up to this size is read at once and sent with its head.
 const RANGES_MAX = 50; // A request for more gets the whole file. PDF readers and zsync ask for some ten.
-const KNOWN_FILES_MAX = 16_384; // What was found out about a file is kept in memory: about 700 bytes.
+const KNOWN_FILES_MAX = 16_384; // What was found out about a file is kept in memory: about 1 KB.
 const FOUND_BELOW_MS = 1000; // For this long, a file that was found below the root is not looked for again.
 const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: a response waits this long for it.
 const DIGEST_WAITERS_MAX = 8; // So many responses may wait for a digest at once; others go without.
@@ -2058,6 +2058,8 @@ class KnownFile {
   readonly validators: string;
   /** Another request may find the same version. */
   readonly isLasting: boolean;
+  /** The response that most requests get, but for its content: all of the file, without a digest. */
+  usual: Response | undefined;
   /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
   digest: string | undefined;
   private hasher: Bun.CryptoHasher | undefined;
@@ -2239,6 +2241,21 @@ const prepareFile = (status: number, lines: string, content: Uint8Array = NO_BYT
 const NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n";
 const contentRange = ({ from, to }: ByteRange, size: number) => `Content-Range: bytes ${from}-${to - 1}/${size}\r\n`;
 
+/** The response with a file or parts of it, but for its content. */
+function prepareContent(
+  { size, type, validators, digest }: KnownFile,
+  ranges: readonly ByteRange[] | undefined,
+  boundary: string,
+  length: number,
+  wantsDigest: boolean,
+): Response {
+  const sent = boundary === "" ? type : `multipart/byteranges; boundary=${boundary}`;
+  let lines = `Content-Type: ${sent}\r\n${NO_SNIFFING}Accept-Ranges: bytes\r\n${validators}Content-Length: ${length}\r\n`;
+  if (ranges?.[0] !== undefined && boundary === "") lines += contentRange(ranges[0], size);
+  if (wantsDigest && digest !== undefined) lines += `Repr-Digest: sha-256=:${digest}:\r\n`;
+  return prepareFile(ranges === undefined ? 200 : 206, lines);
+}
+
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
 function respondContent(
   method: Method,
@@ -2246,17 +2263,14 @@ function respondContent(
   ranges: readonly ByteRange[] | undefined,
   wantsDigest: boolean,
 ): Response {
-  const { size, type, validators, digest } = file.known;
-  const [range = { from: 0, to: size }, second] = ranges ?? [];
+  const { known } = file;
+  const [range = { from: 0, to: known.size }, second] = ranges ?? [];
   const boundary = second === undefined ? "" : crypto.randomUUID();
-  const segments =
-    ranges === undefined || second === undefined ? [range] : separateRanges(ranges, file.known, boundary);
+  const segments = ranges === undefined || second === undefined ? [range] : separateRanges(ranges, known, boundary);
   const part = new FilePart(file, segments, wantsDigest);
-  const sent = second === undefined ? type : `multipart/byteranges; boundary=${boundary}`;
-  let lines = `Content-Type: ${sent}\r\n${NO_SNIFFING}Accept-Ranges: bytes\r\n${validators}Content-Length: ${part.left}\r\n`;
-  if (ranges !== undefined && second === undefined) lines += contentRange(range, size);
-  if (wantsDigest && digest !== undefined) lines += `Repr-Digest: sha-256=:${digest}:\r\n`;
-  const response = prepareFile(ranges === undefined ? 200 : 206, lines);
+  const isUsual = ranges === undefined && !wantsDigest;
+  const response = (isUsual && known.usual) || prepareContent(known, ranges, boundary, part.left, wantsDigest);
+  if (isUsual) known.usual = response;
   if (method === "HEAD") return closeAfter(file, response);
   if (part.left > SMALL_FILE_BYTES_MAX) return { ...response, part };
   const content = new Uint8Array(part.left);
