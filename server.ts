@@ -661,8 +661,11 @@ function checkHost(head: RequestHead): Rejection | "" {
   // Nearly every Host is a name, or a name and a port: no text is made of it.
   const from = skipWhile(OWS, bytes, host, to);
   let at = skipWhile(REG_NAME, bytes, from, to);
-  if (at > from && bytes[at] === COLON) at = skipWhile(DIGIT, bytes, at + 1, at + 5);
-  return (at > from && bytes[at] === CR) || isAuthority(trimOws(valueAt(head, host))) ? "" : "host-invalid";
+  let port = 0;
+  if (at > from && bytes[at] === COLON)
+    for (at++; DIGIT[byteAt(bytes, at)] === 1; at++) port = 10 * port + byteAt(bytes, at) - 0x30;
+  const isUsual = at > from && bytes[at] === CR && port <= 65_535;
+  return isUsual || isAuthority(trimOws(valueAt(head, host))) ? "" : "host-invalid";
 }
 
 function isAuthority(text: string): boolean {
