@@ -5,7 +5,6 @@
  */
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { median } from "./measure.ts";
 import { formatRatio } from "./report.ts";
 import {
   isLessBetter,
@@ -15,6 +14,7 @@ import {
   type Subject,
   type SubjectResult,
   SUBJECTS,
+  median,
 } from "./results.ts";
 
 const WIDTH = 800;

@@ -12,7 +12,6 @@ import {
   interleave,
   measureLoad,
   mostResidentMiB,
-  type Sample,
   spawn,
   twoCores,
 } from "./measure.ts";
@@ -28,7 +27,7 @@ import {
   stopPeers,
   versionsOf,
 } from "./peers.ts";
-import { REFERENCES, type Measured, toRows, type WorkloadResult } from "./results.ts";
+import { REFERENCES, type Measured, type Sample, toRows, type WorkloadResult } from "./results.ts";
 
 const LARGE_BYTES = 2 ** 31;
 const GIB = 2 ** 30;

@@ -4,13 +4,7 @@
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-
-/** What one measurement gave: of `main` more or less is better, as the workload says; of CPU less. */
-export interface Sample {
-  readonly main: number;
-  /** User and system time of the process that is measured, for each request, run or GiB. */
-  readonly cpu: number;
-}
+import type { Sample } from "./results.ts";
 
 export interface Effort {
   readonly rounds: number;
@@ -234,10 +228,4 @@ export async function interleave<P extends { readonly name: string }>(
   }
   process.stderr.write(process.stderr.isTTY ? "\r\x1b[K" : `${title}: ${round - 1} rounds\n`);
   return samples;
-}
-
-export function median(values: readonly number[]): number {
-  const sorted = values.toSorted((a, b) => a - b);
-  const at = (index: number) => sorted[index] ?? Number.NaN;
-  return (at((sorted.length - 1) >> 1) + at(sorted.length >> 1)) / 2;
 }

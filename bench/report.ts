@@ -3,7 +3,7 @@
  */
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { median, run } from "./measure.ts";
+import { run } from "./measure.ts";
 import {
   REFERENCES,
   type Results,
@@ -12,6 +12,7 @@ import {
   type SubjectResult,
   SUBJECTS,
   type WorkloadResult,
+  median,
 } from "./results.ts";
 
 /** Three digits, or two places where that is more than enough. */

@@ -5,7 +5,19 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import { availableParallelism, loadavg, release } from "node:os";
 import { join } from "node:path";
-import { median, type Sample } from "./measure.ts";
+
+/** What one measurement gave: of `main` more or less is better, as the workload says; of CPU less. */
+export interface Sample {
+  readonly main: number;
+  /** User and system time of the process that is measured, for each request, run or GiB. */
+  readonly cpu: number;
+}
+
+export function median(values: readonly number[]): number {
+  const sorted = values.toSorted((a, b) => a - b);
+  const at = (index: number) => sorted[index] ?? Number.NaN;
+  return (at((sorted.length - 1) >> 1) + at(sorted.length >> 1)) / 2;
+}
 
 export const SUBJECTS = ["server", "client", "files"] as const;
 export type Subject = (typeof SUBJECTS)[number];

@@ -6,8 +6,7 @@
  * Each is a median divided by that of the peer. A time is turned round, so that more is better everywhere.
  */
 import { join } from "node:path";
-import { median } from "../bench/measure.ts";
-import { readResults, REFERENCES, type Subject } from "../bench/results.ts";
+import { median, readResults, REFERENCES, type Subject } from "../bench/results.ts";
 
 const FIGURES: readonly (readonly [subject: Subject, workload: string, ours: string, title: string])[] = [
   ["server", "plain", "server.ts", "a text, requests/s"],
