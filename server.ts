@@ -634,7 +634,7 @@ const valueAt = ({ bytes, to }: RequestHead, from: number) =>
 function noteExpectation(head: RequestHead, value: string): void {
   // In an HTTP/1.0 request 100-continue is ignored.
   head.expectsContinue ||= head.minorVersion > 0 && /100-continue/i.test(value);
-  head.hasOtherExpectation ||= !/^(?:100-continue|[\t ,])*$/i.test(value);
+  head.hasOtherExpectation ||= !/^[\t ,]*(?:100-continue[\t ]*(?:,[\t ,]*|$))*$/i.test(value);
 }
 
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
