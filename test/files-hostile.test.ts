@@ -35,7 +35,7 @@ const openFiles = (pid: number) => fs.readdirSync(`/proc/${pid}/fd`).length;
 
 /** Waits for what no event tells. @throws where it does not come true within 5 s */
 async function until(what: string, isTrue: () => boolean): Promise<void> {
-  const deadline = performance.now() + 5000;
+  const deadline = performance.now() + 30_000;
   while (!isTrue()) {
     if (performance.now() > deadline) throw new Error(`it did not come to this: ${what}`);
     await Bun.sleep(10);
@@ -381,7 +381,7 @@ describe.each(VARIANTS)("hostile to files (%s)", (variant) => {
     // Had anybody opened the FIFO, this message would have been lost on him.
     expect((await run(["timeout", "5", "cat", fifo])).stdout).toBe("undisturbed");
     expect(await writer.child.exited).toBe(0);
-  }, 20_000);
+  });
 
   test("links and folders that are swapped at any moment let no secret out", async () => {
     await using planted = await plantedFolder();
@@ -412,7 +412,7 @@ describe.each(VARIANTS)("hostile to files (%s)", (variant) => {
     expect([...(statuses.get("/swapped/secret.txt") ?? [])]).toEqual([404]);
     expect(fs.readFileSync(join(base, "outside/secret.txt"), "utf8")).toBe(`${SECRET}\n`);
     await expectToServe(server.port);
-  }, 20_000);
+  });
 
   test("a file that changes while slow peers take it is cut off; one that goes away or is replaced is finished", async () => {
     await using planted = await plantedFolder();
@@ -436,7 +436,7 @@ describe.each(VARIANTS)("hostile to files (%s)", (variant) => {
     const pairs = changes.map(({ title }, i) => [title, outcomes[i]]);
     expect(pairs).toEqual(changes.map(({ title, isWhole }) => [title, isWhole ? "whole" : "cut off"]));
     await until("no file is left open", () => openFiles(server.pid) === before);
-  }, 20_000);
+  });
 
   test("peers that ask for a large file and take none of it cost no memory, and leave no file open", async () => {
     await using planted = await plantedFolder();

@@ -217,4 +217,4 @@ test(`every answer comes whole, once and in order, however it is asked for and t
     }
   }
   if (process.platform === "linux") expect(open()).toBe(before);
-}, 60_000);
+});

@@ -29,7 +29,7 @@ const residentMiB = (pid: number) =>
 const openFiles = (pid: number) => readdirSync(`/proc/${pid}/fd`).length;
 
 /** Waits for what no event tells. @throws where it does not come true within the time */
-async function until(what: string, isTrue: () => boolean, milliseconds = 10_000): Promise<void> {
+async function until(what: string, isTrue: () => boolean, milliseconds = 30_000): Promise<void> {
   const deadline = performance.now() + milliseconds;
   while (!isTrue()) {
     if (performance.now() > deadline) throw new Error(`it did not come to this: ${what}`);
@@ -464,7 +464,7 @@ print(sent)`;
     expect(await ask(GET.repeat(1200))).toEqual(Array(1200).fill(200));
     expect(await ask(`${GET.repeat(1200)}GET /inc`)).toEqual([...Array(1200).fill(200), 400]);
     // At once, not after the time to linger.
-    await until("the server has closed", () => openFiles(server.child.pid) <= before, 2000);
+    await until("the server has closed", () => openFiles(server.child.pid) <= before, 4000);
   });
 
   test.concurrent(
@@ -526,7 +526,7 @@ print(sent)`;
     const before = openFiles(server.child.pid);
     for (const last of [GET_AND_CLOSE, "nonsense\r\n", "GET / HTTP/1.0\r\n\r\n"]) await exchange(server.port, [last]);
     await exchange(server.port, [GET], { finish: true });
-    await until("the server has closed", () => openFiles(server.child.pid) <= before, 2000);
+    await until("the server has closed", () => openFiles(server.child.pid) <= before, 4000);
   });
 
   test.concurrent("the last answer to a peer that has half-closed says close", async () => {
