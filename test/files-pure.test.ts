@@ -726,4 +726,22 @@ describe("a connection that sends files", () => {
     await turns(1);
     expect(transport.calls.slice(-2)).toEqual(["shutdown", "end"]);
   });
+
+  test("waits for a digest with nothing of its own in the output that all connections share", async () => {
+    await using all = await connect(Number.POSITIVE_INFINITY);
+    const other = new FakeTransport();
+    const others = converse(other, all.server);
+    all.connection.onData(
+      Buffer.concat([get("GET /nothing HTTP/1.1"), get("HEAD /a HTTP/1.1", "Want-Repr-Digest: sha-256=1")]),
+    );
+    await turns(1);
+    others.onData(get("OPTIONS /a HTTP/1.1"));
+    await turns(1);
+    const statuses = ({ written }: FakeTransport) => written.match(/HTTP\/1\.1 \d+/g);
+    expect([statuses(all.transport), statuses(other)]).toEqual([["HTTP/1.1 404"], ["HTTP/1.1 204"]]);
+    for (let i = 0; statuses(all.transport)?.length === 1 && i < 1000; i++) await turns(1);
+    expect(statuses(all.transport)).toEqual(["HTTP/1.1 404", "HTTP/1.1 200"]);
+    expect(all.transport.written).toContain("\r\nRepr-Digest: sha-256=:");
+    others.onClose();
+  });
 });
