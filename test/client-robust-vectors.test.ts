@@ -23,7 +23,7 @@ import { command, ROOT, type Variant, VARIANTS } from "./harness.ts";
 import { parseMessage, readVectors, splits, type Vector } from "./vector.ts";
 
 // A machine that is busy otherwise takes its time; READ_MS_MAX bounds each reading.
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 const SEED = Number(process.env["SEED"] ?? Date.now() % 2 ** 31);
 console.log(`SEED=${SEED}`);
@@ -74,7 +74,7 @@ const show = (bytes: Buffer) =>
 // ── (a) receiveHead and receiveContent ──
 
 /** Reading in time that grows with the square of the length is a way to hang. What is sound takes a hundredth of this. */
-const READ_MS_MAX = 2000;
+const READ_MS_MAX = 10_000;
 
 /** Gives pieces as a connection would. Where the peer does not close, it would go on waiting after the last one. */
 class Pieces implements Source {

@@ -17,7 +17,7 @@ import {
   VARIANTS,
 } from "./harness.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 /** A python server that answers each connection, once the request is there, by running `answer`. */
 const serving = (answer: string) => `

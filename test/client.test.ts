@@ -15,7 +15,7 @@ import {
 } from "./harness.ts";
 
 // What waits for a deadline waits beside the others.
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 /** A python server that takes one connection, receives once, runs `answer` and closes. */
 const onceWith = (answer: string) => `

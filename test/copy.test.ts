@@ -1,8 +1,10 @@
 /** A copy of server.ts, changed as its comments say that a copy can be changed. */
-import { expect, test } from "bun:test";
+import { expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { exchange, ROOT, run, startCopy } from "./harness.ts";
+
+setDefaultTimeout(60_000);
 
 const source = readFileSync(join(ROOT, "server.ts"), "utf8");
 /** The example in the comment of `respond`: a health endpoint in JSON, and an echo. */

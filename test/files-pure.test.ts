@@ -24,7 +24,7 @@ import { Random } from "./random.ts";
 import { converse, FakeTransport, nextTurn } from "./transport.ts";
 import { temporaryFolder } from "./harness.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 const seed = Number(process.env["SEED"] ?? Date.now() % 2 ** 32);
 

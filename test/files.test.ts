@@ -38,7 +38,7 @@ import { type Plan, startProxy } from "./proxy.ts";
 import { Random } from "./random.ts";
 
 // Where little of the machine is ours, all takes its time; nothing here is about time.
-setDefaultTimeout(60_000);
+setDefaultTimeout(120_000);
 const PATIENCE = ["--head-timeout-ms", "60000"];
 
 const seed = Number(process.env["SEED"] ?? Date.now() % 2 ** 32);

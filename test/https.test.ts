@@ -14,7 +14,7 @@ import {
   VARIANTS,
 } from "./harness.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 /** Answers each connection over TLS with an HTTP/1.0 response of `size` bytes, and closes in the way of `end`. */
 const CLOSING = `

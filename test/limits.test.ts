@@ -4,7 +4,7 @@ import { LIMITS } from "../server.ts";
 import { exchange, Peer, run, startCopy, startServer, VARIANTS } from "./harness.ts";
 
 // What waits for a deadline waits beside the others.
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 const GET = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";
 const POST = "POST / HTTP/1.1\r\nHost: x\r\n";

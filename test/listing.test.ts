@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { DESKTOP, makeExampleFolder, ODD_NAMES, PHONE, startBrowser, Tab } from "./browser.ts";
 import { hasTool, startServer, temporaryFolder } from "./harness.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 const hasChromium = hasTool("chromium");
 

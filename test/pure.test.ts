@@ -1,5 +1,5 @@
 /** The parts without sockets: what vectors do not reach of parsing, formatting, policy and the connection's clockwork. */
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -17,6 +17,8 @@ import {
   TextSite,
 } from "../server.ts";
 import { converse, FakeTransport, nextTurn } from "./transport.ts";
+
+setDefaultTimeout(60_000);
 
 const GET = Buffer.from("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
 

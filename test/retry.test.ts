@@ -30,7 +30,7 @@ import { canMount, command, run, runProgram, saveToFile, temporaryFolder, VARIAN
 import { type Answer, CONTENT, rangeOf, raw, reprDigest, scripted, serving, sha256 } from "./origin.ts";
 
 // Most of the time nothing happens here: what waits for its retry waits beside the others.
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 // ── the policy ──
 

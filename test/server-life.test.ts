@@ -8,7 +8,7 @@ import { dirname, join } from "node:path";
 import { exchange, hasTool, makeCertificate, Peer, run, startServer, temporaryFolder, VARIANTS } from "./harness.ts";
 
 // A test that waits for a deadline waits beside the others.
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 const GET = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";
 const GET_AND_CLOSE = "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";

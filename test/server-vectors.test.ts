@@ -8,11 +8,13 @@
  *     finish: yes             the peer sends FIN after the message
  *     interim: 100            100 Continue comes before the answer where the content was not there yet
  */
-import { expect, test } from "bun:test";
+import { expect, setDefaultTimeout, test } from "bun:test";
 import { REJECTIONS, Server, TextSite, type Transport } from "../server.ts";
 import { exchange, startServer, VARIANTS } from "./harness.ts";
 import { converse, nextTurn } from "./transport.ts";
 import { readVectors, splits, type Vector } from "./vector.ts";
+
+setDefaultTimeout(60_000);
 
 const SEED = Number(process.env["SEED"] ?? Date.now() % 2 ** 31);
 console.log(`SEED=${SEED}`);

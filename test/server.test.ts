@@ -1,5 +1,5 @@
 /** server.ts from outside: the script and the binary, over real sockets, with curl, python3, ab and wrk as peers. */
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync, readFileSync } from "node:fs";
 import { DEFAULTS, LIMITS } from "../server.ts";
 import {
@@ -18,6 +18,8 @@ import {
   Transcript,
   VARIANTS,
 } from "./harness.ts";
+
+setDefaultTimeout(60_000);
 
 const GET = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";
 const GET_AND_CLOSE = "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";

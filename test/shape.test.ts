@@ -8,7 +8,7 @@ import { LIMITS } from "../server.ts";
 import { ROOT, run, runProgram, startServer, temporaryFolder, VARIANTS } from "./harness.ts";
 
 // The binaries are built for the first test that needs one.
-setDefaultTimeout(30_000);
+setDefaultTimeout(60_000);
 
 const read = (path: string) => readFileSync(join(ROOT, path), "utf8");
 const sources = PROGRAMS.map((program) => ({ program, text: read(`${program}.ts`) }));
