@@ -95,22 +95,11 @@ interface Sink {
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
 
-/** What the user asked for, as far as decisions depend on it. */
-export interface Policy {
-  readonly keepsOnlyContent: boolean; // -o: the page of an error or of a redirect must not pass for content
+/** What the command line says: its end lists all fields. */
+type Options = Readonly<ReturnType<typeof parseCommandLine>["options"]>;
+export interface Job extends Options {
   readonly canStartOver: boolean; // the content held can be deleted; output on stdout cannot
-  readonly isVerified: boolean; // by --sha256 at the end, so pieces may be joined whatever their validators say
-  readonly followsRedirects: boolean;
-  readonly isConditional: boolean; // the user has sent a condition: a 304 is an answer even to a request for the rest
-  readonly retries: number;
-  readonly retryDelayMs: number | undefined; // the wait before each retry; undefined for one that grows
-  readonly retryMaxMs: number; // may be Infinity, as the next
-  readonly sizeMax: number;
 }
-
-/** What the command line says, and with the policy all that the user asked for. */
-type Options = ReturnType<typeof parseCommandLine>["options"];
-type Job = Options & Policy;
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -171,20 +160,6 @@ export function asTransferError(error: unknown): TransferError {
 }
 
 // ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
-
-/** What one attempt and the next ones share. */
-interface Session {
-  readonly job: Job;
-  readonly delivery: Delivery;
-  readonly clock: Clock;
-  readonly progress: ProgressLine;
-  readonly trace: Trace | undefined;
-  first: Request; // what every attempt begins with: the user's request, or the GET that a redirect has made of it
-  request: Request; // the last request
-  asksForWhole: boolean; // the next request is for the whole, though something is held
-  wasSent: boolean; // a request has been sent, in part at least
-  failures: number; // attempts in a row that have failed and brought no new data
-}
 
 /**
  * The heart: one request, one response, from connect to close.
@@ -267,14 +242,29 @@ function beginResponse(head: ResponseHead, session: Session): Verdict {
   return verdict;
 }
 
+/** What one attempt and the next ones share. */
+type Session = ReturnType<typeof beginSession>;
+function beginSession(job: Job, sink: Sink) {
+  const clock = new Clock(job);
+  return {
+    job,
+    delivery: new Delivery(sink, job),
+    clock,
+    progress: new ProgressLine(job, clock),
+    trace: job.isTraced ? new Trace(tell) : undefined,
+    first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
+    request: job.request, // the last request
+    asksForWhole: false, // the next request is for the whole, though something is held
+    wasSent: false, // a request has been sent, in part at least
+    failures: 0, // attempts in a row that have failed and brought no new data
+  };
+}
+
 /** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
 async function download(job: Job, sink: Sink): Promise<number> {
-  const [clock, delivery, { request }] = [new Clock(job), new Delivery(sink, job), job];
-  const progress = new ProgressLine(job, clock);
-  const trace = job.isTraced ? new Trace(tell) : undefined;
+  const session = beginSession(job, sink);
+  const { delivery, progress } = session;
   if (job.isTraced) fs(); // loaded before the first step, which would count the time
-  const state = { first: request, request, asksForWhole: false, wasSent: false, failures: 0 };
-  const session: Session = { job, delivery, clock, progress, trace, ...state };
   if (job.canStartOver) keepPartOnSignals(delivery);
   try {
     for (;;) {
@@ -357,17 +347,16 @@ const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 export function judgeHead(
   head: ResponseHead,
   held: Held,
-  policy: Policy,
+  job: Job,
   asked: { method: string; hasRange: boolean; isLastTry: boolean },
 ): Verdict {
   const { status } = head;
   const location = REDIRECT_STATUSES.includes(status) ? asText(fieldValues(head, "location")[0] ?? "") : "";
-  if (policy.followsRedirects && location !== "") return { action: "redirect", status, location };
-  if (status === 304 && policy.keepsOnlyContent && (held.bytes === 0 || policy.isConditional))
-    return { action: "unchanged" };
-  const onlyContentCounts = policy.keepsOnlyContent || held.bytes > 0;
+  if (job.followsRedirects && location !== "") return { action: "redirect", status, location };
+  if (status === 304 && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
+  const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
-  if (status === 206 && asked.hasRange) return judgePart(head, held, policy);
+  if (status === 206 && asked.hasRange) return judgePart(head, held, job);
   if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
   if (status === 206 && onlyContentCounts) return failed("range", "the server sent a part of the content, unasked");
   const isPending = status === 202 && onlyContentCounts && asked.method === "GET";
@@ -376,23 +365,23 @@ export function judgeHead(
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
   if (onlyContentCounts && !hasContent(head, asked.method))
     return failed("status", describeStatus(head) + advice, { isFinal: true });
-  return judgeWhole(head, held, policy, asked.method === "GET");
+  return judgeWhole(head, held, job, asked.method === "GET");
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, policy: Policy, isGet: boolean): Verdict {
-  const stated = isGet && (policy.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
+function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean): Verdict {
+  const stated = isGet && (job.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
   const length = typeof head.framing === "number" ? head.framing : stated[0];
   for (const complete of stated)
     if (complete !== length) return failed("range", "the server sent a part of the content as if it were the whole");
-  if (length !== undefined && length > policy.sizeMax) return tooLarge(policy);
+  if (length !== undefined && length > job.sizeMax) return tooLarge(job);
   const version = isGet && head.status === 200 ? versionOf(head) : NOTHING;
   // What an earlier response said of this version still holds: its length, if this one does not tell any.
   const total = length ?? held.total;
   const isNamedSame = version.validator !== "" && version.validator === held.validator && agrees(head, held);
-  if (held.bytes > 0 && (isNamedSame || policy.isVerified) && total === (held.total ?? total))
+  if (held.bytes > 0 && (isNamedSame || job.isVerified) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
-  if (held.bytes > 0 && !policy.canStartOver) return failed("partial", CHANGED, { isFinal: true });
+  if (held.bytes > 0 && !job.canStartOver) return failed("partial", CHANGED, { isFinal: true });
   const fresh = { ...NOTHING, ...version, bytes: 0, total: isNamedSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
@@ -400,7 +389,7 @@ function judgeWhole(head: ResponseHead, held: Held, policy: Policy, isGet: boole
 const CHANGED = "the content has changed since its first part was printed, which cannot be taken back";
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
-function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
+function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
   const [total, length] = [complete ?? held.total, last + 1 - first];
   const fits =
@@ -412,9 +401,9 @@ function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
     last < total &&
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === length) &&
-    (policy.isVerified || agrees(head, held));
+    (job.isVerified || agrees(head, held));
   if (!fits) return failed("range", "the server sent another part than the one that is missing");
-  if (total > policy.sizeMax) return tooLarge(policy);
+  if (total > job.sizeMax) return tooLarge(job);
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
 }
 
@@ -432,7 +421,7 @@ const failed = (outcome: Outcome, message: string, details: Details = {}): Verdi
   action: "fail",
   failure: new TransferError(outcome, message, details),
 });
-const tooLarge = ({ sizeMax }: Policy) => failed("tooLarge", `the content is larger than ${sizeMax} bytes`);
+const tooLarge = ({ sizeMax }: Job) => failed("tooLarge", `the content is larger than ${sizeMax} bytes`);
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
@@ -528,22 +517,21 @@ const backoffMs = (failures: number, random: () => number) =>
  * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
  * | anything else | continue after the bytes held |
  */
-export function decideNext(attempt: Attempt, held: Held, policy: Policy, random: () => number): Decision {
+export function decideNext(attempt: Attempt, held: Held, job: Job, random: () => number): Decision {
   const { failure, failures } = attempt;
   const giveUp = (why: string): Decision => ({ action: "give-up", why });
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
   if (attempt.wasSent && !IDEMPOTENT_METHODS.includes(attempt.method)) return giveUp("");
-  if (failures > policy.retries) return giveUp(policy.retries > 0 ? `after ${failures} attempts` : "");
-  const leftMs = policy.retryMaxMs - attempt.elapsedMs;
+  if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
+  const leftMs = job.retryMaxMs - attempt.elapsedMs;
   if (leftMs <= 0) return giveUp("no time is left for another attempt");
   const { retryAfterMs } = failure;
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
     return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
-  const isNameless = held.bytes > 0 && held.validator === "" && !policy.isVerified;
-  if ((isNameless || failure.spoils) && !policy.canStartOver)
-    return giveUp("what is printed cannot be continued exactly");
+  const isNameless = held.bytes > 0 && held.validator === "" && !job.isVerified;
+  if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
   // RFC 9110 §15.3.7: a part may be less than what was asked for. That is no fault, so the next is asked for at once.
-  const wait = failure.isPart && failures === 1 ? 0 : (policy.retryDelayMs ?? backoffMs(failures, random));
+  const wait = failure.isPart && failures === 1 ? 0 : (job.retryDelayMs ?? backoffMs(failures, random));
   const afterMs = Math.max(retryAfterMs, Math.min(wait, leftMs));
   return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" };
 }
@@ -577,22 +565,16 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
     ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""],
     ["If-Range", held.bytes > 0 ? held.validator : ""],
   ] as const;
-  const replaced = new Set<string>();
-  for (const [name] of fields) replaced.add(name.toLowerCase());
+  const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
   let head = `${method} ${url.pathname}${url.search} HTTP/1.1\r\n`;
-  for (const [name, value] of defaults)
-    if (value !== "" && !replaced.has(name.toLowerCase())) head += `${name}: ${value}\r\n`;
-  for (const [name, value] of [...own, ...fields]) if (value !== "") head += `${name}: ${value}\r\n`;
+  for (const [name, value] of [...defaults.filter(([name]) => !isReplaced(name)), ...own, ...fields])
+    if (value !== "") head += `${name}: ${value}\r\n`;
   // Values may be any bytes but CTL; the command line has made them ISO 8859-1, one character a byte.
   return toBytes(`${head}\r\n`);
 }
 
 /** The bytes of ISO 8859-1 text. (Buffer.from takes longer, the first time.) */
-function toBytes(text: string): Uint8Array {
-  const bytes = new Uint8Array(text.length);
-  for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
-  return bytes;
-}
+const toBytes = (text: string) => Uint8Array.from(text, (character) => character.charCodeAt(0));
 
 /** Fields that only the first server may see. */
 const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i;
@@ -2031,12 +2013,13 @@ export function parseCommandLine(args: readonly string[]) {
   const options = {
     request,
     output, // undefined: print the whole response
-    keepsOnlyContent: output !== undefined,
-    isVerified: sha256 !== "" && method === "GET",
+    keepsOnlyContent: output !== undefined, // the page of an error or of a redirect must not pass for content
+    isVerified: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
     followsRedirects: values.has("location"),
+    // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
     retries: parseCount("retry", last("retry")) ?? DEFAULTS.retries,
-    retryDelayMs: parseSeconds("retry-delay", last("retry-delay")),
+    retryDelayMs: parseSeconds("retry-delay", last("retry-delay")), // before each; undefined for a wait that grows
     retryMaxMs: parseSeconds("retry-max-time", last("retry-max-time")) ?? Number.POSITIVE_INFINITY,
     sizeMax: parseCount("max-size", last("max-size")) ?? Number.POSITIVE_INFINITY,
     connectMs: parseSeconds("connect-timeout", last("connect-timeout")) ?? DEFAULTS.connectTimeoutS * 1000,
