@@ -1105,10 +1105,8 @@ export class Connection implements Source {
     if (this.records !== undefined) this.records.content += bytes.length;
     this.received.push(bytes);
     this.receivedBytes += bytes.length;
-    if (this.receivedBytes >= LIMITS.receivedBytesMax && !this.isPaused) {
-      this.isPaused = true;
-      this.socket?.pause();
-    }
+    this.isPaused ||= this.receivedBytes >= LIMITS.receivedBytesMax;
+    if (this.isPaused) this.socket?.pause();
     this.wake();
   }
 
@@ -1129,20 +1127,18 @@ export class Connection implements Source {
   /** Starts TLS. @throws TransferError "tls" or "certificate" */
   async secure(hostname: string, authorities: string[], isInsecure: boolean): Promise<void> {
     const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
       // Not a certificate that is not trusted, but a peer that speaks no TLS, or not ours.
       const isFault = error === null || /^(EPROTO|ECONN|ERR_SSL)/.test(error.code ?? "");
       if (isTrusted || (isInsecure && !isFault)) return resolve();
-      if (!isFault)
-        return reject(
-          new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`),
-        );
+      if (!isFault) return fail("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`);
       // A refusal will not change; a lost connection may be transient.
       const isFinal = !error?.code?.startsWith("ECONN");
-      reject(new TransferError("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal }));
+      fail("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal });
     };
     const close = (_: unknown, error?: SystemError) => {
-      reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
+      fail("tls", `the connection to ${hostname} was closed before there was TLS`);
       this.onClose(error);
     };
     // RFC 6066 §3: the name is sent without the dot of the root, and an address is not sent. Without a name, the
@@ -1150,9 +1146,8 @@ export class Connection implements Source {
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
     const tls = { serverName, ca: authorities, rejectUnauthorized: !isInsecure };
     this.records = new RecordWatch();
-    const { drain, end, error } = this.handlers;
     const data = (_: Bun.Socket, bytes: Uint8Array) => this.onData(bytes);
-    const socket = { handshake, data, drain, end, close, error };
+    const socket = { ...this.handlers, handshake, data, close };
     [this.raw, this.socket] = this.socket?.upgradeTLS({ data: undefined, tls, socket }) ?? [];
     await promise;
   }
@@ -1179,14 +1174,9 @@ export class Connection implements Source {
   async receive(): Promise<Uint8Array | undefined> {
     while (this.received.length === 0) {
       this.throwFailure();
-      if (this.hasEnded) {
-        this.trace?.step("FIN", "received");
-        return undefined;
-      }
-      if (this.isPaused) {
-        this.isPaused = false;
-        this.socket?.resume();
-      }
+      if (this.hasEnded) return void this.trace?.step("FIN", "received");
+      if (this.isPaused) this.socket?.resume();
+      this.isPaused = false;
       await this.event();
     }
     const bytes = this.received.shift();
@@ -1197,14 +1187,13 @@ export class Connection implements Source {
 
   private throwFailure(): void {
     if (this.failure === undefined) return;
-    if (this.failure.outcome !== "timeout") this.trace?.step("reset", this.failure.message);
+    this.trace?.step(this.failure.outcome === "timeout" ? "deadline" : "reset", this.failure.message);
     throw this.failure;
   }
 
   /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
   close(): void {
-    if (this.socket !== undefined && !this.isClosed)
-      this.trace?.step("close", this.failure?.outcome === "receive" ? "" : "FIN sent");
+    if (this.socket !== undefined) this.trace?.step("close", this.failure?.outcome === "receive" ? "" : "FIN sent");
     this.isClosed = true;
     this.socket?.close();
   }
@@ -1213,12 +1202,10 @@ export class Connection implements Source {
   private event(): Promise<void> {
     this.trace?.flush();
     return new Promise((resolve) => {
-      const isLate = (failure: TransferError) => {
+      const cancel = this.clock.startTimer("stallMs", "no byte for", (failure) => {
         this.failure = failure;
-        this.trace?.step("deadline", failure.message);
         resolve();
-      };
-      const cancel = this.clock.startTimer("stallMs", (seconds) => `no byte for ${seconds} s`, isLate);
+      });
       this.wake = () => {
         cancel();
         resolve();
@@ -1234,7 +1221,7 @@ async function connect(url: URL, { job, clock, trace }: Session): Promise<Connec
   const port = Number(url.port || (isSecure ? 443 : 80));
   const connection = new Connection(clock, trace);
   const { promise: late, reject } = Promise.withResolvers<never>();
-  const cancel = clock.startTimer("connectMs", (seconds) => `no connection to ${url.host} within ${seconds} s`, reject);
+  const cancel = clock.startTimer("connectMs", `no connection to ${url.host} within`, reject);
   trace?.begin();
   try {
     const authorities = isSecure && !job.isInsecure ? readAuthorities(job.authoritiesFile) : [];
@@ -1242,8 +1229,9 @@ async function connect(url: URL, { job, clock, trace }: Session): Promise<Connec
     const connecting = Bun.connect({ hostname, port, allowHalfOpen: true, socket: connection.handlers });
     const { remoteAddress } = await Promise.race([late, connecting]);
     trace?.step("connect", `${remoteAddress.includes(":") ? `[${remoteAddress}]` : remoteAddress}:${port}`);
-    if (isSecure) await Promise.race([late, connection.secure(hostname, authorities, job.isInsecure)]);
-    if (isSecure) trace?.step("TLS", `with ${hostname}`);
+    if (!isSecure) return connection;
+    await Promise.race([late, connection.secure(hostname, authorities, job.isInsecure)]);
+    trace?.step("TLS", `with ${hostname}`);
     return connection;
   } catch (error) {
     const failure = explainConnectError(error, url.host, hostname);
@@ -1282,13 +1270,12 @@ export class Clock {
     return performance.now() - this.startedAt;
   }
 
-  /** @returns a function that stops the timer */
-  startTimer(which: "connectMs" | "stallMs", say: (seconds: number) => string, then: (failure: TransferError) => void) {
+  /** @param what the start of the failure's message: the seconds follow @returns a function that stops the timer */
+  startTimer(which: "connectMs" | "stallMs", what: string, then: (failure: TransferError) => void): () => void {
     const { [which]: limit, maxMs } = this.job;
     const left = Math.max(0, maxMs - this.elapsedMs);
-    const isFinal = left < limit;
-    const message = () => (isFinal ? `not done within ${maxMs / 1000} s` : say(limit / 1000));
-    const fail = () => then(new TransferError("timeout", message(), { isFinal }));
+    const message = left < limit ? `not done within ${maxMs / 1000} s` : `${what} ${limit / 1000} s`;
+    const fail = () => then(new TransferError("timeout", message, { isFinal: left < limit }));
     const timer = setTimeout(fail, Math.min(left, limit));
     return () => clearTimeout(timer);
   }
