@@ -203,19 +203,18 @@ async function sendRequest(connection: Connection, session: Session): Promise<vo
   const head = formatRequest(request, session.asksForWhole ? NOTHING : delivery.held);
   if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
-  if (request.content === undefined) return void (await connection.send(head));
-  let [start, left]: [Uint8Array, number] = [head, contentLength(request.content)];
-  for await (const piece of piecesOfData(request.content)) {
+  let [unsent, left]: [Uint8Array, number] = [head, contentLength(request)];
+  for await (const piece of piecesOfData(request)) {
     // A small request is one write. If the server answers early, the rest is not sent.
-    if (!(await connection.send(Buffer.concat([start, piece])))) return;
-    [start, left] = [new Uint8Array(0), left - piece.length];
+    if (!(await connection.send(Buffer.concat([unsent, piece])))) return;
+    [unsent, left] = [new Uint8Array(0), left - piece.length];
     await new Promise((resolve) => setImmediate(resolve)); // or a fast disk and a fast peer would keep timers waiting
   }
   if (left > 0) throw new TransferError("send", "the data has become shorter", { isFinal: true });
-  await connection.send(start);
+  await connection.send(unsent);
 }
 
-async function* piecesOfData(content: readonly Blob[]): AsyncGenerator<Uint8Array> {
+async function* piecesOfData({ content = [] }: Request): AsyncGenerator<Uint8Array> {
   try {
     for (const blob of content) yield* blob.stream();
   } catch (error) {
@@ -224,14 +223,14 @@ async function* piecesOfData(content: readonly Blob[]): AsyncGenerator<Uint8Arra
 }
 
 /** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
-function beginResponse(head: ResponseHead, session: Session): Verdict {
+function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, TransferError> {
   const { job, delivery, request } = session;
   const { held } = delivery;
   if (job.isVerbose) tellHead("< ", head.text);
   const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
   const hasRange = held.bytes > 0 && !session.asksForWhole;
   const verdict = judgeHead(head, held, job, { method: request.method, hasRange, isLastTry });
-  if (verdict.action === "fail") throw verdict.failure;
+  if (verdict instanceof TransferError) throw verdict;
   if (verdict.action !== "deliver") return verdict;
   if (held.bytes > 0 && verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
     session.progress.clear();
@@ -331,7 +330,7 @@ export type Verdict =
   | { readonly action: "complete" } // the bytes held are the whole content
   | { readonly action: "unchanged" } // 304: the user has it already
   | Redirect
-  | { readonly action: "fail"; readonly failure: TransferError };
+  | TransferError;
 type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
 
 /** These may be gone the next time: of RFC 9110 §15, of others (425, 507), and of the proxies of large networks. */
@@ -358,13 +357,14 @@ export function judgeHead(
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
   if (status === 206 && asked.hasRange) return judgePart(head, held, job);
   if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  if (status === 206 && onlyContentCounts) return failed("range", "the server sent a part of the content, unasked");
+  if (status === 206 && onlyContentCounts)
+    return new TransferError("range", "the server sent a part of the content, unasked");
   const isPending = status === 202 && onlyContentCounts && asked.method === "GET";
   if ((isPending || TRANSIENT_STATUSES.includes(status)) && !asked.isLastTry)
-    return failed("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
+    return new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
   if (onlyContentCounts && !hasContent(head, asked.method))
-    return failed("status", describeStatus(head) + advice, { isFinal: true });
+    return new TransferError("status", describeStatus(head) + advice, { isFinal: true });
   return judgeWhole(head, held, job, asked.method === "GET");
 }
 
@@ -373,7 +373,8 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean): V
   const stated = isGet && (job.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
   const length = typeof head.framing === "number" ? head.framing : stated[0];
   for (const complete of stated)
-    if (complete !== length) return failed("range", "the server sent a part of the content as if it were the whole");
+    if (complete !== length)
+      return new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) return tooLarge(job);
   const version = isGet && head.status === 200 ? versionOf(head) : NOTHING;
   // What an earlier response said of this version still holds: its length, if this one does not tell any.
@@ -381,7 +382,7 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean): V
   const isNamedSame = version.validator !== "" && version.validator === held.validator && agrees(head, held);
   if (held.bytes > 0 && (isNamedSame || job.isVerified) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
-  if (held.bytes > 0 && !job.canStartOver) return failed("partial", CHANGED, { isFinal: true });
+  if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", CHANGED, { isFinal: true });
   const fresh = { ...NOTHING, ...version, bytes: 0, total: isNamedSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
@@ -402,7 +403,7 @@ function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === length) &&
     (job.isVerified || agrees(head, held));
-  if (!fits) return failed("range", "the server sent another part than the one that is missing");
+  if (!fits) return new TransferError("range", "the server sent another part than the one that is missing");
   if (total > job.sizeMax) return tooLarge(job);
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
 }
@@ -413,15 +414,10 @@ function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
   const { validator } = versionOf(head);
   const isLength = Number(complete) === held.bytes && (held.total ?? held.bytes) === held.bytes;
   const isWhole = isLength && validator === held.validator && validator !== "";
-  return isWhole ? { action: "complete" } : failed("range", "the server has no such part");
+  return isWhole ? { action: "complete" } : new TransferError("range", "the server has no such part");
 }
 
-type Details = ConstructorParameters<typeof TransferError>[2];
-const failed = (outcome: Outcome, message: string, details: Details = {}): Verdict => ({
-  action: "fail",
-  failure: new TransferError(outcome, message, details),
-});
-const tooLarge = ({ sizeMax }: Job) => failed("tooLarge", `the content is larger than ${sizeMax} bytes`);
+const tooLarge = ({ sizeMax }: Job) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
@@ -490,11 +486,6 @@ export interface Attempt {
   readonly elapsedMs: number; // since the first attempt
 }
 
-/** `asksForWhole`: the next request has no Range. */
-export type Decision =
-  | { readonly action: "retry"; readonly afterMs: number; readonly asksForWhole: boolean }
-  | { readonly action: "give-up"; readonly why: string };
-
 /**
  * The next attempt may well succeed. Names of containers appear late; "unparsable" may be a server that is just
  * starting; "tls" is a connection that was lost during the handshake.
@@ -517,9 +508,9 @@ const backoffMs = (failures: number, random: () => number) =>
  * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
  * | anything else | continue after the bytes held |
  */
-export function decideNext(attempt: Attempt, held: Held, job: Job, random: () => number): Decision {
+export function decideNext(attempt: Attempt, held: Held, job: Job, random: () => number) {
   const { failure, failures } = attempt;
-  const giveUp = (why: string): Decision => ({ action: "give-up", why });
+  const giveUp = (why: string) => ({ action: "give-up", why }) as const;
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
   if (attempt.wasSent && !IDEMPOTENT_METHODS.includes(attempt.method)) return giveUp("");
   if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
@@ -533,7 +524,7 @@ export function decideNext(attempt: Attempt, held: Held, job: Job, random: () =>
   // RFC 9110 §15.3.7: a part may be less than what was asked for. That is no fault, so the next is asked for at once.
   const wait = failure.isPart && failures === 1 ? 0 : (job.retryDelayMs ?? backoffMs(failures, random));
   const afterMs = Math.max(retryAfterMs, Math.min(wait, leftMs));
-  return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" };
+  return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" } as const;
 }
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
@@ -543,7 +534,7 @@ export function decideNext(attempt: Attempt, held: Held, job: Job, random: () =>
  * end gets 416, which need not name the version.
  */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
-const contentLength = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
+const contentLength = ({ content = [] }: Request) => content.reduce((length, { size }) => length + size, 0);
 
 /**
  * The head of the request as it goes over the wire (RFC 9112 §3), for the whole content or for the bytes after
@@ -560,7 +551,7 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
     ["Content-Type", content === undefined ? "" : "application/x-www-form-urlencoded"],
   ] as const;
   const own = [
-    ["Content-Length", content === undefined ? "" : `${contentLength(content)}`],
+    ["Content-Length", content === undefined ? "" : `${contentLength(request)}`],
     ["Connection", "close"],
     ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""],
     ["If-Range", held.bytes > 0 ? held.validator : ""],
@@ -769,12 +760,11 @@ export class ChunkedDecoder {
 }
 // ── end shared ──
 
-const unparsable = (fault: string, details: Details = { isFinal: true }) =>
+const unparsable = (fault: string, details: ConstructorParameters<typeof TransferError>[2] = { isFinal: true }) =>
   new TransferError("unparsable", `the response is malformed: ${fault}`, details);
 /** The content is longer or shorter than the head said, so its bytes cannot be trusted. */
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
-const partial = (message: string) => new TransferError("partial", message);
 
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
@@ -805,7 +795,7 @@ function endOfHead(text: string, interim: number): TransferError {
   if (text.slice(text.lastIndexOf("\n") + 1, -1).includes("\r")) return unparsable(NO_FIELD_LINE);
   if (text === "" && interim === 0)
     return new TransferError("empty", "the server closed the connection without an answer");
-  return partial("the response ends inside its head");
+  return new TransferError("partial", "the response ends inside its head");
 }
 
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
@@ -945,10 +935,10 @@ async function receiveMore(source: Source, framing: Framing, came: number): Prom
   } catch (error) {
     // Content that only a close ends may be cut by a reset at any byte: then it is a part.
     const isCut = framing === "close" && error instanceof TransferError && error.outcome === "receive";
-    throw isCut ? partial(error.message) : error;
+    throw isCut ? new TransferError("partial", error.message) : error;
   }
   const whole = typeof framing === "number" ? ` of ${framing}` : "";
-  throw partial(`the response is not complete: ${came}${whole} bytes of content came`);
+  throw new TransferError("partial", `the response is not complete: ${came}${whole} bytes of content came`);
 }
 
 /** Chunks are compacted in place, over the framing: one piece is left to write, and nothing is allocated. */
@@ -1391,8 +1381,8 @@ const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
 class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
-  private best: number; // the most that was ever held of this version: only what goes beyond it is progress
-  private hasStartedOver = false;
+  /** The most that was ever held of this version: only what goes beyond it is progress. Starting over is none. */
+  private best: number;
   private isJoined = false; // the content held came in several responses
   private hash: Bun.CryptoHasher | undefined;
   private skip = 0; // bytes of the response under way that are held already
@@ -1407,15 +1397,14 @@ class Delivery {
     this.best = this.held.bytes;
   }
 
-  /** True once if more is held than ever before. An attempt that had to start over did not bring more. */
+  /** True once if more is held than ever before. */
   takeProgress(): boolean {
-    const hasProgressed = this.held.bytes > this.best && !this.hasStartedOver;
-    this.best = Math.max(this.best, this.held.bytes);
-    this.hasStartedOver = false;
-    return hasProgressed;
+    const { best, held } = this;
+    this.best = best === Number.POSITIVE_INFINITY ? held.bytes : Math.max(best, held.bytes);
+    return held.bytes > best;
   }
 
-  start(head: ResponseHead, { held, from, end }: Verdict & { action: "deliver" }): void {
+  start(head: ResponseHead, { held, from, end }: Extract<Verdict, { action: "deliver" }>): void {
     if (held.bytes === 0 && this.held.bytes > 0) this.forget();
     this.held = held;
     this.skip = held.bytes - from;
@@ -1433,8 +1422,7 @@ class Delivery {
     this.skip -= skipped;
     const content = bytes.subarray(skipped);
     const length = this.held.bytes + content.length;
-    const { sizeMax } = this.job;
-    if (length > sizeMax) throw new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
+    if (length > this.job.sizeMax) throw tooLarge(this.job);
     if (length > this.end) throw contradiction();
     if (content.length === 0) return;
     await this.sink.write(content, this.held);
@@ -1447,7 +1435,11 @@ class Delivery {
     const { bytes, total } = this.held;
     // Content that only a close ends may have been cut. The last chunk ends it for sure.
     if (head.framing === "chunked" && Number.isFinite(this.end) && bytes < this.end) throw contradiction();
-    if (this.skip > 0) throw partial(`the response is not complete: ${this.skip} of ${bytes} bytes held are missing`);
+    if (this.skip > 0)
+      throw new TransferError(
+        "partial",
+        `the response is not complete: ${this.skip} of ${bytes} bytes held are missing`,
+      );
     if (total !== undefined && bytes !== total) {
       const message = `the response is a part: ${bytes} of ${total} bytes are here`;
       throw new TransferError("partial", message, { isPart: true });
@@ -1492,17 +1484,16 @@ class Delivery {
 
   private forget(): void {
     this.hash = undefined;
-    this.best = 0;
-    this.hasStartedOver = true;
+    this.best = Number.POSITIVE_INFINITY;
   }
 }
 
 // ═══ 11 Sinks ══════════════════════════════════════════════════════════════════════════════════
 
-// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load. `require` has no types.
-const fs = (): typeof import("node:fs") => require("node:fs");
-const paths = (): typeof import("node:path") => require("node:path");
-const tty = (): typeof import("node:tty") => require("node:tty");
+// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load.
+const fs = () => process.getBuiltinModule("node:fs");
+const paths = () => process.getBuiltinModule("node:path");
+const tty = () => process.getBuiltinModule("node:tty");
 
 /** For steps whose failure changes nothing. */
 function ignoreErrors<T>(step: () => T): T | undefined {
@@ -1568,7 +1559,7 @@ class StreamSink implements Sink {
   }
 
   async write(content: Uint8Array): Promise<void> {
-    if (!this.hasPrinted) await this.finish();
+    await this.finish();
     await this.print(content);
     this.isInLine = this.isTerminal && content.at(-1) !== LF;
   }
@@ -1689,9 +1680,8 @@ class FileSink implements Sink {
   private readonly leftover: FoundPart | undefined;
   private readonly startedAt = Date.now();
   private readonly url: string;
-  /** The part that this run writes. Its inode tells whether the name is still its own. */
-  private part: { readonly path: string; readonly fd: number; readonly inode: number } | undefined;
-  private isWorthKeeping = false; // a later run can continue the part
+  /** The part that this run writes. Its inode tells whether the name is still its own; a later run may continue it. */
+  private part: { path: string; fd: number; inode: number; isWorthKeeping: boolean } | undefined;
   private syncedTo = 0;
 
   /** @param old FILE as it was, if it existed; @param folder of the parts */
@@ -1749,13 +1739,10 @@ class FileSink implements Sink {
   /** Keeps a part that a later run can continue, and nothing else. */
   close(held: Held): string {
     if (this.part === undefined) return "";
-    const { path, fd, inode } = this.part;
+    const { path, fd, inode, isWorthKeeping } = this.part;
     const found = statOf(path); // its size counts what a full disk has taken of a piece, too
     const isWhole = found?.ino === inode && found.size >= held.bytes && statOf(`${path}.json`) !== undefined;
-    if (!this.isWorthKeeping || !isWhole || found.size === 0) {
-      this.discard();
-      return "";
-    }
+    if (!isWorthKeeping || !isWhole || found.size === 0) return (this.discard(), "");
     fs().closeSync(fd);
     return `Kept ${found.size} bytes in ${path}: the same command continues from there`;
   }
@@ -1789,8 +1776,7 @@ class FileSink implements Sink {
       const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
-      this.isWorthKeeping = this.canContinue && (validator !== "" || sha256 !== "");
-      return { path, fd, inode };
+      return { path, fd, inode, isWorthKeeping: this.canContinue && validator + sha256 !== "" };
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
@@ -1981,6 +1967,8 @@ export function parseCommandLine(args: readonly string[]) {
   const { values, positionals } = parseFlags(args);
   const all = (flag: string) => values.get(flag) ?? [];
   const last = (flag: string) => all(flag).at(-1);
+  const count = (flag: string, absent: number) => (values.has(flag) ? parseCount(flag, last(flag)) : absent);
+  const milliseconds = <T>(flag: string, absent: T) => (values.has(flag) ? parseSeconds(flag, last(flag)) : absent);
   const [text = DEFAULTS.url, extra] = positionals;
   check(extra === undefined, `one argument too many: ${JSON.stringify(extra)}`);
   const url = parseUrl(text);
@@ -2005,13 +1993,13 @@ export function parseCommandLine(args: readonly string[]) {
     followsRedirects: values.has("location"),
     // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
-    retries: parseCount("retry", last("retry")) ?? DEFAULTS.retries,
-    retryDelayMs: parseSeconds("retry-delay", last("retry-delay")), // before each; undefined for a wait that grows
-    retryMaxMs: parseSeconds("retry-max-time", last("retry-max-time")) ?? Number.POSITIVE_INFINITY,
-    sizeMax: parseCount("max-size", last("max-size")) ?? Number.POSITIVE_INFINITY,
-    connectMs: parseSeconds("connect-timeout", last("connect-timeout")) ?? DEFAULTS.connectTimeoutS * 1000,
-    stallMs: parseSeconds("stall-timeout", last("stall-timeout")) ?? DEFAULTS.stallTimeoutS * 1000,
-    maxMs: parseSeconds("max-time", last("max-time")) ?? Number.POSITIVE_INFINITY, // for everything
+    retries: count("retry", DEFAULTS.retries),
+    retryDelayMs: milliseconds("retry-delay", undefined), // before each; undefined for a wait that grows
+    retryMaxMs: milliseconds("retry-max-time", Number.POSITIVE_INFINITY),
+    sizeMax: count("max-size", Number.POSITIVE_INFINITY),
+    connectMs: milliseconds("connect-timeout", DEFAULTS.connectTimeoutS * 1000),
+    stallMs: milliseconds("stall-timeout", DEFAULTS.stallTimeoutS * 1000),
+    maxMs: milliseconds("max-time", Number.POSITIVE_INFINITY), // for everything
     authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
     isInsecure: values.has("insecure"), // certificates are not verified
     sha256, // that the content must have, in lower-case hex; "" if any will do
@@ -2039,16 +2027,14 @@ function timeCondition(file: string | undefined): [name: string, value: string][
 }
 
 /** @returns milliseconds */
-function parseSeconds(flag: string, text: string | undefined): number | undefined {
-  if (text === undefined) return undefined;
+function parseSeconds(flag: string, text = ""): number {
   const seconds = /^\d*\.?\d+$/.test(text) ? Number(text) : 0;
   // A timer takes 2^31 ms at the most, and would fire at once for more.
   check(seconds > 0 && seconds <= 2_000_000, `--${flag} takes seconds, from above 0 to 2000000`);
   return seconds * 1000;
 }
 
-function parseCount(flag: string, text: string | undefined): number | undefined {
-  if (text === undefined) return undefined;
+function parseCount(flag: string, text = ""): number {
   check(/^\d{1,15}$/.test(text), `--${flag} takes a number, not ${JSON.stringify(text)}`);
   return Number(text);
 }

@@ -57,14 +57,9 @@ function judge(
 ): string {
   const asked = { method: "GET", hasRange: held.bytes > 0, isLastTry: false, ...request };
   const verdict = judgeHead(response, held, { ...JOB, ...policy }, asked);
-  switch (verdict.action) {
-    case "deliver":
-      return held.bytes > 0 && verdict.held.bytes === 0 ? "start over" : `deliver from ${verdict.from}`;
-    case "fail":
-      return `${verdict.failure.isFinal ? "final " : ""}${verdict.failure.outcome}`;
-    default:
-      return verdict.action;
-  }
+  if (verdict instanceof TransferError) return `${verdict.isFinal ? "final " : ""}${verdict.outcome}`;
+  if (verdict.action !== "deliver") return verdict.action;
+  return held.bytes > 0 && verdict.held.bytes === 0 ? "start over" : `deliver from ${verdict.from}`;
 }
 
 const PART = { "Content-Range": "bytes 40-99/100", ETag: '"a"', "Content-Length": "60" };
