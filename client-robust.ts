@@ -159,6 +159,13 @@ export function asTransferError(error: unknown): TransferError {
   return new TransferError("write", `${doing}: ${code}`, { isQuiet: code === "EPIPE" });
 }
 
+/** Prints one line on stderr. @returns the exit code */
+function tellFailure(error: unknown): number {
+  const failure = asTransferError(error);
+  if (!failure.isQuiet) tell(`Error: ${failure.message}`);
+  return EXIT_CODES[failure.outcome];
+}
+
 // ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
 
 /**
@@ -266,12 +273,11 @@ async function download(job: Job, sink: Sink): Promise<number> {
   if (job.isTraced) fs(); // loaded before the first step, which would count the time
   if (job.canStartOver) keepPartOnSignals(delivery);
   try {
-    for (;;) {
-      const failure = await followRedirects(session);
-      if (failure === undefined) progress.finish(delivery);
-      const exitCode = failure === undefined ? EXIT_CODES.ok : await prepareRetry(failure, session);
-      if (exitCode !== undefined) return exitCode;
-    }
+    for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
+    progress.finish(delivery);
+    return EXIT_CODES.ok;
+  } catch (error) {
+    return tellFailure(error);
   } finally {
     progress.clear();
     const advice = await delivery.close();
@@ -295,8 +301,8 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
   return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
 }
 
-/** Waits until it is time for another attempt, and prepares it. @returns the exit code if there will be none */
-async function prepareRetry(failure: TransferError, session: Session): Promise<number | undefined> {
+/** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
+async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
   const { job, delivery, clock, progress, wasSent, request } = session;
   session.failures = delivery.takeProgress() ? 1 : session.failures + 1;
   const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
@@ -304,9 +310,8 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<n
   progress.clear();
   delivery.sink.endLine?.();
   if (decision.action === "give-up") {
-    const why = decision.why === "" ? "" : ` (${decision.why})`;
-    if (!failure.isQuiet) tell(`Error: ${failure.message}${why}`);
-    return EXIT_CODES[failure.outcome];
+    if (decision.why !== "") failure.message += ` (${decision.why})`;
+    throw failure;
   }
   session.asksForWhole = decision.asksForWhole;
   const leftMs = Math.max(0, job.maxMs - clock.elapsedMs);
@@ -314,9 +319,8 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<n
   if (!job.isSilent && decision.afterMs < leftMs)
     tell(`Retry in ${seconds} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
   await Bun.sleep(Math.min(decision.afterMs, leftMs));
-  if (decision.afterMs < leftMs) return undefined;
-  tell(`Error: not done within ${job.maxMs / 1000} s; before that, ${failure.message}`);
-  return EXIT_CODES.timeout;
+  if (decision.afterMs < leftMs) return;
+  throw new TransferError("timeout", `not done within ${job.maxMs / 1000} s; before that, ${failure.message}`);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
@@ -2122,9 +2126,7 @@ async function main(): Promise<number> {
     if (sink === undefined) return EXIT_CODES.ok;
     return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
   } catch (error) {
-    const failure = asTransferError(error);
-    if (!failure.isQuiet) tell(`Error: ${failure.message}`);
-    return EXIT_CODES[failure.outcome];
+    return tellFailure(error);
   }
 }
 
