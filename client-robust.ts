@@ -36,7 +36,7 @@ export const LIMITS = Object.freeze({
   retryAfterMaxMs: 3_600_000, // if a server asks for a longer wait, give up, unless --retry-max-time allows it
   strongDateAgeMs: 60_000, // RFC 9110 §8.8.2.2: a date names one version if it is this much older than the response
   heldDataBytesMax: 67_108_864, // content to send from stdin or a pipe: it is kept in memory so that it can be sent again
-  syncEveryBytes: 67_108_864, // start writing to the disk after this much
+  syncEveryBytes: 67_108_864, // start writing to the disk each time that so much has come
   redirectsMax: 50, // as curl
   progressAfterMs: 1000, // short transfers get no progress line …
   progressEveryMs: 200, // … and it changes no more often than an eye can follow
@@ -56,7 +56,7 @@ export interface Request {
   readonly url: URL;
   /** The user's field-lines. They replace those of the same name that would be sent otherwise. */
   readonly fields: readonly (readonly [name: string, value: string])[];
-  readonly content: readonly Blob[] | undefined; // read again for each attempt
+  readonly content: readonly Blob[]; // read again for each attempt; no Blob, no content
 }
 
 /** Where content ends (RFC 9112 §6.3): after this many octets, with the last chunk, with the connection. */
@@ -89,7 +89,7 @@ interface Sink {
   finish(held: Held): Promise<string>;
   /** Called last, whatever happened. @returns how to continue, or "" */
   close(held: Held): string | Promise<string>;
-  start?(head: ResponseHead): void; // the content of this response follows
+  start?(head: ResponseHead): void; // the content of this response follows, from its first byte on
   digest?(held: Held): string; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
@@ -221,7 +221,7 @@ async function sendRequest(connection: Connection, session: Session): Promise<vo
   await connection.send(unsent);
 }
 
-async function* piecesOfData({ content = [] }: Request): AsyncGenerator<Uint8Array> {
+async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
   try {
     for (const blob of content) yield* blob.stream();
   } catch (error) {
@@ -538,7 +538,7 @@ export function decideNext(attempt: Attempt, held: Held, job: Job, random: () =>
  * end gets 416, which need not name the version.
  */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
-const contentLength = ({ content = [] }: Request) => content.reduce((length, { size }) => length + size, 0);
+const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
 
 /**
  * The head of the request as it goes over the wire (RFC 9112 §3), for the whole content or for the bytes after
@@ -552,10 +552,10 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
     ["Accept", "*/*"],
     ["Accept-Encoding", "identity"], // RFC 9110 §12.5.3: without it any coding would be acceptable
     ["Want-Repr-Digest", "sha-256=10"], // RFC 9530 §4: then the content can be verified
-    ["Content-Type", content === undefined ? "" : "application/x-www-form-urlencoded"],
+    ["Content-Type", content.length === 0 ? "" : "application/x-www-form-urlencoded"],
   ] as const;
   const own = [
-    ["Content-Length", content === undefined ? "" : `${contentLength(request)}`],
+    ["Content-Length", content.length === 0 ? "" : `${contentLength(request)}`],
     ["Connection", "close"],
     ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""],
     ["If-Range", held.bytes > 0 ? held.validator : ""],
@@ -584,7 +584,7 @@ function redirect(request: Request, status: number, url: URL): Request {
   const isElsewhere = url.origin !== request.url.origin;
   const fields = request.fields.filter(([name]) => !(isElsewhere && SECRET_FIELD.test(name)));
   const same = { ...request, url, fields };
-  return becomesGet ? { ...same, method: "GET", content: undefined } : same;
+  return becomesGet ? { ...same, method: "GET", content: [] } : same;
 }
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
@@ -1421,7 +1421,8 @@ class Delivery {
     // RFC 9530 §3: of the whole representation, in a 206 too. What an earlier response said of this version holds.
     const digest = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(","))?.[1];
     this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
-    if (!this.isJoined) this.hash = this.isToVerify ? new Bun.CryptoHasher("sha256") : undefined;
+    if (this.isJoined) return;
+    this.hash = this.isToVerify ? new Bun.CryptoHasher("sha256") : undefined;
     this.sink.start?.(head);
   }
 
@@ -1443,15 +1444,10 @@ class Delivery {
     const { bytes, total } = this.held;
     // Content that only a close ends may have been cut. The last chunk ends it for sure.
     if (head.framing === "chunked" && Number.isFinite(this.end) && bytes < this.end) throw contradiction();
-    if (this.skip > 0)
-      throw new TransferError(
-        "partial",
-        `the response is not complete: ${this.skip} of ${bytes} bytes held are missing`,
-      );
-    if (total !== undefined && bytes !== total) {
-      const message = `the response is a part: ${bytes} of ${total} bytes are here`;
-      throw new TransferError("partial", message, { isPart: true });
-    }
+    const cut = `the response is not complete: ${this.skip} of ${bytes} bytes held are missing`;
+    if (this.skip > 0) throw new TransferError("partial", cut);
+    const part = `the response is a part: ${bytes} of ${total} bytes are here`;
+    if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: true });
     if (this.isToVerify) this.verify();
     this.note = await this.sink.finish(this.held);
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
@@ -1545,7 +1541,6 @@ class StreamSink implements Sink {
   readonly found = NOTHING;
   /** The head that is still to be printed: with the first content, when no other response can replace it. */
   private head = "";
-  private hasPrinted = false;
   private isInLine = false;
   private readonly isTerminal: boolean;
   private readonly mayBlock: boolean;
@@ -1564,7 +1559,7 @@ class StreamSink implements Sink {
   }
 
   start(head: ResponseHead): void {
-    this.head = this.isContentOnly || this.hasPrinted ? "" : head.text;
+    this.head = this.isContentOnly ? "" : head.text;
   }
 
   async write(content: Uint8Array): Promise<void> {
@@ -1575,7 +1570,6 @@ class StreamSink implements Sink {
 
   /** Prints the head, if it is still to be printed. */
   async finish(): Promise<string> {
-    this.hasPrinted = true;
     if (this.head !== "") await this.print(toBytes(this.head));
     this.head = "";
     return "";
@@ -1691,7 +1685,6 @@ class FileSink implements Sink {
   private readonly url: string;
   /** The part that this run writes. Its inode tells whether the name is still its own; a later run may continue it. */
   private part: { path: string; fd: number; inode: number; isWorthKeeping: boolean } | undefined;
-  private syncedTo = 0;
 
   /** @param old FILE as it was, if it existed; @param folder of the parts */
   constructor(
@@ -1711,12 +1704,10 @@ class FileSink implements Sink {
   async write(content: Uint8Array, held: Held): Promise<void> {
     const { fd } = this.ready(held);
     await writeAll(fd, content, false, held.bytes);
-    const position = held.bytes + content.length;
-    if (position - this.syncedTo < LIMITS.syncEveryBytes) return;
     // The disk begins to write while the network goes on: all of it at the end would take as long again. If this
     // fails, the sync at the end will too.
-    this.syncedTo = position;
-    fs().fdatasync(fd, () => {});
+    const left = LIMITS.syncEveryBytes - (held.bytes % LIMITS.syncEveryBytes);
+    if (content.length >= left) fs().fdatasync(fd, () => {});
   }
 
   digest(held: Held): string {
@@ -1751,9 +1742,10 @@ class FileSink implements Sink {
     const { path, fd, inode, isWorthKeeping } = this.part;
     const found = statOf(path); // its size counts what a full disk has taken of a piece, too
     const isWhole = found?.ino === inode && found.size >= held.bytes && statOf(`${path}.json`) !== undefined;
-    if (!isWorthKeeping || !isWhole || found.size === 0) return (this.discard(), "");
-    fs().closeSync(fd);
-    return `Kept ${found.size} bytes in ${path}: the same command continues from there`;
+    const isKept = isWorthKeeping && isWhole && found.size > 0;
+    if (isKept) fs().closeSync(fd);
+    else this.discard();
+    return isKept ? `Kept ${found.size} bytes in ${path}: the same command continues from there` : "";
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
@@ -1762,7 +1754,6 @@ class FileSink implements Sink {
       const next = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
       this.discard();
       this.part = next;
-      this.syncedTo = held.bytes;
     }
     const found = statOf(this.part.path);
     if (found?.ino !== this.part.inode) throw takenOver(this.part.path);
@@ -1993,7 +1984,7 @@ export function parseCommandLine(args: readonly string[]) {
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
   const fields = [...all("header").map(parseField), ...timeCondition(last("time-cond"))];
-  const request: Request = { method, url, fields, content: undefined };
+  const request: Request = { method, url, fields, content: [] };
   const options = {
     request,
     output, // undefined: print the whole response
@@ -2077,7 +2068,7 @@ export function parseUrl(text: string): URL {
  * The content to send. Several -d are joined with "&", as in forms. A file is read while it is sent, again for each
  * attempt; a pipe can be read only once, and is held in memory.
  */
-async function readData(data: readonly string[]): Promise<Blob[] | undefined> {
+async function readData(data: readonly string[]): Promise<Blob[]> {
   const blobs: Blob[] = [];
   let text = ""; // up to the next file: it is sent in one write
   for (const [i, item] of data.entries()) {
@@ -2086,7 +2077,7 @@ async function readData(data: readonly string[]): Promise<Blob[] | undefined> {
     blobs.push(new Blob([text]), await openData(item.slice(1)));
     text = "";
   }
-  return data.length === 0 ? undefined : [...blobs, new Blob([text])];
+  return data.length === 0 ? [] : [...blobs, new Blob([text])];
 }
 
 async function openData(path: string): Promise<Blob> {
