@@ -280,7 +280,7 @@ async function download(job: Job, sink: Sink): Promise<number> {
     return tellFailure(error);
   } finally {
     progress.clear();
-    const advice = await delivery.close();
+    const advice = await delivery.sink.close(delivery.held);
     if (advice !== "" && !job.isSilent) tell(advice);
   }
 }
@@ -876,11 +876,7 @@ export function parseHttpDate(text: string): number | undefined {
 }
 
 /** Where the content of a response ends: RFC 9112 §6.3, item by item. @throws TransferError "unparsable" */
-export function decideFraming(
-  head: Pick<ResponseHead, "status" | "fields">,
-  isHttp10: boolean,
-  method: string,
-): Framing {
+export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boolean, method: string): Framing {
   // Item 1: never any content, whatever the fields say.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
   // Item 2 is about CONNECT, which this client does not send.
@@ -1413,7 +1409,7 @@ class Delivery {
   }
 
   start(head: ResponseHead, { held, from, end }: Extract<Verdict, { action: "deliver" }>): void {
-    if (held.bytes === 0 && this.held.bytes > 0) this.forget();
+    if (held.bytes === 0 && this.held.bytes > 0) this.best = Number.POSITIVE_INFINITY;
     this.held = held;
     this.skip = held.bytes - from;
     this.end = end;
@@ -1479,15 +1475,6 @@ class Delivery {
   discard(): void {
     this.sink.discard?.();
     this.held = NOTHING;
-    this.forget();
-  }
-
-  close(): string | Promise<string> {
-    return this.sink.close(this.held);
-  }
-
-  private forget(): void {
-    this.hash = undefined;
     this.best = Number.POSITIVE_INFINITY;
   }
 }
@@ -2102,7 +2089,7 @@ async function openData(path: string): Promise<Blob> {
 function keepPartOnSignals(delivery: Delivery): void {
   for (const signal of ["SIGINT", "SIGTERM"] as const)
     process.once(signal, () => {
-      const advice = delivery.close();
+      const advice = delivery.sink.close(delivery.held);
       tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
       // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
       process.kill(process.pid, signal);
