@@ -95,7 +95,7 @@ interface Sink {
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
 
-/** What the command line says: its end lists all fields. */
+/** What the command line says: parseCommandLine has the fields, and what they mean. */
 type Options = Readonly<ReturnType<typeof parseCommandLine>["options"]>;
 export interface Job extends Options {
   readonly canStartOver: boolean; // the content held can be deleted; output on stdout cannot
@@ -1481,7 +1481,7 @@ class Delivery {
 
 // ═══ 11 Sinks ══════════════════════════════════════════════════════════════════════════════════
 
-// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load, and half as long again by
+// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load, and longer by
 // process.getBuiltinModule. `require` has no types.
 const fs = (): typeof import("node:fs") => require("node:fs");
 const paths = (): typeof import("node:path") => require("node:path");
@@ -1670,8 +1670,8 @@ class FileSink implements Sink {
   private readonly leftover: FoundPart | undefined;
   private readonly startedAt = Date.now();
   private readonly url: string;
-  /** The part that this run writes. Its inode tells whether the name is still its own; a later run may continue it. */
-  private part: { path: string; fd: number; inode: number; isWorthKeeping: boolean } | undefined;
+  /** The part that this run writes. Its inode tells whether the name is still its own. */
+  private part: { path: string; fd: number; inode: number; canBeContinued: boolean } | undefined;
 
   /** @param old FILE as it was, if it existed; @param folder of the parts */
   constructor(
@@ -1726,10 +1726,10 @@ class FileSink implements Sink {
   /** Keeps a part that a later run can continue, and nothing else. */
   close(held: Held): string {
     if (this.part === undefined) return "";
-    const { path, fd, inode, isWorthKeeping } = this.part;
+    const { path, fd, inode, canBeContinued } = this.part;
     const found = statOf(path); // its size counts what a full disk has taken of a piece, too
     const isWhole = found?.ino === inode && found.size >= held.bytes && statOf(`${path}.json`) !== undefined;
-    const isKept = isWorthKeeping && isWhole && found.size > 0;
+    const isKept = canBeContinued && isWhole && found.size > 0;
     if (isKept) fs().closeSync(fd);
     else this.discard();
     return isKept ? `Kept ${found.size} bytes in ${path}: the same command continues from there` : "";
@@ -1763,7 +1763,7 @@ class FileSink implements Sink {
       const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
-      return { path, fd, inode, isWorthKeeping: this.canContinue && validator + sha256 !== "" };
+      return { path, fd, inode, canBeContinued: this.canContinue && validator + sha256 !== "" };
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
