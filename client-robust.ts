@@ -36,7 +36,7 @@ export const LIMITS = Object.freeze({
   retryAfterMaxMs: 3_600_000, // if a server asks for a longer wait, give up, unless --retry-max-time allows it
   strongDateAgeMs: 60_000, // RFC 9110 §8.8.2.2: a date names one version if it is this much older than the response
   heldDataBytesMax: 67_108_864, // content to send from stdin or a pipe: it is kept in memory so that it can be sent again
-  syncEveryBytes: 67_108_864, // start writing to the disk after this much
+  syncEveryBytes: 67_108_864, // start writing to the disk each time that so much has come
   redirectsMax: 50, // as curl
   progressAfterMs: 1000, // short transfers get no progress line …
   progressEveryMs: 200, // … and it changes no more often than an eye can follow
@@ -56,7 +56,7 @@ export interface Request {
   readonly url: URL;
   /** The user's field-lines. They replace those of the same name that would be sent otherwise. */
   readonly fields: readonly (readonly [name: string, value: string])[];
-  readonly content: readonly Blob[] | undefined; // read again for each attempt
+  readonly content: readonly Blob[]; // read again for each attempt; no Blob, no content
 }
 
 /** Where content ends (RFC 9112 §6.3): after this many octets, with the last chunk, with the connection. */
@@ -89,28 +89,17 @@ interface Sink {
   finish(held: Held): Promise<string>;
   /** Called last, whatever happened. @returns how to continue, or "" */
   close(held: Held): string | Promise<string>;
-  start?(head: ResponseHead): void; // the content of this response follows
+  start?(head: ResponseHead): void; // the content of this response follows, from its first byte on
   digest?(held: Held): string; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
 
-/** What the user asked for, as far as decisions depend on it. */
-export interface Policy {
-  readonly keepsOnlyContent: boolean; // -o: the page of an error or of a redirect must not pass for content
+/** What the command line says: parseCommandLine has the fields, and what they mean. */
+type Options = Readonly<ReturnType<typeof parseCommandLine>["options"]>;
+export interface Job extends Options {
   readonly canStartOver: boolean; // the content held can be deleted; output on stdout cannot
-  readonly isVerified: boolean; // by --sha256 at the end, so pieces may be joined whatever their validators say
-  readonly followsRedirects: boolean;
-  readonly isConditional: boolean; // the user has sent a condition: a 304 is an answer even to a request for the rest
-  readonly retries: number;
-  readonly retryDelayMs: number | undefined; // the wait before each retry; undefined for one that grows
-  readonly retryMaxMs: number; // may be Infinity, as the next
-  readonly sizeMax: number;
 }
-
-/** What the command line says, and with the policy all that the user asked for. */
-type Options = ReturnType<typeof parseCommandLine>["options"];
-type Job = Options & Policy;
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -170,21 +159,14 @@ export function asTransferError(error: unknown): TransferError {
   return new TransferError("write", `${doing}: ${code}`, { isQuiet: code === "EPIPE" });
 }
 
-// ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
-
-/** What one attempt and the next ones share. */
-interface Session {
-  readonly job: Job;
-  readonly delivery: Delivery;
-  readonly clock: Clock;
-  readonly progress: ProgressLine;
-  readonly trace: Trace | undefined;
-  first: Request; // what every attempt begins with: the user's request, or the GET that a redirect has made of it
-  request: Request; // the last request
-  asksForWhole: boolean; // the next request is for the whole, though something is held
-  wasSent: boolean; // a request has been sent, in part at least
-  failures: number; // attempts in a row that have failed and brought no new data
+/** Prints one line on stderr. @returns the exit code */
+function tellFailure(error: unknown): number {
+  const failure = asTransferError(error);
+  if (!failure.isQuiet) tell(`Error: ${failure.message}`);
+  return EXIT_CODES[failure.outcome];
 }
+
+// ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
 
 /**
  * The heart: one request, one response, from connect to close.
@@ -198,6 +180,7 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
     await sendRequest(connection, session);
     const { head, rest } = await receiveHead(connection, request.method);
     trace?.complete("head");
+    if (head.framing !== "close") connection.stopWatching();
     const verdict = beginResponse(head, session);
     if (verdict.action === "redirect") return verdict;
     if (verdict.action === "complete") await delivery.finish(head);
@@ -227,19 +210,18 @@ async function sendRequest(connection: Connection, session: Session): Promise<vo
   const head = formatRequest(request, session.asksForWhole ? NOTHING : delivery.held);
   if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
-  if (request.content === undefined) return void (await connection.send(head));
-  let [start, left]: [Uint8Array, number] = [head, contentLength(request.content)];
-  for await (const piece of piecesOfData(request.content)) {
+  let [unsent, left]: [Uint8Array, number] = [head, contentLength(request)];
+  for await (const piece of piecesOfData(request)) {
     // A small request is one write. If the server answers early, the rest is not sent.
-    if (!(await connection.send(Buffer.concat([start, piece])))) return;
-    [start, left] = [new Uint8Array(0), left - piece.length];
+    if (!(await connection.send(Buffer.concat([unsent, piece])))) return;
+    [unsent, left] = [new Uint8Array(0), left - piece.length];
     await new Promise((resolve) => setImmediate(resolve)); // or a fast disk and a fast peer would keep timers waiting
   }
   if (left > 0) throw new TransferError("send", "the data has become shorter", { isFinal: true });
-  await connection.send(start);
+  await connection.send(unsent);
 }
 
-async function* piecesOfData(content: readonly Blob[]): AsyncGenerator<Uint8Array> {
+async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
   try {
     for (const blob of content) yield* blob.stream();
   } catch (error) {
@@ -248,14 +230,14 @@ async function* piecesOfData(content: readonly Blob[]): AsyncGenerator<Uint8Arra
 }
 
 /** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
-function beginResponse(head: ResponseHead, session: Session): Verdict {
+function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, TransferError> {
   const { job, delivery, request } = session;
   const { held } = delivery;
   if (job.isVerbose) tellHead("< ", head.text);
   const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
   const hasRange = held.bytes > 0 && !session.asksForWhole;
   const verdict = judgeHead(head, held, job, { method: request.method, hasRange, isLastTry });
-  if (verdict.action === "fail") throw verdict.failure;
+  if (verdict instanceof TransferError) throw verdict;
   if (verdict.action !== "deliver") return verdict;
   if (held.bytes > 0 && verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
     session.progress.clear();
@@ -266,25 +248,39 @@ function beginResponse(head: ResponseHead, session: Session): Verdict {
   return verdict;
 }
 
+/** What one attempt and the next ones share. */
+type Session = ReturnType<typeof beginSession>;
+function beginSession(job: Job, sink: Sink) {
+  const clock = new Clock(job);
+  return {
+    job,
+    delivery: new Delivery(sink, job),
+    clock,
+    progress: new ProgressLine(job, clock),
+    trace: job.isTraced ? new Trace(tell) : undefined,
+    first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
+    request: job.request, // the last request
+    asksForWhole: false, // the next request is for the whole, though something is held
+    wasSent: false, // a request has been sent, in part at least
+    failures: 0, // attempts in a row that have failed and brought no new data
+  };
+}
+
 /** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
 async function download(job: Job, sink: Sink): Promise<number> {
-  const [clock, delivery, { request }] = [new Clock(job), new Delivery(sink, job), job];
-  const progress = new ProgressLine(job, clock);
-  const trace = job.isTraced ? new Trace(tell) : undefined;
+  const session = beginSession(job, sink);
+  const { delivery, progress } = session;
   if (job.isTraced) fs(); // loaded before the first step, which would count the time
-  const state = { first: request, request, asksForWhole: false, wasSent: false, failures: 0 };
-  const session: Session = { job, delivery, clock, progress, trace, ...state };
   if (job.canStartOver) keepPartOnSignals(delivery);
   try {
-    for (;;) {
-      const failure = await followRedirects(session);
-      if (failure === undefined) progress.finish(delivery);
-      const exitCode = failure === undefined ? EXIT_CODES.ok : await prepareRetry(failure, session);
-      if (exitCode !== undefined) return exitCode;
-    }
+    for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
+    progress.finish(delivery);
+    return EXIT_CODES.ok;
+  } catch (error) {
+    return tellFailure(error);
   } finally {
     progress.clear();
-    const advice = await delivery.close();
+    const advice = await delivery.sink.close(delivery.held);
     if (advice !== "" && !job.isSilent) tell(advice);
   }
 }
@@ -305,8 +301,8 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
   return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
 }
 
-/** Waits until it is time for another attempt, and prepares it. @returns the exit code if there will be none */
-async function prepareRetry(failure: TransferError, session: Session): Promise<number | undefined> {
+/** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
+async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
   const { job, delivery, clock, progress, wasSent, request } = session;
   session.failures = delivery.takeProgress() ? 1 : session.failures + 1;
   const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
@@ -314,9 +310,8 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<n
   progress.clear();
   delivery.sink.endLine?.();
   if (decision.action === "give-up") {
-    const why = decision.why === "" ? "" : ` (${decision.why})`;
-    if (!failure.isQuiet) tell(`Error: ${failure.message}${why}`);
-    return EXIT_CODES[failure.outcome];
+    if (decision.why !== "") failure.message += ` (${decision.why})`;
+    throw failure;
   }
   session.asksForWhole = decision.asksForWhole;
   const leftMs = Math.max(0, job.maxMs - clock.elapsedMs);
@@ -324,9 +319,8 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<n
   if (!job.isSilent && decision.afterMs < leftMs)
     tell(`Retry in ${seconds} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
   await Bun.sleep(Math.min(decision.afterMs, leftMs));
-  if (decision.afterMs < leftMs) return undefined;
-  tell(`Error: not done within ${job.maxMs / 1000} s; before that, ${failure.message}`);
-  return EXIT_CODES.timeout;
+  if (decision.afterMs < leftMs) return;
+  throw new TransferError("timeout", `not done within ${job.maxMs / 1000} s; before that, ${failure.message}`);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
@@ -340,7 +334,7 @@ export type Verdict =
   | { readonly action: "complete" } // the bytes held are the whole content
   | { readonly action: "unchanged" } // 304: the user has it already
   | Redirect
-  | { readonly action: "fail"; readonly failure: TransferError };
+  | TransferError;
 type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
 
 /** These may be gone the next time: of RFC 9110 §15, of others (425, 507), and of the proxies of large networks. */
@@ -356,42 +350,43 @@ const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 export function judgeHead(
   head: ResponseHead,
   held: Held,
-  policy: Policy,
+  job: Job,
   asked: { method: string; hasRange: boolean; isLastTry: boolean },
 ): Verdict {
   const { status } = head;
   const location = REDIRECT_STATUSES.includes(status) ? asText(fieldValues(head, "location")[0] ?? "") : "";
-  if (policy.followsRedirects && location !== "") return { action: "redirect", status, location };
-  if (status === 304 && policy.keepsOnlyContent && (held.bytes === 0 || policy.isConditional))
-    return { action: "unchanged" };
-  const onlyContentCounts = policy.keepsOnlyContent || held.bytes > 0;
+  if (job.followsRedirects && location !== "") return { action: "redirect", status, location };
+  if (status === 304 && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
+  const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
-  if (status === 206 && asked.hasRange) return judgePart(head, held, policy);
+  if (status === 206 && asked.hasRange) return judgePart(head, held, job);
   if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  if (status === 206 && onlyContentCounts) return failed("range", "the server sent a part of the content, unasked");
+  if (status === 206 && onlyContentCounts)
+    return new TransferError("range", "the server sent a part of the content, unasked");
   const isPending = status === 202 && onlyContentCounts && asked.method === "GET";
   if ((isPending || TRANSIENT_STATUSES.includes(status)) && !asked.isLastTry)
-    return failed("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
+    return new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
   if (onlyContentCounts && !hasContent(head, asked.method))
-    return failed("status", describeStatus(head) + advice, { isFinal: true });
-  return judgeWhole(head, held, policy, asked.method === "GET");
+    return new TransferError("status", describeStatus(head) + advice, { isFinal: true });
+  return judgeWhole(head, held, job, asked.method === "GET");
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, policy: Policy, isGet: boolean): Verdict {
-  const stated = isGet && (policy.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
+function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean): Verdict {
+  const stated = isGet && (job.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
   const length = typeof head.framing === "number" ? head.framing : stated[0];
   for (const complete of stated)
-    if (complete !== length) return failed("range", "the server sent a part of the content as if it were the whole");
-  if (length !== undefined && length > policy.sizeMax) return tooLarge(policy);
+    if (complete !== length)
+      return new TransferError("range", "the server sent a part of the content as if it were the whole");
+  if (length !== undefined && length > job.sizeMax) return tooLarge(job);
   const version = isGet && head.status === 200 ? versionOf(head) : NOTHING;
   // What an earlier response said of this version still holds: its length, if this one does not tell any.
   const total = length ?? held.total;
   const isNamedSame = version.validator !== "" && version.validator === held.validator && agrees(head, held);
-  if (held.bytes > 0 && (isNamedSame || policy.isVerified) && total === (held.total ?? total))
+  if (held.bytes > 0 && (isNamedSame || job.isVerified) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
-  if (held.bytes > 0 && !policy.canStartOver) return failed("partial", CHANGED, { isFinal: true });
+  if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", CHANGED, { isFinal: true });
   const fresh = { ...NOTHING, ...version, bytes: 0, total: isNamedSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
@@ -399,7 +394,7 @@ function judgeWhole(head: ResponseHead, held: Held, policy: Policy, isGet: boole
 const CHANGED = "the content has changed since its first part was printed, which cannot be taken back";
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
-function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
+function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
   const [total, length] = [complete ?? held.total, last + 1 - first];
   const fits =
@@ -411,9 +406,9 @@ function judgePart(head: ResponseHead, held: Held, policy: Policy): Verdict {
     last < total &&
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === length) &&
-    (policy.isVerified || agrees(head, held));
-  if (!fits) return failed("range", "the server sent another part than the one that is missing");
-  if (total > policy.sizeMax) return tooLarge(policy);
+    (job.isVerified || agrees(head, held));
+  if (!fits) return new TransferError("range", "the server sent another part than the one that is missing");
+  if (total > job.sizeMax) return tooLarge(job);
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
 }
 
@@ -423,15 +418,10 @@ function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
   const { validator } = versionOf(head);
   const isLength = Number(complete) === held.bytes && (held.total ?? held.bytes) === held.bytes;
   const isWhole = isLength && validator === held.validator && validator !== "";
-  return isWhole ? { action: "complete" } : failed("range", "the server has no such part");
+  return isWhole ? { action: "complete" } : new TransferError("range", "the server has no such part");
 }
 
-type Details = ConstructorParameters<typeof TransferError>[2];
-const failed = (outcome: Outcome, message: string, details: Details = {}): Verdict => ({
-  action: "fail",
-  failure: new TransferError(outcome, message, details),
-});
-const tooLarge = ({ sizeMax }: Policy) => failed("tooLarge", `the content is larger than ${sizeMax} bytes`);
+const tooLarge = ({ sizeMax }: Job) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
@@ -500,11 +490,6 @@ export interface Attempt {
   readonly elapsedMs: number; // since the first attempt
 }
 
-/** `asksForWhole`: the next request has no Range. */
-export type Decision =
-  | { readonly action: "retry"; readonly afterMs: number; readonly asksForWhole: boolean }
-  | { readonly action: "give-up"; readonly why: string };
-
 /**
  * The next attempt may well succeed. Names of containers appear late; "unparsable" may be a server that is just
  * starting; "tls" is a connection that was lost during the handshake.
@@ -527,24 +512,23 @@ const backoffMs = (failures: number, random: () => number) =>
  * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
  * | anything else | continue after the bytes held |
  */
-export function decideNext(attempt: Attempt, held: Held, policy: Policy, random: () => number): Decision {
+export function decideNext(attempt: Attempt, held: Held, job: Job, random: () => number) {
   const { failure, failures } = attempt;
-  const giveUp = (why: string): Decision => ({ action: "give-up", why });
+  const giveUp = (why: string) => ({ action: "give-up", why }) as const;
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
   if (attempt.wasSent && !IDEMPOTENT_METHODS.includes(attempt.method)) return giveUp("");
-  if (failures > policy.retries) return giveUp(policy.retries > 0 ? `after ${failures} attempts` : "");
-  const leftMs = policy.retryMaxMs - attempt.elapsedMs;
+  if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
+  const leftMs = job.retryMaxMs - attempt.elapsedMs;
   if (leftMs <= 0) return giveUp("no time is left for another attempt");
   const { retryAfterMs } = failure;
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
     return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
-  const isNameless = held.bytes > 0 && held.validator === "" && !policy.isVerified;
-  if ((isNameless || failure.spoils) && !policy.canStartOver)
-    return giveUp("what is printed cannot be continued exactly");
+  const isNameless = held.bytes > 0 && held.validator === "" && !job.isVerified;
+  if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
   // RFC 9110 §15.3.7: a part may be less than what was asked for. That is no fault, so the next is asked for at once.
-  const wait = failure.isPart && failures === 1 ? 0 : (policy.retryDelayMs ?? backoffMs(failures, random));
+  const wait = failure.isPart && failures === 1 ? 0 : (job.retryDelayMs ?? backoffMs(failures, random));
   const afterMs = Math.max(retryAfterMs, Math.min(wait, leftMs));
-  return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" };
+  return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" } as const;
 }
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
@@ -554,7 +538,7 @@ export function decideNext(attempt: Attempt, held: Held, policy: Policy, random:
  * end gets 416, which need not name the version.
  */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
-const contentLength = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
+const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
 
 /**
  * The head of the request as it goes over the wire (RFC 9112 §3), for the whole content or for the bytes after
@@ -568,25 +552,23 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
     ["Accept", "*/*"],
     ["Accept-Encoding", "identity"], // RFC 9110 §12.5.3: without it any coding would be acceptable
     ["Want-Repr-Digest", "sha-256=10"], // RFC 9530 §4: then the content can be verified
-    ["Content-Type", content === undefined ? "" : "application/x-www-form-urlencoded"],
+    ["Content-Type", content.length === 0 ? "" : "application/x-www-form-urlencoded"],
   ] as const;
   const own = [
-    ["Content-Length", content === undefined ? "" : `${contentLength(content)}`],
+    ["Content-Length", content.length === 0 ? "" : `${contentLength(request)}`],
     ["Connection", "close"],
     ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""],
     ["If-Range", held.bytes > 0 ? held.validator : ""],
   ] as const;
-  const replaced = new Set<string>();
-  for (const [name] of fields) replaced.add(name.toLowerCase());
+  const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
   let head = `${method} ${url.pathname}${url.search} HTTP/1.1\r\n`;
-  for (const [name, value] of defaults)
-    if (value !== "" && !replaced.has(name.toLowerCase())) head += `${name}: ${value}\r\n`;
-  for (const [name, value] of [...own, ...fields]) if (value !== "") head += `${name}: ${value}\r\n`;
+  for (const [name, value] of [...defaults.filter(([name]) => !isReplaced(name)), ...own, ...fields])
+    if (value !== "") head += `${name}: ${value}\r\n`;
   // Values may be any bytes but CTL; the command line has made them ISO 8859-1, one character a byte.
   return toBytes(`${head}\r\n`);
 }
 
-/** The bytes of ISO 8859-1 text. (Buffer.from takes longer, the first time.) */
+/** The bytes of ISO 8859-1 text. (Buffer.from and Uint8Array.from take longer, the first time.) */
 function toBytes(text: string): Uint8Array {
   const bytes = new Uint8Array(text.length);
   for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
@@ -602,7 +584,7 @@ function redirect(request: Request, status: number, url: URL): Request {
   const isElsewhere = url.origin !== request.url.origin;
   const fields = request.fields.filter(([name]) => !(isElsewhere && SECRET_FIELD.test(name)));
   const same = { ...request, url, fields };
-  return becomesGet ? { ...same, method: "GET", content: undefined } : same;
+  return becomesGet ? { ...same, method: "GET", content: [] } : same;
 }
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
@@ -786,12 +768,11 @@ export class ChunkedDecoder {
 }
 // ── end shared ──
 
-const unparsable = (fault: string, details: Details = { isFinal: true }) =>
+const unparsable = (fault: string, details: ConstructorParameters<typeof TransferError>[2] = { isFinal: true }) =>
   new TransferError("unparsable", `the response is malformed: ${fault}`, details);
 /** The content is longer or shorter than the head said, so its bytes cannot be trusted. */
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
-const partial = (message: string) => new TransferError("partial", message);
 
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
@@ -822,7 +803,7 @@ function endOfHead(text: string, interim: number): TransferError {
   if (text.slice(text.lastIndexOf("\n") + 1, -1).includes("\r")) return unparsable(NO_FIELD_LINE);
   if (text === "" && interim === 0)
     return new TransferError("empty", "the server closed the connection without an answer");
-  return partial("the response ends inside its head");
+  return new TransferError("partial", "the response ends inside its head");
 }
 
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
@@ -895,11 +876,7 @@ export function parseHttpDate(text: string): number | undefined {
 }
 
 /** Where the content of a response ends: RFC 9112 §6.3, item by item. @throws TransferError "unparsable" */
-export function decideFraming(
-  head: Pick<ResponseHead, "status" | "fields">,
-  isHttp10: boolean,
-  method: string,
-): Framing {
+export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boolean, method: string): Framing {
   // Item 1: never any content, whatever the fields say.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
   // Item 2 is about CONNECT, which this client does not send.
@@ -962,10 +939,10 @@ async function receiveMore(source: Source, framing: Framing, came: number): Prom
   } catch (error) {
     // Content that only a close ends may be cut by a reset at any byte: then it is a part.
     const isCut = framing === "close" && error instanceof TransferError && error.outcome === "receive";
-    throw isCut ? partial(error.message) : error;
+    throw isCut ? new TransferError("partial", error.message) : error;
   }
   const whole = typeof framing === "number" ? ` of ${framing}` : "";
-  throw partial(`the response is not complete: ${came}${whole} bytes of content came`);
+  throw new TransferError("partial", `the response is not complete: ${came}${whole} bytes of content came`);
 }
 
 /** Chunks are compacted in place, over the framing: one piece is left to write, and nothing is allocated. */
@@ -1082,6 +1059,7 @@ export class Connection implements Source {
   private isClosed = false;
   private failure: TransferError | undefined;
   private socket: Bun.Socket | undefined;
+  private raw: Bun.Socket | undefined; // under TLS
   /** Over TLS: sees the encrypted records. */
   private records: RecordWatch | undefined;
   private wake = () => {};
@@ -1121,10 +1099,8 @@ export class Connection implements Source {
     if (this.records !== undefined) this.records.content += bytes.length;
     this.received.push(bytes);
     this.receivedBytes += bytes.length;
-    if (this.receivedBytes >= LIMITS.receivedBytesMax && !this.isPaused) {
-      this.isPaused = true;
-      this.socket?.pause();
-    }
+    this.isPaused ||= this.receivedBytes >= LIMITS.receivedBytesMax;
+    if (this.isPaused) this.socket?.pause();
     this.wake();
   }
 
@@ -1145,20 +1121,18 @@ export class Connection implements Source {
   /** Starts TLS. @throws TransferError "tls" or "certificate" */
   async secure(hostname: string, authorities: string[], isInsecure: boolean): Promise<void> {
     const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
       // Not a certificate that is not trusted, but a peer that speaks no TLS, or not ours.
       const isFault = error === null || /^(EPROTO|ECONN|ERR_SSL)/.test(error.code ?? "");
       if (isTrusted || (isInsecure && !isFault)) return resolve();
-      if (!isFault)
-        return reject(
-          new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`),
-        );
+      if (!isFault) return fail("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`);
       // A refusal will not change; a lost connection may be transient.
       const isFinal = !error?.code?.startsWith("ECONN");
-      reject(new TransferError("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal }));
+      fail("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal });
     };
     const close = (_: unknown, error?: SystemError) => {
-      reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
+      fail("tls", `the connection to ${hostname} was closed before there was TLS`);
       this.onClose(error);
     };
     // RFC 6066 §3: the name is sent without the dot of the root, and an address is not sent. Without a name, the
@@ -1166,11 +1140,16 @@ export class Connection implements Source {
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
     const tls = { serverName, ca: authorities, rejectUnauthorized: !isInsecure };
     this.records = new RecordWatch();
-    const { drain, end, error } = this.handlers;
     const data = (_: Bun.Socket, bytes: Uint8Array) => this.onData(bytes);
-    const socket = { handshake, data, drain, end, close, error };
-    this.socket = this.socket?.upgradeTLS({ data: undefined, tls, socket })[1];
+    const socket = { ...this.handlers, handshake, data, close };
+    [this.raw, this.socket] = this.socket?.upgradeTLS({ data: undefined, tls, socket }) ?? [];
     await promise;
+  }
+
+  /** The content has a length or a last chunk, so nobody asks how the connection ends: spares a copy of each record. */
+  stopWatching(): void {
+    const { data: _, ...others } = this.handlers;
+    this.raw?.reload({ socket: others });
   }
 
   /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
@@ -1189,14 +1168,9 @@ export class Connection implements Source {
   async receive(): Promise<Uint8Array | undefined> {
     while (this.received.length === 0) {
       this.throwFailure();
-      if (this.hasEnded) {
-        this.trace?.step("FIN", "received");
-        return undefined;
-      }
-      if (this.isPaused) {
-        this.isPaused = false;
-        this.socket?.resume();
-      }
+      if (this.hasEnded) return void this.trace?.step("FIN", "received");
+      if (this.isPaused) this.socket?.resume();
+      this.isPaused = false;
       await this.event();
     }
     const bytes = this.received.shift();
@@ -1207,14 +1181,13 @@ export class Connection implements Source {
 
   private throwFailure(): void {
     if (this.failure === undefined) return;
-    if (this.failure.outcome !== "timeout") this.trace?.step("reset", this.failure.message);
+    this.trace?.step(this.failure.outcome === "timeout" ? "deadline" : "reset", this.failure.message);
     throw this.failure;
   }
 
   /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
   close(): void {
-    if (this.socket !== undefined && !this.isClosed)
-      this.trace?.step("close", this.failure?.outcome === "receive" ? "" : "FIN sent");
+    if (this.socket !== undefined) this.trace?.step("close", this.failure?.outcome === "receive" ? "" : "FIN sent");
     this.isClosed = true;
     this.socket?.close();
   }
@@ -1223,12 +1196,10 @@ export class Connection implements Source {
   private event(): Promise<void> {
     this.trace?.flush();
     return new Promise((resolve) => {
-      const isLate = (failure: TransferError) => {
+      const cancel = this.clock.startTimer("stallMs", "no byte for", (failure) => {
         this.failure = failure;
-        this.trace?.step("deadline", failure.message);
         resolve();
-      };
-      const cancel = this.clock.startTimer("stallMs", (seconds) => `no byte for ${seconds} s`, isLate);
+      });
       this.wake = () => {
         cancel();
         resolve();
@@ -1244,7 +1215,7 @@ async function connect(url: URL, { job, clock, trace }: Session): Promise<Connec
   const port = Number(url.port || (isSecure ? 443 : 80));
   const connection = new Connection(clock, trace);
   const { promise: late, reject } = Promise.withResolvers<never>();
-  const cancel = clock.startTimer("connectMs", (seconds) => `no connection to ${url.host} within ${seconds} s`, reject);
+  const cancel = clock.startTimer("connectMs", `no connection to ${url.host} within`, reject);
   trace?.begin();
   try {
     const authorities = isSecure && !job.isInsecure ? readAuthorities(job.authoritiesFile) : [];
@@ -1252,8 +1223,9 @@ async function connect(url: URL, { job, clock, trace }: Session): Promise<Connec
     const connecting = Bun.connect({ hostname, port, allowHalfOpen: true, socket: connection.handlers });
     const { remoteAddress } = await Promise.race([late, connecting]);
     trace?.step("connect", `${remoteAddress.includes(":") ? `[${remoteAddress}]` : remoteAddress}:${port}`);
-    if (isSecure) await Promise.race([late, connection.secure(hostname, authorities, job.isInsecure)]);
-    if (isSecure) trace?.step("TLS", `with ${hostname}`);
+    if (!isSecure) return connection;
+    await Promise.race([late, connection.secure(hostname, authorities, job.isInsecure)]);
+    trace?.step("TLS", `with ${hostname}`);
     return connection;
   } catch (error) {
     const failure = explainConnectError(error, url.host, hostname);
@@ -1292,13 +1264,12 @@ export class Clock {
     return performance.now() - this.startedAt;
   }
 
-  /** @returns a function that stops the timer */
-  startTimer(which: "connectMs" | "stallMs", say: (seconds: number) => string, then: (failure: TransferError) => void) {
+  /** @param what the start of the failure's message: the seconds follow @returns a function that stops the timer */
+  startTimer(which: "connectMs" | "stallMs", what: string, then: (failure: TransferError) => void): () => void {
     const { [which]: limit, maxMs } = this.job;
     const left = Math.max(0, maxMs - this.elapsedMs);
-    const isFinal = left < limit;
-    const message = () => (isFinal ? `not done within ${maxMs / 1000} s` : say(limit / 1000));
-    const fail = () => then(new TransferError("timeout", message(), { isFinal }));
+    const message = left < limit ? `not done within ${maxMs / 1000} s` : `${what} ${limit / 1000} s`;
+    const fail = () => then(new TransferError("timeout", message, { isFinal: left < limit }));
     const timer = setTimeout(fail, Math.min(left, limit));
     return () => clearTimeout(timer);
   }
@@ -1414,8 +1385,8 @@ const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
 class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
-  private best: number; // the most that was ever held of this version: only what goes beyond it is progress
-  private hasStartedOver = false;
+  /** The most that was ever held of this version: only what goes beyond it is progress. Starting over is none. */
+  private best: number;
   private isJoined = false; // the content held came in several responses
   private hash: Bun.CryptoHasher | undefined;
   private skip = 0; // bytes of the response under way that are held already
@@ -1430,16 +1401,15 @@ class Delivery {
     this.best = this.held.bytes;
   }
 
-  /** True once if more is held than ever before. An attempt that had to start over did not bring more. */
+  /** True once if more is held than ever before. */
   takeProgress(): boolean {
-    const hasProgressed = this.held.bytes > this.best && !this.hasStartedOver;
-    this.best = Math.max(this.best, this.held.bytes);
-    this.hasStartedOver = false;
-    return hasProgressed;
+    const { best, held } = this;
+    this.best = best === Number.POSITIVE_INFINITY ? held.bytes : Math.max(best, held.bytes);
+    return held.bytes > best;
   }
 
-  start(head: ResponseHead, { held, from, end }: Verdict & { action: "deliver" }): void {
-    if (held.bytes === 0 && this.held.bytes > 0) this.forget();
+  start(head: ResponseHead, { held, from, end }: Extract<Verdict, { action: "deliver" }>): void {
+    if (held.bytes === 0 && this.held.bytes > 0) this.best = Number.POSITIVE_INFINITY;
     this.held = held;
     this.skip = held.bytes - from;
     this.end = end;
@@ -1447,7 +1417,8 @@ class Delivery {
     // RFC 9530 §3: of the whole representation, in a 206 too. What an earlier response said of this version holds.
     const digest = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(","))?.[1];
     this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
-    if (!this.isJoined) this.hash = this.isToVerify ? new Bun.CryptoHasher("sha256") : undefined;
+    if (this.isJoined) return;
+    this.hash = this.isToVerify ? new Bun.CryptoHasher("sha256") : undefined;
     this.sink.start?.(head);
   }
 
@@ -1456,8 +1427,7 @@ class Delivery {
     this.skip -= skipped;
     const content = bytes.subarray(skipped);
     const length = this.held.bytes + content.length;
-    const { sizeMax } = this.job;
-    if (length > sizeMax) throw new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
+    if (length > this.job.sizeMax) throw tooLarge(this.job);
     if (length > this.end) throw contradiction();
     if (content.length === 0) return;
     await this.sink.write(content, this.held);
@@ -1470,11 +1440,10 @@ class Delivery {
     const { bytes, total } = this.held;
     // Content that only a close ends may have been cut. The last chunk ends it for sure.
     if (head.framing === "chunked" && Number.isFinite(this.end) && bytes < this.end) throw contradiction();
-    if (this.skip > 0) throw partial(`the response is not complete: ${this.skip} of ${bytes} bytes held are missing`);
-    if (total !== undefined && bytes !== total) {
-      const message = `the response is a part: ${bytes} of ${total} bytes are here`;
-      throw new TransferError("partial", message, { isPart: true });
-    }
+    const cut = `the response is not complete: ${this.skip} of ${bytes} bytes held are missing`;
+    if (this.skip > 0) throw new TransferError("partial", cut);
+    const part = `the response is a part: ${bytes} of ${total} bytes are here`;
+    if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: true });
     if (this.isToVerify) this.verify();
     this.note = await this.sink.finish(this.held);
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
@@ -1506,23 +1475,14 @@ class Delivery {
   discard(): void {
     this.sink.discard?.();
     this.held = NOTHING;
-    this.forget();
-  }
-
-  close(): string | Promise<string> {
-    return this.sink.close(this.held);
-  }
-
-  private forget(): void {
-    this.hash = undefined;
-    this.best = 0;
-    this.hasStartedOver = true;
+    this.best = Number.POSITIVE_INFINITY;
   }
 }
 
 // ═══ 11 Sinks ══════════════════════════════════════════════════════════════════════════════════
 
-// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load. `require` has no types.
+// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load, and longer by
+// process.getBuiltinModule. `require` has no types.
 const fs = (): typeof import("node:fs") => require("node:fs");
 const paths = (): typeof import("node:path") => require("node:path");
 const tty = (): typeof import("node:tty") => require("node:tty");
@@ -1568,7 +1528,6 @@ class StreamSink implements Sink {
   readonly found = NOTHING;
   /** The head that is still to be printed: with the first content, when no other response can replace it. */
   private head = "";
-  private hasPrinted = false;
   private isInLine = false;
   private readonly isTerminal: boolean;
   private readonly mayBlock: boolean;
@@ -1587,18 +1546,17 @@ class StreamSink implements Sink {
   }
 
   start(head: ResponseHead): void {
-    this.head = this.isContentOnly || this.hasPrinted ? "" : head.text;
+    this.head = this.isContentOnly ? "" : head.text;
   }
 
   async write(content: Uint8Array): Promise<void> {
-    if (!this.hasPrinted) await this.finish();
+    await this.finish();
     await this.print(content);
     this.isInLine = this.isTerminal && content.at(-1) !== LF;
   }
 
   /** Prints the head, if it is still to be printed. */
   async finish(): Promise<string> {
-    this.hasPrinted = true;
     if (this.head !== "") await this.print(toBytes(this.head));
     this.head = "";
     return "";
@@ -1713,9 +1671,7 @@ class FileSink implements Sink {
   private readonly startedAt = Date.now();
   private readonly url: string;
   /** The part that this run writes. Its inode tells whether the name is still its own. */
-  private part: { readonly path: string; readonly fd: number; readonly inode: number } | undefined;
-  private isWorthKeeping = false; // a later run can continue the part
-  private syncedTo = 0;
+  private part: { path: string; fd: number; inode: number; canBeContinued: boolean } | undefined;
 
   /** @param old FILE as it was, if it existed; @param folder of the parts */
   constructor(
@@ -1735,12 +1691,10 @@ class FileSink implements Sink {
   async write(content: Uint8Array, held: Held): Promise<void> {
     const { fd } = this.ready(held);
     await writeAll(fd, content, false, held.bytes);
-    const position = held.bytes + content.length;
-    if (position - this.syncedTo < LIMITS.syncEveryBytes) return;
     // The disk begins to write while the network goes on: all of it at the end would take as long again. If this
     // fails, the sync at the end will too.
-    this.syncedTo = position;
-    fs().fdatasync(fd, () => {});
+    const left = LIMITS.syncEveryBytes - (held.bytes % LIMITS.syncEveryBytes);
+    if (content.length >= left) fs().fdatasync(fd, () => {});
   }
 
   digest(held: Held): string {
@@ -1772,15 +1726,13 @@ class FileSink implements Sink {
   /** Keeps a part that a later run can continue, and nothing else. */
   close(held: Held): string {
     if (this.part === undefined) return "";
-    const { path, fd, inode } = this.part;
+    const { path, fd, inode, canBeContinued } = this.part;
     const found = statOf(path); // its size counts what a full disk has taken of a piece, too
     const isWhole = found?.ino === inode && found.size >= held.bytes && statOf(`${path}.json`) !== undefined;
-    if (!this.isWorthKeeping || !isWhole || found.size === 0) {
-      this.discard();
-      return "";
-    }
-    fs().closeSync(fd);
-    return `Kept ${found.size} bytes in ${path}: the same command continues from there`;
+    const isKept = canBeContinued && isWhole && found.size > 0;
+    if (isKept) fs().closeSync(fd);
+    else this.discard();
+    return isKept ? `Kept ${found.size} bytes in ${path}: the same command continues from there` : "";
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
@@ -1789,7 +1741,6 @@ class FileSink implements Sink {
       const next = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
       this.discard();
       this.part = next;
-      this.syncedTo = held.bytes;
     }
     const found = statOf(this.part.path);
     if (found?.ino !== this.part.inode) throw takenOver(this.part.path);
@@ -1812,8 +1763,7 @@ class FileSink implements Sink {
       const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
-      this.isWorthKeeping = this.canContinue && (validator !== "" || sha256 !== "");
-      return { path, fd, inode };
+      return { path, fd, inode, canBeContinued: this.canContinue && validator + sha256 !== "" };
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
@@ -2004,6 +1954,8 @@ export function parseCommandLine(args: readonly string[]) {
   const { values, positionals } = parseFlags(args);
   const all = (flag: string) => values.get(flag) ?? [];
   const last = (flag: string) => all(flag).at(-1);
+  const count = (flag: string, absent: number) => (values.has(flag) ? parseCount(flag, last(flag)) : absent);
+  const milliseconds = <T>(flag: string, absent: T) => (values.has(flag) ? parseSeconds(flag, last(flag)) : absent);
   const [text = DEFAULTS.url, extra] = positionals;
   check(extra === undefined, `one argument too many: ${JSON.stringify(extra)}`);
   const url = parseUrl(text);
@@ -2019,21 +1971,22 @@ export function parseCommandLine(args: readonly string[]) {
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
   const fields = [...all("header").map(parseField), ...timeCondition(last("time-cond"))];
-  const request: Request = { method, url, fields, content: undefined };
+  const request: Request = { method, url, fields, content: [] };
   const options = {
     request,
     output, // undefined: print the whole response
-    keepsOnlyContent: output !== undefined,
-    isVerified: sha256 !== "" && method === "GET",
+    keepsOnlyContent: output !== undefined, // the page of an error or of a redirect must not pass for content
+    isVerified: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
     followsRedirects: values.has("location"),
+    // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
-    retries: parseCount("retry", last("retry")) ?? DEFAULTS.retries,
-    retryDelayMs: parseSeconds("retry-delay", last("retry-delay")),
-    retryMaxMs: parseSeconds("retry-max-time", last("retry-max-time")) ?? Number.POSITIVE_INFINITY,
-    sizeMax: parseCount("max-size", last("max-size")) ?? Number.POSITIVE_INFINITY,
-    connectMs: parseSeconds("connect-timeout", last("connect-timeout")) ?? DEFAULTS.connectTimeoutS * 1000,
-    stallMs: parseSeconds("stall-timeout", last("stall-timeout")) ?? DEFAULTS.stallTimeoutS * 1000,
-    maxMs: parseSeconds("max-time", last("max-time")) ?? Number.POSITIVE_INFINITY, // for everything
+    retries: count("retry", DEFAULTS.retries),
+    retryDelayMs: milliseconds("retry-delay", undefined), // before each; undefined for a wait that grows
+    retryMaxMs: milliseconds("retry-max-time", Number.POSITIVE_INFINITY),
+    sizeMax: count("max-size", Number.POSITIVE_INFINITY),
+    connectMs: milliseconds("connect-timeout", DEFAULTS.connectTimeoutS * 1000),
+    stallMs: milliseconds("stall-timeout", DEFAULTS.stallTimeoutS * 1000),
+    maxMs: milliseconds("max-time", Number.POSITIVE_INFINITY), // for everything
     authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
     isInsecure: values.has("insecure"), // certificates are not verified
     sha256, // that the content must have, in lower-case hex; "" if any will do
@@ -2061,16 +2014,14 @@ function timeCondition(file: string | undefined): [name: string, value: string][
 }
 
 /** @returns milliseconds */
-function parseSeconds(flag: string, text: string | undefined): number | undefined {
-  if (text === undefined) return undefined;
+function parseSeconds(flag: string, text = ""): number {
   const seconds = /^\d*\.?\d+$/.test(text) ? Number(text) : 0;
   // A timer takes 2^31 ms at the most, and would fire at once for more.
   check(seconds > 0 && seconds <= 2_000_000, `--${flag} takes seconds, from above 0 to 2000000`);
   return seconds * 1000;
 }
 
-function parseCount(flag: string, text: string | undefined): number | undefined {
-  if (text === undefined) return undefined;
+function parseCount(flag: string, text = ""): number {
   check(/^\d{1,15}$/.test(text), `--${flag} takes a number, not ${JSON.stringify(text)}`);
   return Number(text);
 }
@@ -2104,7 +2055,7 @@ export function parseUrl(text: string): URL {
  * The content to send. Several -d are joined with "&", as in forms. A file is read while it is sent, again for each
  * attempt; a pipe can be read only once, and is held in memory.
  */
-async function readData(data: readonly string[]): Promise<Blob[] | undefined> {
+async function readData(data: readonly string[]): Promise<Blob[]> {
   const blobs: Blob[] = [];
   let text = ""; // up to the next file: it is sent in one write
   for (const [i, item] of data.entries()) {
@@ -2113,7 +2064,7 @@ async function readData(data: readonly string[]): Promise<Blob[] | undefined> {
     blobs.push(new Blob([text]), await openData(item.slice(1)));
     text = "";
   }
-  return data.length === 0 ? undefined : [...blobs, new Blob([text])];
+  return data.length === 0 ? [] : [...blobs, new Blob([text])];
 }
 
 async function openData(path: string): Promise<Blob> {
@@ -2138,7 +2089,7 @@ async function openData(path: string): Promise<Blob> {
 function keepPartOnSignals(delivery: Delivery): void {
   for (const signal of ["SIGINT", "SIGTERM"] as const)
     process.once(signal, () => {
-      const advice = delivery.close();
+      const advice = delivery.sink.close(delivery.held);
       tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
       // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
       process.kill(process.pid, signal);
@@ -2158,9 +2109,7 @@ async function main(): Promise<number> {
     if (sink === undefined) return EXIT_CODES.ok;
     return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
   } catch (error) {
-    const failure = asTransferError(error);
-    if (!failure.isQuiet) tell(`Error: ${failure.message}`);
-    return EXIT_CODES[failure.outcome];
+    return tellFailure(error);
   }
 }
 

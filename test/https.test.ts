@@ -16,10 +16,11 @@ import {
 
 setDefaultTimeout(60_000);
 
-/** Answers each connection over TLS with an HTTP/1.0 response of `size` bytes, and closes in the way of `end`. */
+/** Answers each connection over TLS with an HTTP/1.0 response of `size` bytes, and closes in the way of `end`. A field may follow. */
 const CLOSING = `
 import socket, ssl, struct, sys
 cert, key, version, size, end = sys.argv[1:6]
+fields = "".join(field + "\\r\\n" for field in sys.argv[6:])
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 context.load_cert_chain(cert, key)
 context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, version)
@@ -29,8 +30,9 @@ while True:
     try:
         t = context.wrap_socket(c, server_side=True)
         t.recv(65536)
-        t.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n" + b"x" * int(size))
+        t.sendall(b"HTTP/1.0 200 OK\\r\\n" + fields.encode() + b"\\r\\n" + b"x" * int(size))
         if end == "in order": t.unwrap()
+        if end == "reset": t.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         t.close()
     except OSError: pass`;
 
@@ -109,10 +111,33 @@ describe.each(VARIANTS)("client-robust over TLS (%s)", (variant) => {
       },
     );
 
-  test.concurrent.if(hasTool("openssl"))("40 MB come whole, through a reader that is slow at first", async () => {
+  test.concurrent.if(hasTool("openssl"))(
+    "content with a length ends with its last byte, however it is closed",
+    async () => {
+      await using folder = await temporaryFolder();
+      const { cert, key } = await makeCertificate(folder.path);
+      for (const [end, length, exitCode] of [
+        ["cut off", 100_000, EXIT_CODES.ok],
+        ["cut off", 100_001, EXIT_CODES.partial],
+        ["in order", 100_001, EXIT_CODES.partial],
+        ["reset", 100_001, EXIT_CODES.receive],
+      ] as const) {
+        const field = `Content-Length: ${length}`;
+        await using server = await startPython(CLOSING, [cert, key, "TLSv1_3", "100000", end, field]);
+        const ended = await get("--cacert", cert, `https://localhost:${server.port}/`);
+        expect([end, length, ended.exitCode]).toEqual([end, length, exitCode]);
+        if (end !== "reset") expect(ended.stdout).toBe("x".repeat(100_000));
+      }
+    },
+  );
+
+  test.concurrent.if(hasTool("openssl")).each([
+    ["without a length", []],
+    ["with a length", ["Content-Length: 40000000"]],
+  ])("40 MB come whole, %s, through a reader that is slow at first", async (_, fields) => {
     await using folder = await temporaryFolder();
     const { cert, key } = await makeCertificate(folder.path);
-    await using server = await startPython(CLOSING, [cert, key, "TLSv1_3", "40000000", "in order"]);
+    await using server = await startPython(CLOSING, [cert, key, "TLSv1_3", "40000000", "in order", ...fields]);
     const argv = [
       ...(await command("client-robust", variant)),
       "-o",

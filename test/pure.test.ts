@@ -322,9 +322,7 @@ describe("client-robust.ts", () => {
   test("asks for what the URL names, fragment excluded, and for a close", () => {
     const url = robust.parseUrl("http://[::1]:81/a%20b?c#d");
     expect(
-      Buffer.from(
-        robust.formatRequest({ method: "GET", url, fields: [], content: undefined }, robust.NOTHING),
-      ).toString(),
+      Buffer.from(robust.formatRequest({ method: "GET", url, fields: [], content: [] }, robust.NOTHING)).toString(),
     ).toMatch(
       /^GET \/a%20b\?c HTTP\/1.1\r\nHost: \[::1\]:81\r\nUser-Agent: http-over-tcp\/[\d.]+\r\nAccept: \*\/\*\r\nAccept-Encoding: identity\r\nWant-Repr-Digest: sha-256=10\r\nConnection: close\r\n\r\n$/,
     );

@@ -16,12 +16,13 @@ import {
   decideNext,
   EXIT_CODES,
   type Held,
+  type Job,
   judgeHead,
   NOTHING,
   type Outcome,
+  parseCommandLine,
   parseHttpDate,
   parseRetryAfter,
-  type Policy,
   type ResponseHead,
   TransferError,
   versionOf,
@@ -34,17 +35,7 @@ setDefaultTimeout(60_000);
 
 // ── the policy ──
 
-const POLICY: Policy = {
-  keepsOnlyContent: true,
-  canStartOver: true,
-  isVerified: false,
-  followsRedirects: false,
-  isConditional: false,
-  retries: 5,
-  retryDelayMs: undefined,
-  retryMaxMs: Number.POSITIVE_INFINITY,
-  sizeMax: Number.POSITIVE_INFINITY,
-};
+const JOB: Job = { ...parseCommandLine(["-o", "FILE"]).options, canStartOver: true };
 const HELD: Held = { bytes: 40, validator: '"a"', etag: '"a"', lastModified: "", total: 100 };
 
 function head(status: number, fields: Record<string, string> = {}): ResponseHead {
@@ -61,19 +52,14 @@ function head(status: number, fields: Record<string, string> = {}): ResponseHead
 function judge(
   response: ResponseHead,
   held: Held = NOTHING,
-  policy: Partial<Policy> = {},
+  policy: Partial<Job> = {},
   request: { method?: string; isLastTry?: boolean; hasRange?: boolean } = {},
 ): string {
   const asked = { method: "GET", hasRange: held.bytes > 0, isLastTry: false, ...request };
-  const verdict = judgeHead(response, held, { ...POLICY, ...policy }, asked);
-  switch (verdict.action) {
-    case "deliver":
-      return held.bytes > 0 && verdict.held.bytes === 0 ? "start over" : `deliver from ${verdict.from}`;
-    case "fail":
-      return `${verdict.failure.isFinal ? "final " : ""}${verdict.failure.outcome}`;
-    default:
-      return verdict.action;
-  }
+  const verdict = judgeHead(response, held, { ...JOB, ...policy }, asked);
+  if (verdict instanceof TransferError) return `${verdict.isFinal ? "final " : ""}${verdict.outcome}`;
+  if (verdict.action !== "deliver") return verdict.action;
+  return held.bytes > 0 && verdict.held.bytes === 0 ? "start over" : `deliver from ${verdict.from}`;
 }
 
 const PART = { "Content-Range": "bytes 40-99/100", ETag: '"a"', "Content-Length": "60" };
@@ -175,10 +161,10 @@ describe("judgeHead", () => {
 
   test("remembers what an earlier response said of the same version", () => {
     const asked = { method: "GET", hasRange: true, isLastTry: false };
-    const verdict = judgeHead(head(200, { ETag: '"a"' }), HELD, POLICY, asked);
+    const verdict = judgeHead(head(200, { ETag: '"a"' }), HELD, JOB, asked);
     expect(verdict).toMatchObject({ action: "deliver", held: { total: 100, bytes: 40 } });
     const other = { ...HELD, bytes: 0, validator: '"b"', etag: '"b"' };
-    const fresh = judgeHead(head(200, { ETag: '"a"' }), other, POLICY, asked);
+    const fresh = judgeHead(head(200, { ETag: '"a"' }), other, JOB, asked);
     expect(fresh).toMatchObject({ action: "deliver", held: { total: undefined, validator: '"a"' } });
   });
 
@@ -243,11 +229,11 @@ function decide(
   outcome: Outcome,
   held: Held = NOTHING,
   attempt: Partial<Attempt> = {},
-  policy: Partial<Policy> = {},
+  policy: Partial<Job> = {},
 ): string {
   const failure = attempt.failure ?? new TransferError(outcome, "");
   const all: Attempt = { failure, method: "GET", wasSent: true, failures: 1, elapsedMs: 0, ...attempt };
-  const decision = decideNext(all, held, { ...POLICY, ...policy }, () => 1);
+  const decision = decideNext(all, held, { ...JOB, ...policy }, () => 1);
   if (decision.action === "give-up") return "give up";
   return `${decision.asksForWhole ? "ask for the whole" : "go on"} within ${decision.afterMs}`;
 }
@@ -269,7 +255,7 @@ describe("decideNext", () => {
       failures: 1,
       elapsedMs: 0,
     };
-    expect(decideNext(attempt, NOTHING, POLICY, () => 0)).toMatchObject({ afterMs: 500 });
+    expect(decideNext(attempt, NOTHING, JOB, () => 0)).toMatchObject({ afterMs: 500 });
     for (const failures of [1, 5])
       expect(decide("receive", NOTHING, { failures }, { retryDelayMs: 300 })).toBe("go on within 300");
   });
@@ -308,7 +294,7 @@ describe("decideNext", () => {
   });
 
   test("takes Retry-After for a floor, and gives up at once where it goes too far", () => {
-    const after = (seconds: number, policy: Partial<Policy> = {}) => {
+    const after = (seconds: number, policy: Partial<Job> = {}) => {
       const failure = new TransferError("status", "", { retryAfterMs: seconds * 1000 });
       return decide("status", NOTHING, { failure }, policy);
     };
