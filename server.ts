@@ -173,10 +173,12 @@ const GONE = Symbol("gone");
 
 /** Thrown before there is a connection: shown as one line, with its exit code. */
 class StartError extends Error {
-  exitCode = 1;
-}
-class UsageError extends StartError {
-  override exitCode = 2;
+  constructor(
+    message: string,
+    readonly exitCode = 1,
+  ) {
+    super(message);
+  }
 }
 
 const NO_BYTES = new Uint8Array(0);
@@ -200,13 +202,11 @@ export async function serve(connection: Connection): Promise<void> {
     let deadline = server.now + limits.headTimeoutMs;
     for (let closes = false; !closes; deadline = server.idleDeadline) {
       // Wait for a request,
-      while (connection.at === connection.to)
-        if (!connection.flush()) await connection.drain();
-        else {
-          const outcome = await connection.receive(deadline);
-          if (outcome === "stop") deadline = server.idleDeadline;
-          else if (endsReading(outcome)) return;
-        }
+      while (connection.at === connection.to) {
+        const outcome = await connection.receive(deadline);
+        if (outcome === "stop") deadline = server.idleDeadline;
+        else if (endsReading(outcome)) return;
+      }
 
       // read its head,
       let next = parseRequestHead(head, connection.bytes, connection.at, connection.to);
@@ -217,27 +217,29 @@ export async function serve(connection: Connection): Promise<void> {
 
       // read its content,
       if (head.contentLength !== 0) content = new Content(connection, site.refuse(head));
-      while (content?.isComplete() === false)
-        if (!connection.flush()) await connection.drain();
-        else content.judge(await connection.receive(content.deadline));
-
-      if (content !== undefined) connection.trace?.complete("content complete");
+      while (content?.isComplete() === false) content.judge(await connection.receive(content.deadline));
 
       // respond,
       let response = site.respond(head);
       if (response instanceof Promise) response = await waitForResponse(connection, response);
       closes = isLast(connection, response);
-      output.appendResponse(head, response, closes);
 
       // send: a part now, a text when no whole request is left in what was received.
-      if (response.part === undefined) log(connection, content, response.status, sentBytes(head, response));
+      const sent = output.appendResponse(head, response, closes);
+      if (response.part === undefined) log(connection, content, response.status, sent);
       else await sendPart(connection, content, response, response.part);
       content?.release();
       content = undefined;
       if (output.length >= UNSENT_BYTES_MAX && !connection.flush()) await connection.drain();
     }
   } catch (reason) {
-    refuse(connection, content, reason);
+    if (reason === GONE) return;
+    // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
+    if (!(reason instanceof Refusal)) tell(`Error: ${reason}`);
+    const response = reason instanceof Refusal ? reason.response : responseTo("internal");
+    connection.trace?.step("refuse", `with ${response.status}`);
+    // It closes: nobody knows where a next request would start.
+    log(connection, content, response.status, output.appendResponse(head, response, true));
   } finally {
     content?.release();
     await connection.close();
@@ -262,10 +264,6 @@ async function readHead(connection: Connection, deadline: number): Promise<numbe
     if (next >= 0) return next;
     if (head.rejection !== "") throw new Refusal(responseTo(head.rejection));
     if (head.hasBegun && headDeadline === 0) headDeadline = server.now + server.limits.headTimeoutMs;
-    if (!connection.flush()) {
-      await connection.drain();
-      continue; // more may have come meanwhile
-    }
     const parsed = connection.to - connection.at;
     let outcome: Outcome;
     do outcome = await connection.receive(headDeadline || deadline);
@@ -285,33 +283,19 @@ function isWorthParsing({ bytes, at, to }: Connection, parsed: number): boolean 
   return parsed < LONG_HEAD_BYTES || more >= LONG_HEAD_BYTES || bytes.subarray(at + parsed, to).includes(LF);
 }
 
-/** Of the statuses that a site answers with, those that close. 404, 405 and the like are answers as good as 200. */
-const CLOSING_STATUSES: ReadonlySet<number> = new Set([400, 500, 503]);
-
 /** Does this answer end the conversation? */
 function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }: Response): boolean {
-  if (!head.keepsAlive || (status >= 400 && CLOSING_STATUSES.has(status))) return true;
+  // RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to.
+  if (head.hasClose || (head.minorVersion === 0 && !head.hasKeepAlive)) return true;
+  // Of the statuses that a site answers with, these close. 404, 405 and the like are answers as good as 200.
+  if (status === 400 || status === 500 || status === 503) return true;
   const hasMore = at < to;
   if (hasEnded && !hasMore) return true;
   // When the server stops, what has already been sent behind this request is answered, but not without end.
   return server.isStopping && (!hasMore || part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
 }
 
-/** RFC 9110 §9.3.2 and §15.3.5: no content in an answer to HEAD and in a 204, whatever the fields say. */
-const sentBytes = (head: RequestHead, response: Response) =>
-  head.method === "HEAD" || response.status === 204 ? 0 : response.content.length;
-
-/** Answers what cannot be served, and says that the connection closes: nobody knows where a next request would start. */
-function refuse(connection: Connection, content: Content | undefined, reason: unknown): void {
-  if (reason === GONE) return;
-  // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
-  if (!(reason instanceof Refusal)) tell(`Error: ${reason}`);
-  const response = reason instanceof Refusal ? reason.response : responseTo("internal");
-  connection.trace?.step("refuse", `with ${response.status}`);
-  connection.server.output.appendResponse(connection.head, response, true);
-  log(connection, content, response.status, sentBytes(connection.head, response));
-}
-
+/** Logs a request and its answer: the head and the start of the content, or the octets of content that were sent. */
 function log({ server, head, address }: Connection, content: Content | undefined, status: number, sent: number): void {
   if (server.logFormat === "access") server.log(formatAccessLog(head, address, new Date(), status, sent));
   else if (server.logFormat === "request" && head.to > head.from)
@@ -443,11 +427,6 @@ export class RequestHead {
     this.targetTo -= this.from;
     this.to -= this.from;
     this.from = 0;
-  }
-
-  /** RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to. */
-  get keepsAlive(): boolean {
-    return !this.hasClose && (this.minorVersion > 0 || this.hasKeepAlive);
   }
 
   /** The request-target as it stands in the request-line. */
@@ -846,7 +825,8 @@ class Content {
   deadline: number;
   private readonly decoder: ChunkedDecoder | undefined;
   private left: number;
-  private intervalBytes = 0;
+  /** So many of {@link wireBytes} must have come at the deadline. */
+  private wireBytesDue = CONTENT_PART_BYTES_MIN;
   private kept: Uint8Array = NO_BYTES;
   private keptLength = 0;
 
@@ -872,25 +852,27 @@ class Content {
   /** Uses what has been received. @returns whether that was all of the content @throws Refusal */
   isComplete(): boolean {
     const { connection, decoder } = this;
-    const { server, head, bytes, to } = connection;
-    for (let isComplete = false; !isComplete;) {
+    const { server, head, bytes, to, trace } = connection;
+    for (;;) {
       const from = connection.at;
       const next = decoder === undefined ? Math.min(to, from + this.left) : decoder.next(bytes, from, to);
       connection.at = next;
       this.wireBytes += next - from;
-      this.intervalBytes += next - from;
       if (server.logFormat === "request" && this.logged.length < LOGGED_BYTES_MAX)
         this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LOGGED_BYTES_MAX);
       if (decoder === undefined) this.left -= next - from;
-      else this.checkChunked(decoder);
+      else if (decoder.announced > server.limits.contentBytesMax) this.refuse("content-too-large");
+      else if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
+      else if (decoder.fault !== "") this.refuse(decoder.fault);
       if (RESPOND_NEEDS_CONTENT) this.keep(decoder?.contentFrom ?? from, decoder?.contentTo ?? next);
-      isComplete = decoder === undefined ? this.left === 0 : decoder.state === "done";
-      if (next > from && !isComplete) this.connection.trace?.complete("content");
-      if (!isComplete && next === from) {
+      if (decoder === undefined ? this.left === 0 : decoder.state === "done") break;
+      if (next > from) trace?.complete("content");
+      else {
         head.keep();
         return false;
       }
     }
+    trace?.complete("content complete");
     head.content = this.kept.subarray(0, this.keptLength);
     return true;
   }
@@ -900,8 +882,8 @@ class Content {
     if (outcome === "end") this.refuse("incomplete");
     if (outcome === "gone") throw GONE;
     if (outcome !== "late") return;
-    if (this.intervalBytes < CONTENT_PART_BYTES_MIN) this.refuse("timeout");
-    this.intervalBytes = 0;
+    if (this.wireBytes < this.wireBytesDue) this.refuse("timeout");
+    this.wireBytesDue = this.wireBytes + CONTENT_PART_BYTES_MIN;
     this.deadline = this.connection.server.now + this.connection.server.limits.contentTimeoutMs;
   }
 
@@ -913,12 +895,6 @@ class Content {
 
   private refuse(rejection: Rejection): never {
     throw new Refusal(this.refusal ?? responseTo(rejection));
-  }
-
-  private checkChunked(decoder: ChunkedDecoder): void {
-    if (decoder.announced > this.connection.server.limits.contentBytesMax) this.refuse("content-too-large");
-    if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
-    if (decoder.fault !== "") this.refuse(decoder.fault);
   }
 
   private keep(from: number, to: number): void {
@@ -960,24 +936,21 @@ const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const CONTINUE = encoder.encode("HTTP/1.1 100 Continue\r\n\r\n");
 const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
 
-/** status-line and field-lines, up to the Date. */
-function formatHead(status: number, fields: Record<string, string>): Uint8Array {
-  const lines = Object.entries(fields).map(([name, value]) => `${name}: ${value}\r\n`);
-  return encoder.encode(`HTTP/1.1 ${REASON_PHRASES.get(status) ?? `${status} `}\r\n${lines.join("")}Date: `);
-}
-
 /** Makes a response, with its Content-Length. */
 export function prepareResponse(status: number, fields: Record<string, string>, content: string | Uint8Array = "") {
   const bytes = typeof content === "string" ? encoder.encode(content) : content;
   // RFC 9110 §8.6 and §15.4.5: no Content-Length in a 1xx or 204 response, and none of another content in a 304.
   const hasLength = status !== 204 && status !== 304;
   const all = hasLength ? { ...fields, "Content-Length": String(bytes.length) } : fields;
-  return { status, head: formatHead(status, all), content: bytes } satisfies Response;
+  const lines = Object.entries(all).map(([name, value]) => `${name}: ${value}\r\n`);
+  const statusLine = `HTTP/1.1 ${REASON_PHRASES.get(status) ?? `${status} `}\r\n`;
+  return { status, head: encoder.encode(`${statusLine}${lines.join("")}Date: `), content: bytes } satisfies Response;
 }
 
+/** Formatted once: an attacker must not cost more than others. */
 const REJECTION_RESPONSES = new Map<Rejection, Response>();
 
-/** The answer to a refused request. It repeats nothing that the peer sent, and is formatted once: an attacker must not cost more than others. */
+/** The answer to a refused request. It repeats nothing that the peer sent. */
 function responseTo(rejection: Rejection): Response {
   const [status, explanation] = REJECTIONS[rejection];
   const response = REJECTION_RESPONSES.get(rejection) ?? prepareResponse(status, TEXT_FIELDS, `${explanation}\n`);
@@ -987,7 +960,7 @@ function responseTo(rejection: Rejection): Response {
 
 /** Formatted answers that wait to be written, in one buffer that all connections use in turn. */
 export class Output {
-  bytes = new Uint8Array(131_072);
+  bytes: Uint8Array = new Uint8Array(131_072);
   length = 0;
   /** The value of Date and the end of the head: without a Connection field, with close, with keep-alive. */
   private ends: readonly Uint8Array[] = [];
@@ -1003,20 +976,19 @@ export class Output {
   }
 
   append(bytes: Uint8Array): void {
-    if (this.length + bytes.length > this.bytes.length) {
-      const larger = new Uint8Array(2 * (this.length + bytes.length));
-      larger.set(this.bytes.subarray(0, this.length));
-      this.bytes = larger;
-    }
-    this.bytes.set(bytes, this.length);
+    this.bytes = appended(this.bytes, this.length, bytes);
     this.length += bytes.length;
   }
 
-  /** RFC 9112 §9.6: the last answer says that the connection closes; an HTTP/1.0 client has to be told if it does not. */
-  appendResponse(head: RequestHead, response: Response, closes: boolean): void {
+  /** @returns the octets of content in it */
+  appendResponse(head: RequestHead, response: Response, closes: boolean): number {
     this.append(response.head);
+    // RFC 9112 §9.6: the last answer says that the connection closes; an HTTP/1.0 client has to be told if it does not.
     this.append(this.ends[closes ? 1 : head.minorVersion === 0 ? 2 : 0] ?? NO_BYTES);
-    if (sentBytes(head, response) > 0) this.append(response.content);
+    // RFC 9110 §9.3.2 and §15.3.5: no content in an answer to HEAD and in a 204, whatever the fields say.
+    if (head.method === "HEAD" || response.status === 204) return 0;
+    this.append(response.content);
+    return response.content.length;
   }
 }
 
@@ -1214,8 +1186,9 @@ export class Connection {
     resolve(outcome);
   }
 
-  /** Waits for bytes behind those that are there. */
+  /** Writes what the output holds, then waits for bytes behind those that are there. @throws GONE */
   receive(deadline: number): Promise<Outcome> | Outcome {
+    if (!this.flush()) return this.drain();
     if (this.isGone) return "gone";
     if (this.hasEnded) return "end";
     if (this.at === this.to) this.hold(NO_BYTES, 0, 0);
@@ -1238,14 +1211,15 @@ export class Connection {
     return written === length;
   }
 
-  /** Waits until the kernel has taken what is left. @throws GONE */
-  async drain(): Promise<void> {
+  /** Waits until the kernel has taken what is left. More may have been received by then. @throws GONE */
+  async drain(): Promise<Outcome> {
     for (let deadline = this.server.writeDeadline; this.unsent.length > 0;) {
       await this.waitForRoom(deadline);
       const taken = this.write(this.unsent, this.unsent.length);
       if (taken > 0) deadline = this.server.writeDeadline;
       this.keepUnsent(this.unsent.slice(taken));
     }
+    return "room";
   }
 
   /** Writes bytes. @returns how many the kernel took @throws GONE */
@@ -1622,7 +1596,7 @@ ${LIMIT_NAMES.map((name) => `  --${flagOf(name).padEnd(26)} ${String(BOUNDS[name
 export type CommandLine = ReturnType<typeof parseCommandLine>;
 type Flags = { [Name in keyof typeof OPTIONS]?: (typeof OPTIONS)[Name][0] extends "" ? boolean : string };
 
-/** @throws UsageError that says in one line what is wrong */
+/** @throws StartError that says in one line what is wrong */
 export function parseCommandLine(args: string[], env: Record<string, string | undefined>) {
   const { flags, limits, show } = parseFlags(args);
   const { text = DEFAULTS.text, root, "tls-cert": cert, "tls-key": key } = flags;
@@ -1673,7 +1647,7 @@ function parseNumber(name: string, text: string, max: number): number {
   throw usageError(`${variable}${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
 }
 
-const usageError = (message: string) => new UsageError(`${message} (see server --help)`);
+const usageError = (message: string) => new StartError(`${message} (see server --help)`, 2);
 
 function readPem(path: string): string {
   try {
