@@ -1085,18 +1085,12 @@ export class TextSite implements Site {
  * What a connection needs of Bun's socket. `write` returns how many of the bytes the kernel took, a negative number once
  * the connection has gone. `shutdown` sends FIN behind what was written: the peer gets all of it, and may still send.
  * `end` closes in order, once both sides have sent FIN. `terminate` closes at once: with a reset (RST) if something was
- * unread or unsent.
+ * unread or unsent. `remoteAddress` is undefined once the peer has left.
  */
-export interface Transport {
-  write(bytes: Uint8Array, from: number, length: number): number;
-  shutdown(): void;
+export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "pause" | "resume"> & {
   end(): void;
-  terminate(): void;
-  pause(): void;
-  resume(): void;
-  /** Undefined once the peer has left. */
   readonly remoteAddress: string | undefined;
-}
+};
 
 /** How a step ends: with bytes, FIN, room in the socket, a passed deadline, a stop of the server, or the connection. */
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop" | "gone";
@@ -1118,7 +1112,7 @@ export class Connection {
   deadline: number;
   /** Taken when the connection opens: a closed socket does not know it any more. */
   readonly address: string;
-  readonly trace: Trace | undefined;
+  readonly trace: Trace | undefined = undefined;
   /** Answers that the kernel did not take. */
   private unsent: Uint8Array = NO_BYTES;
   private isPaused = false;
@@ -1136,7 +1130,10 @@ export class Connection {
     this.deadline = server.now + server.limits.headTimeoutMs;
     this.address = server.logFormat === "access" || server.logFormat === "wire" ? (socket.remoteAddress ?? "-") : "";
     server.connections.add(this);
-    this.trace = server.startTrace(this.address);
+    if (server.logFormat !== "wire") return;
+    this.trace = new Trace((line) => server.log(`${line}\n`));
+    this.trace.begin(++server.connectionsTraced);
+    this.trace.step("connect", `from ${this.address}`);
   }
 
   onData(bytes: Uint8Array): void {
@@ -1341,14 +1338,6 @@ export class Server {
     return this.now + (this.isStopping ? STOP_IDLE_MS : this.limits.idleTimeoutMs);
   }
 
-  startTrace(address: string): Trace | undefined {
-    if (this.logFormat !== "wire") return undefined;
-    const trace = new Trace((line) => this.log(`${line}\n`));
-    trace.begin(++this.connectionsTraced);
-    trace.step("connect", `from ${address}`);
-    return trace;
-  }
-
   /** Refuses a connection above the limit; in a flood, without a word. @throws Refusal */
   admit(connection: Connection): void {
     const excess = this.connections.size - this.limits.connectionsMax;
@@ -1453,41 +1442,39 @@ function explainListenError(code: string | undefined, { host, hostVariable, port
 
 // ═══ 9 Log ═══════════════════════════════════════════════════════════════════════════════════════
 
-/** Writes to stdout without ever waiting for it: what a slow reader leaves is bounded. */
+/** Writes to stdout without ever making a peer wait for it: what a slow reader leaves is bounded. */
 class Log {
-  onIdle = () => {};
-  isIdle = true;
+  /** Settles when all is written. */
+  written: Promise<void> | undefined;
   private waiting = "";
   private dropped = 0;
 
-  /** Several lines of one turn of the event loop go out together. */
   print(text: string): void {
     if (this.waiting.length > LOG_BACKLOG_CHARS_MAX) this.dropped++;
     else this.waiting += text;
-    if (this.isIdle) setImmediate(() => this.writeNext());
-    this.isIdle = false;
+    this.written ??= this.write();
   }
 
-  private writeNext(): void {
-    if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: stdout is slow)\n`;
-    const bytes = encoder.encode(this.waiting);
-    this.waiting = "";
-    this.dropped = 0;
-    this.writeBytes(bytes);
-  }
-
-  private writeBytes(bytes: Uint8Array): void {
-    fs.write(1, bytes, (error, written) => {
-      if (error?.code === "EAGAIN") return void setTimeout(() => this.writeBytes(bytes), SWEEP_MS);
-      // If stdout is closed or its disk is full, the entry is lost and the server goes on.
-      const rest = error === null ? bytes.subarray(written) : NO_BYTES;
-      if (rest.length > 0) return this.writeBytes(rest);
-      if (this.waiting !== "") return this.writeNext();
-      this.isIdle = true;
-      this.onIdle();
-    });
+  private async write(): Promise<void> {
+    await new Promise(setImmediate); // so that all lines of a turn of the event loop go out together
+    while (this.waiting !== "") {
+      if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: stdout is slow)\n`;
+      let rest: Uint8Array = encoder.encode(this.waiting);
+      [this.waiting, this.dropped] = ["", 0];
+      while (rest.length > 0) rest = await writeSome(rest);
+    }
+    this.written = undefined;
   }
 }
+
+/** Writes bytes to stdout. @returns those that are left; if stdout is closed or its disk is full, all count as written */
+const writeSome = (bytes: Uint8Array) =>
+  new Promise<Uint8Array>((resolve) =>
+    fs.write(1, bytes, (error, written) => {
+      if (error?.code === "EAGAIN") setTimeout(resolve, SWEEP_MS, bytes);
+      else resolve(error === null ? bytes.subarray(written) : NO_BYTES);
+    }),
+  );
 
 // ── shared: trace ──
 /**
@@ -1694,11 +1681,7 @@ function run(commandLine: CommandLine): void {
   const stop = () => {
     if (server.isStopping) exit();
     for (const listener of listeners) listener.stop();
-    server.onEmpty = () => {
-      if (log.isIdle) exit();
-      log.onIdle = exit;
-      setTimeout(exit, LOG_FLUSH_MS);
-    };
+    server.onEmpty = () => void Promise.race([log.written, Bun.sleep(LOG_FLUSH_MS)]).then(exit);
     setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
     server.stop();
   };
