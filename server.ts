@@ -1370,27 +1370,16 @@ export class Server {
   }
 }
 
-/** "localhost" is both loopback addresses; Bun binds only the first, and clients may try either. */
-const addressesOf = (host: string) => (host === "localhost" ? ["127.0.0.1", "::1"] : [host]);
-
-export interface ListenOptions {
-  readonly host: string;
-  /** The environment variable that the host comes from. */
-  readonly hostVariable?: string | undefined;
-  readonly port: number;
-  /** Several processes may listen on the port; the kernel spreads the connections (Linux). */
-  readonly reusePort: boolean;
-  /** PEM texts. */
-  readonly tls?: { readonly cert: string; readonly key: string } | undefined;
-}
+/** Certificate and key, as PEM texts. */
+type Tls = { readonly cert: string; readonly key: string };
 
 /**
  * Listens and serves. Port 0 picks a free one.
  * @returns the listeners, all on one port
  * @throws StartError if the port is taken or not allowed, or the host is no address of this machine
  */
-export function listen(server: Server, options: ListenOptions): Bun.TCPSocketListener<Connection>[] {
-  const { host, port, reusePort, tls } = options;
+function listen(server: Server, commandLine: CommandLine, tls?: Tls): Bun.TCPSocketListener<Connection>[] {
+  const { host, port, reusePort } = commandLine;
   const socket: Bun.SocketHandler<Connection> = {
     open(socket) {
       socket.data = new Connection(socket, server);
@@ -1412,7 +1401,8 @@ export function listen(server: Server, options: ListenOptions): Bun.TCPSocketLis
     },
   };
   const listeners: Bun.TCPSocketListener<Connection>[] = [];
-  for (const hostname of addressesOf(host)) {
+  // "localhost" is both loopback addresses; Bun binds only the first, and clients may try either.
+  for (const hostname of host === "localhost" ? ["127.0.0.1", "::1"] : [host]) {
     try {
       const bound = listeners[0]?.port ?? port;
       const all = { hostname, port: bound, allowHalfOpen: true, reusePort, socket, ...(tls !== undefined && { tls }) };
@@ -1423,20 +1413,20 @@ export function listen(server: Server, options: ListenOptions): Bun.TCPSocketLis
       if (listeners.length > 0 && code !== "EADDRINUSE") continue;
       for (const listener of listeners) listener.stop();
       // The free port that 127.0.0.1 got may be taken on ::1: look for another.
-      if (listeners.length > 0 && port === 0) return listen(server, options);
-      throw new StartError(explainListenError(code, options));
+      if (listeners.length > 0 && port === 0) return listen(server, commandLine, tls);
+      throw new StartError(explainListenError(code, commandLine));
     }
   }
   return listeners;
 }
 
-function explainListenError(code: string | undefined, { host, hostVariable, port }: ListenOptions): string {
+function explainListenError(code: string | undefined, { host, isHostFromEnv, port }: CommandLine): string {
   if (code === "EADDRINUSE")
     return `port ${port} is taken: stop the program that has it, or choose another with --port; if it has just ended, wait a minute`;
   if (code === "EACCES") return `not allowed to listen on port ${port}: choose one from 1024 on with --port`;
   if (code?.startsWith("ERR_OSSL_"))
     return `the certificate and the key cannot be used: ${code.slice("ERR_OSSL_".length)}`;
-  const from = hostVariable === undefined ? "" : `; the environment variable ${hostVariable} names it, --host another`;
+  const from = isHostFromEnv ? "; the environment variable HOST names it, --host another" : "";
   return `cannot listen on ${host}: it is not an address of this machine (${code ?? "unknown host"})${from}`;
 }
 
@@ -1541,32 +1531,23 @@ class Trace {
 
 export const DEFAULTS = Object.freeze({ host: "localhost", port: 8888, text: "Hello, World!", log: "request" });
 
-/** The options: the argument of each ("" for none), its lines in `--help`, its short form. */
-const OPTIONS = {
-  host: ["HOST", `address to listen on (${DEFAULTS.host}: 127.0.0.1 and, if there is one, ::1)`],
-  port: ["PORT", `port to listen on (${DEFAULTS.port}); 0 picks a free one, which the ready line tells`],
-  text: ["TEXT", `the answer to every request-target ("${DEFAULTS.text}")`],
-  root: ["DIR", "serve the files below DIR instead, for GET and HEAD;\ndotfiles, and links that leave DIR, get 404"],
-  log: [
-    "FORMAT",
-    "on stdout: request, each request as received (default);\naccess, a line of the Combined Log Format;\nwire, each step of each connection; or off",
-  ],
-  "tls-cert": ["FILE", "serve TLS with this certificate (PEM, the chain after it) ..."],
-  "tls-key": ["FILE", "... and this private key (PEM)"],
-  "reuse-port": ["", "let several processes listen on the port (Linux)"],
-  help: ["", "print this text; --help limits: the limits, each of which has a flag", "h"],
-  version: ["", "print the version", "V"],
-} as const satisfies Record<string, readonly [argument: string, meaning: string, short?: string]>;
-
-const HELP_ROWS = Object.entries(OPTIONS).map(([name, [argument, meaning, short]]) => {
-  const label = `${short === undefined ? "" : `-${short}, `}--${name} ${argument}`;
-  return `  ${label.padEnd(17)}${meaning.replaceAll("\n", `\n${" ".repeat(19)}`)}\n`;
-});
-
 export const HELP = `Usage: server [options]
 An HTTP/1.1 server that prints each request and answers it with a text, or with a file.
 
-${HELP_ROWS.join("")}
+  --host HOST      address to listen on (${DEFAULTS.host}: 127.0.0.1 and, if there is one, ::1)
+  --port PORT      port to listen on (${DEFAULTS.port}); 0 picks a free one, which the ready line tells
+  --text TEXT      the answer to every request-target ("${DEFAULTS.text}")
+  --root DIR       serve the files below DIR instead, for GET and HEAD;
+                   dotfiles, and links that leave DIR, get 404
+  --log FORMAT     on stdout: request, each request as received (default);
+                   access, a line of the Combined Log Format;
+                   wire, each step of each connection; or off
+  --tls-cert FILE  serve TLS with this certificate (PEM, the chain after it) ...
+  --tls-key FILE   ... and this private key (PEM)
+  --reuse-port     let several processes listen on the port (Linux)
+  -h, --help       print this text; --help limits: the limits, each of which has a flag
+  -V, --version    print the version
+
 Environment: HOST and PORT are used if --host and --port are absent.
 It is ready when stderr says "Listening on http://...". SIGINT or SIGTERM: requests in flight
 are answered, then exit 0; a second signal exits at once. SIGHUP, with TLS: certificate and key
@@ -1580,47 +1561,52 @@ export const HELP_LIMITS = `Limits, each a flag that takes a number, with its de
 
 ${LIMIT_NAMES.map((name) => `  --${flagOf(name).padEnd(26)} ${String(BOUNDS[name][0]).padStart(9)}  ${BOUNDS[name][1]}\n`).join("")}`;
 
-export type CommandLine = ReturnType<typeof parseCommandLine>;
-type Flags = { [Name in keyof typeof OPTIONS]?: (typeof OPTIONS)[Name][0] extends "" ? boolean : string };
+/** A line of these texts defines an option: its letter, its name, and what it takes, by name or default. */
+const OPTION = /^ +(?:-(\w), )?--([\w-]+)( +(?:[A-Z]+|\d+))? {2}/gm;
+
+type CommandLine = ReturnType<typeof parseCommandLine>;
 
 /** @throws StartError that says in one line what is wrong */
 export function parseCommandLine(args: string[], env: Record<string, string | undefined>) {
-  const { flags, limits, show } = parseFlags(args);
-  const { text = DEFAULTS.text, root, "tls-cert": cert, "tls-key": key } = flags;
-  const log = LOG_FORMATS.find((format) => format === (flags.log ?? DEFAULTS.log));
+  const { values, positionals: topics } = parseOptions(args);
+  const value = (name: string) => (typeof values[name] === "string" ? values[name] : undefined);
+  const [extra] = values["help"] && topics[0] === "limits" ? topics.slice(1) : topics;
+  if (extra !== undefined) throw usageError(`Unexpected argument '${extra}'`);
+  const limits: Record<keyof Limits, number> = { ...LIMITS };
+  for (const name of LIMIT_NAMES) {
+    const flag = flagOf(name);
+    limits[name] = parseNumber(`--${flag}`, value(flag), MAX_LIMIT, LIMITS[name]);
+  }
+  const log = LOG_FORMATS.find((format) => format === (value("log") ?? DEFAULTS.log));
   if (log === undefined) throw usageError("--log takes request, access, wire or off");
+  const [cert, key] = [value("tls-cert"), value("tls-key")];
   if ((cert === undefined) !== (key === undefined)) throw usageError("--tls-cert and --tls-key need each other");
-  if (root !== undefined && flags.text !== undefined) throw usageError("--root and --text exclude each other");
+  const tlsFiles = cert !== undefined && key !== undefined ? { cert, key } : undefined;
+  const [text, root] = [value("text"), value("root")];
+  if (root !== undefined && text !== undefined) throw usageError("--root and --text exclude each other");
   if (root === "") throw usageError("--root takes a folder");
   // An empty variable counts as absent.
-  const hostVariable = flags.host === undefined && env["HOST"] ? "HOST" : undefined;
-  const host = (flags.host ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
+  const isHostFromEnv = value("host") === undefined && Boolean(env["HOST"]);
+  const host = (value("host") ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
   if (host === "") throw usageError("--host takes a name or an address");
-  const [portName, portText] = flags.port === undefined && env["PORT"] ? ["PORT", env["PORT"]] : ["--port", flags.port];
-  const port = portText === undefined ? DEFAULTS.port : parseNumber(portName, portText, 65_535);
-  const tlsFiles = cert !== undefined && key !== undefined ? { cert, key } : undefined;
-  return { show, host, hostVariable, port, text, root, log, tlsFiles, reusePort: flags["reuse-port"] === true, limits };
+  const isPortFromEnv = value("port") === undefined && Boolean(env["PORT"]);
+  const [portName, portText] = isPortFromEnv
+    ? ["the environment variable PORT", env["PORT"]]
+    : ["--port", value("port")];
+  const port = parseNumber(portName, portText, 65_535, DEFAULTS.port);
+  const reusePort = values["reuse-port"] === true;
+  const help = topics.length > 0 ? HELP_LIMITS : HELP;
+  const show = values["help"] ? help : values["version"] ? `server ${VERSION}\n` : "";
+  return { show, host, isHostFromEnv, port, text: text ?? DEFAULTS.text, root, log, tlsFiles, reusePort, limits };
 }
 
-function parseFlags(args: string[]) {
+function parseOptions(args: string[]) {
   const options: NonNullable<ParseArgsConfig["options"]> = {};
-  for (const name of LIMIT_NAMES) options[flagOf(name)] = { type: "string" };
-  for (const [name, [argument, , short]] of Object.entries<readonly [string, string, string?]>(OPTIONS))
-    options[name] = { type: argument === "" ? "boolean" : "string", ...(short !== undefined && { short }) };
+  for (const [, short, name = "", argument] of (HELP + HELP_LIMITS).matchAll(OPTION))
+    options[name] = { type: argument === undefined ? "boolean" : "string", ...(short !== undefined && { short }) };
   try {
-    const { values, positionals: topics } = parseArgs({ args, options, allowPositionals: true });
-    const flags = values as Flags; // made of the same table
-    const [extra] = flags.help && topics[0] === "limits" ? topics.slice(1) : topics;
-    if (extra !== undefined) throw usageError(`Unexpected argument '${extra}'`);
-    const limits: Record<keyof Limits, number> = { ...LIMITS };
-    for (const name of LIMIT_NAMES) {
-      const text = values[flagOf(name)];
-      if (typeof text === "string") limits[name] = parseNumber(`--${flagOf(name)}`, text, MAX_LIMIT);
-    }
-    const help = topics.length > 0 ? HELP_LIMITS : HELP;
-    return { flags, limits, show: flags.help ? help : flags.version ? `server ${VERSION}\n` : "" };
+    return parseArgs({ args, options, allowPositionals: true });
   } catch (error) {
-    if (error instanceof StartError) throw error;
     throw usageError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
   }
 }
@@ -1628,10 +1614,10 @@ function parseFlags(args: string[]) {
 /** Small enough that sums of limits stay exact. */
 const MAX_LIMIT = 2 ** 50;
 
-function parseNumber(name: string, text: string, max: number): number {
+function parseNumber(name: string, text: string | undefined, max: number, byDefault: number): number {
+  if (text === undefined) return byDefault;
   if (/^\d{1,16}$/.test(text) && Number(text) <= max) return Number(text);
-  const variable = name === "PORT" ? "the environment variable " : "";
-  throw usageError(`${variable}${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
+  throw usageError(`${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
 }
 
 const usageError = (message: string) => new StartError(`${message} (see server --help)`, 2);
@@ -1673,7 +1659,7 @@ function run(commandLine: CommandLine): void {
   const site = root === undefined ? new TextSite(text) : new FileSite(root);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
   const readTls = () => tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
-  let listeners = listen(server, { ...commandLine, tls: readTls() });
+  let listeners = listen(server, commandLine, readTls());
   const port = listeners[0]?.port ?? 0;
   setInterval(() => server.sweep(), SWEEP_MS);
 
@@ -1692,9 +1678,9 @@ function run(commandLine: CommandLine): void {
     try {
       const tls = readTls();
       // Certificate and key that do not fit fail here, on a free port, while the old listeners live.
-      for (const listener of listen(server, { host, port: 0, reusePort: false, tls })) listener.stop();
+      for (const listener of listen(server, { ...commandLine, port: 0, reusePort: false }, tls)) listener.stop();
       for (const listener of listeners) listener.stop();
-      listeners = listen(server, { ...commandLine, port, tls });
+      listeners = listen(server, { ...commandLine, port }, tls);
       tell("Certificate and key are read again");
     } catch (error) {
       tell(`Error: ${(error as Error).message}; certificate and key stay as they were`); // listen throws StartErrors
