@@ -307,9 +307,6 @@ function log({ server, head, address }: Connection, content: Content | undefined
 // A head is recognised whole, by a pure function of the bytes that keeps nothing between two calls:
 // its outcome is the same however the bytes were split.
 
-/** Returned instead of an index: more bytes are needed, or the message is refused. */
-const [NEED_MORE, REJECT] = [-1, -2];
-
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
 
@@ -371,10 +368,6 @@ const [HTAB, SP, COLON, PERCENT, SLASH] = [0x09, 0x20, 0x3a, 0x25, 0x2f];
 
 /** Codings that are not implemented, and after them chunked, last and once. */
 const OTHER_CODINGS = /^(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked$/;
-/** The fields that decide about the message: each name has a length of its own. */
-const DECIDING_FIELDS = ["host", "expect", "connection", "content-length", "transfer-encoding"] as const;
-const FIELD_OF_LENGTH: ((typeof DECIDING_FIELDS)[number] | undefined)[] = Array(18).fill(undefined);
-for (const name of DECIDING_FIELDS) FIELD_OF_LENGTH[name.length] = name;
 
 /** Content whose end is marked by the chunked transfer coding; other lengths are octets. */
 export const CHUNKED = -1;
@@ -394,14 +387,14 @@ export class RequestHead {
   minorVersion = 0;
   /** The index of the first field-line, once the request-line is complete. */
   fieldsFrom = 0;
-  /** Where the values of the fields that decide about the message start: 0 for none, -1 for several lines of the name. */
+  /** Where the value of Host starts: 0 for none, -1 for several lines. */
   host = 0;
-  "content-length" = 0;
-  "transfer-encoding" = 0;
   hasClose = false;
   hasKeepAlive = false;
-  expectsContinue = false;
-  hasOtherExpectation = false;
+  /** The values of rarer fields that decide about the message; those of several lines are joined by LF. */
+  contentLengthField: string | undefined;
+  transferEncoding: string | undefined;
+  expect: string | undefined;
   /** Octets of content that follow, or {@link CHUNKED}. */
   contentLength = 0;
   /** The content, once it has been read, if {@link RESPOND_NEEDS_CONTENT}. */
@@ -414,8 +407,9 @@ export class RequestHead {
     this.from = this.to = from;
     this.rejection = this.method = "";
     this.targetFrom = this.targetTo = this.fieldsFrom = 0;
-    this.host = this["content-length"] = this["transfer-encoding"] = this.contentLength = 0;
-    this.hasBegun = this.hasClose = this.hasKeepAlive = this.expectsContinue = this.hasOtherExpectation = false;
+    this.host = this.contentLength = 0;
+    this.hasBegun = this.hasClose = this.hasKeepAlive = false;
+    this.contentLengthField = this.transferEncoding = this.expect = undefined;
     this.content = NO_BYTES;
   }
 
@@ -466,7 +460,7 @@ export class RequestHead {
 
 /**
  * Parses a request head (RFC 9112 §2 to §5) that starts at bytes[from]; bytes[to], if there is one, must be 0.
- * @returns the index behind the head; NEED_MORE: call again with more bytes; REJECT: head.rejection says why
+ * @returns the index behind the head; -1 if it is refused, for head.rejection, or more bytes are needed
  */
 export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
   head.start(bytes, from);
@@ -474,9 +468,8 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   const { headBytesMax } = head.limits;
   if (next >= 0 && next - from <= headBytesMax) {
     head.to = next;
-    head.rejection = checkRequestTarget(head) || checkHost(head) || decideFraming(head);
-    if (head.rejection === "" && head.hasOtherExpectation) head.rejection = "expectation";
-    return head.rejection === "" ? next : REJECT;
+    head.rejection = checkRequestTarget(head) || checkHost(head) || decideFraming(head) || checkExpect(head);
+    return head.rejection === "" ? next : -1;
   }
   const misfit = next < 0 ? ~next : next;
   head.to = Math.min(to, from + headBytesMax);
@@ -484,10 +477,10 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   if (misfit - from >= headBytesMax) {
     const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
     head.rejection = isMethod ? "method-too-long" : "head-too-large";
-  } else if (misfit === to) return NEED_MORE;
+  } else if (misfit === to) return -1;
   else if (head.rejection === "") head.rejection = explainMisfit(head, bytes, misfit);
   head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  return REJECT;
+  return -1;
 }
 
 /** RFC 9112 §2.3: HTTP-version = "HTTP" "/" DIGIT "." DIGIT, in upper case; then CRLF. D is any digit. */
@@ -570,51 +563,36 @@ function explainMisfit(head: RequestHead, bytes: Uint8Array, at: number): Reject
 
 /** Methods are case-sensitive (RFC 9110 §9.1). */
 function recogniseMethod(bytes: Uint8Array, from: number, to: number): Method {
-  for (const method of METHODS) {
-    let i = 0;
-    while (i < method.length && bytes[from + i] === method.charCodeAt(i)) i++;
-    if (i === method.length && to - from === i) return method;
-  }
+  for (const method of METHODS) if (isText(bytes, from, to, method, 0)) return method;
   return "";
 }
 
-/** Are the bytes from..to this lower-case text, in any case? Only for bytes above 0x1f. */
-function isText(bytes: Uint8Array, from: number, to: number, lowerCase: string): boolean {
-  if (to - from !== lowerCase.length) return false;
-  for (let i = 0; i < lowerCase.length; i++)
-    if ((byteAt(bytes, from + i) | 0x20) !== lowerCase.charCodeAt(i)) return false;
+/** Are the bytes from..to this text? A lower-case one stands for any case; for bytes above 0x1f. */
+function isText(bytes: Uint8Array, from: number, to: number, text: string, caseBit = 0x20): boolean {
+  if (to - from !== text.length) return false;
+  for (let i = 0; i < text.length; i++) if ((byteAt(bytes, from + i) | caseBit) !== text.charCodeAt(i)) return false;
   return true;
 }
 
-/** Notes a field that decides about the message. */
-function noteField(head: RequestHead, bytes: Uint8Array, nameFrom: number, nameTo: number, lineTo: number): void {
-  const name = FIELD_OF_LENGTH[nameTo - nameFrom];
-  if (name === undefined || !isText(bytes, nameFrom, nameTo, name)) return;
-  if (name === "connection") noteConnection(head, bytes, nameTo + 1, lineTo);
-  else if (name === "expect") noteExpectation(head, latin1(bytes, nameTo + 1, lineTo));
-  else head[name] = head[name] === 0 ? nameTo + 1 : -1;
+/** Notes a field-line if its field decides about the message: its name is from..to, its value to + 1..lineTo. */
+function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: number, lineTo: number): void {
+  if (isText(bytes, from, to, "host")) head.host = head.host === 0 ? to + 1 : -1;
+  else if (isText(bytes, from, to, "content-length"))
+    head.contentLengthField = addLine(head.contentLengthField, latin1(bytes, to + 1, lineTo));
+  else if (isText(bytes, from, to, "transfer-encoding"))
+    head.transferEncoding = addLine(head.transferEncoding, latin1(bytes, to + 1, lineTo));
+  else if (isText(bytes, from, to, "expect")) head.expect = addLine(head.expect, latin1(bytes, to + 1, lineTo));
+  else if (isText(bytes, from, to, "connection"))
+    // RFC 9110 §7.6.1: Connection = #connection-option, tokens in any case.
+    for (let at = to + 1; at < lineTo; at++) {
+      const tokenFrom = at;
+      at = skipWhile(TCHAR, bytes, at, lineTo);
+      if (isText(bytes, tokenFrom, at, "close")) head.hasClose = true;
+      else if (isText(bytes, tokenFrom, at, "keep-alive")) head.hasKeepAlive = true;
+    }
 }
 
-/** RFC 9110 §7.6.1: Connection = #connection-option, tokens in any case. */
-function noteConnection(head: RequestHead, bytes: Uint8Array, from: number, to: number): void {
-  for (let at = from; at < to; at++) {
-    const tokenFrom = at;
-    at = skipWhile(TCHAR, bytes, at, to);
-    if (isText(bytes, tokenFrom, at, "close")) head.hasClose = true;
-    else if (isText(bytes, tokenFrom, at, "keep-alive")) head.hasKeepAlive = true;
-  }
-}
-
-/** The text of the value that starts at this index, with the white space around it. */
-const valueAt = ({ bytes, to }: RequestHead, from: number) =>
-  latin1(bytes, from, skipWhile(FIELD_CONTENT, bytes, from, to));
-
-/** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
-function noteExpectation(head: RequestHead, value: string): void {
-  // In an HTTP/1.0 request 100-continue is ignored.
-  head.expectsContinue ||= head.minorVersion > 0 && /100-continue/i.test(value);
-  head.hasOtherExpectation ||= !/^[\t ,]*(?:100-continue[\t ]*(?:,[\t ,]*|$))*$/i.test(value);
-}
+const addLine = (lines: string | undefined, line: string) => (lines === undefined ? line : `${lines}\n${line}`);
 
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
 function checkRequestTarget(head: RequestHead): Rejection | "" {
@@ -644,7 +622,9 @@ function checkHost(head: RequestHead): Rejection | "" {
   if (at > from && bytes[at] === COLON)
     for (at++; DIGIT[byteAt(bytes, at)] === 1; at++) port = 10 * port + byteAt(bytes, at) - 0x30;
   const isUsual = at > from && bytes[at] === CR && port <= 65_535;
-  return isUsual || isAuthority(trimOws(valueAt(head, host))) ? "" : "host-invalid";
+  return isUsual || isAuthority(trimOws(latin1(bytes, host, skipWhile(FIELD_CONTENT, bytes, host, to))))
+    ? ""
+    : "host-invalid";
 }
 
 function isAuthority(text: string): boolean {
@@ -658,25 +638,30 @@ function isAuthority(text: string): boolean {
  * the content of the first. So nothing is guessed.
  */
 function decideFraming(head: RequestHead): Rejection | "" {
-  const { "content-length": length, "transfer-encoding": codings, minorVersion } = head;
-  if (codings !== 0) {
+  const { contentLengthField: length, transferEncoding: codings, minorVersion } = head;
+  if (codings !== undefined) {
     // §6.1: an HTTP/1.0 peer cannot know it: its framing is faulty.
     if (minorVersion === 0) return "transfer-encoding-1.0";
     // §6.3 item 3: both present is an attempt at smuggling or at splitting.
-    if (length !== 0) return "length-and-chunked";
+    if (length !== undefined) return "length-and-chunked";
     // §6.3 item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
     head.contentLength = CHUNKED;
-    const value = codings > 0 ? trimOws(valueAt(head, codings)).toLowerCase() : "";
+    const value = trimOws(codings).toLowerCase();
     if (value === "chunked") return "";
     return OTHER_CODINGS.test(value) ? "transfer-coding-unknown" : "transfer-encoding";
   }
   // §6.3 item 7: a request with neither has no content.
-  if (length === 0) return "";
+  if (length === undefined) return "";
   // §6.3 item 5: repeated or listed values are refused even if they are equal.
-  const value = length > 0 ? valueAt(head, length) : "";
   // RFC 9110 §8.6: guard against values that overflow: past 2^53 numbers are no longer exact.
-  head.contentLength = /^[\t ]*\d+[\t ]*$/.test(value) ? Number(value) : Number.NaN;
+  head.contentLength = /^[\t ]*\d+[\t ]*$/.test(length) ? Number(length) : Number.NaN;
   return Number.isSafeInteger(head.contentLength) ? "" : "content-length";
+}
+
+/** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
+function checkExpect({ expect }: RequestHead): Rejection | "" {
+  if (expect === undefined) return "";
+  return /^[\t\n ,]*(?:100-continue[\t ]*(?:[\n,][\t\n ,]*|$))*$/i.test(expect) ? "" : "expectation";
 }
 
 // ═══ 5 Content ═══════════════════════════════════════════════════════════════════════════════════
@@ -843,7 +828,8 @@ class Content {
     this.left = head.contentLength;
     if (this.left === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
     if (this.left > server.limits.contentBytesMax) this.refuse("content-too-large");
-    if (!head.expectsContinue) return;
+    // In an HTTP/1.0 request 100-continue is ignored.
+    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect ?? "")) return;
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
     if (refusal !== undefined) throw new Refusal(refusal);
     if (at === to) server.output.append(CONTINUE);
