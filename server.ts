@@ -173,12 +173,7 @@ const GONE = Symbol("gone");
 
 /** Thrown before there is a connection: shown as one line, with its exit code. */
 class StartError extends Error {
-  constructor(
-    message: string,
-    readonly exitCode = 1,
-  ) {
-    super(message);
-  }
+  exitCode = 1;
 }
 
 const NO_BYTES = new Uint8Array(0);
@@ -258,17 +253,16 @@ const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late
  */
 async function readHead(connection: Connection, deadline: number): Promise<number> {
   const { head, server } = connection;
-  let headDeadline = 0;
-  for (;;) {
+  for (let hasBegun = false; ; hasBegun = head.hasBegun) {
     const next = parseRequestHead(head, connection.bytes, connection.at, connection.to);
     if (next >= 0) return next;
     if (head.rejection !== "") throw new Refusal(responseTo(head.rejection));
-    if (head.hasBegun && headDeadline === 0) headDeadline = server.now + server.limits.headTimeoutMs;
+    if (head.hasBegun && !hasBegun) deadline = server.now + server.limits.headTimeoutMs;
     const parsed = connection.to - connection.at;
     let outcome: Outcome;
-    do outcome = await connection.receive(headDeadline || deadline);
+    do outcome = await connection.receive(deadline);
     while (!endsReading(outcome) && !isWorthParsing(connection, parsed));
-    if (outcome === "stop" && headDeadline === 0) deadline = server.idleDeadline;
+    if (outcome === "stop" && !head.hasBegun) deadline = server.idleDeadline;
     if (!endsReading(outcome) || parsed < connection.to - connection.at) continue;
     if (!head.hasBegun) return -1;
     if (outcome === "gone") throw GONE;
@@ -930,14 +924,12 @@ export function prepareResponse(status: number, fields: Record<string, string>, 
 }
 
 /** Formatted once: an attacker must not cost more than others. */
-const REJECTION_RESPONSES = new Map<Rejection, Response>();
+const REJECTION_RESPONSES: { [Key in Rejection]?: Response } = {};
 
 /** The answer to a refused request. It repeats nothing that the peer sent. */
 function responseTo(rejection: Rejection): Response {
   const [status, explanation] = REJECTIONS[rejection];
-  const response = REJECTION_RESPONSES.get(rejection) ?? prepareResponse(status, TEXT_FIELDS, `${explanation}\n`);
-  REJECTION_RESPONSES.set(rejection, response);
-  return response;
+  return (REJECTION_RESPONSES[rejection] ??= prepareResponse(status, TEXT_FIELDS, `${explanation}\n`));
 }
 
 /** Formatted answers that wait to be written, in one buffer that all connections use in turn. */
@@ -1005,11 +997,10 @@ const inQuotes = (text = "") => `"${text.replace(UNSAFE_IN_QUOTES, escapeByte) |
 /** A line of the Combined Log Format, which tools for the logs of web servers read. */
 export function formatAccessLog(head: RequestHead, address: string, date: Date, status: number, bytes: number): string {
   const [, day, month, year, time] = date.toUTCString().split(" ");
+  const [requestLine] = head.text.trimStart().split("\r", 1);
   const { fields } = head;
-  const text = head.text.trimStart();
-  const end = text.indexOf("\r");
-  const requestLine = inQuotes(end < 0 ? text : text.slice(0, end));
-  const about = `${requestLine} ${status} ${bytes} ${inQuotes(fields.get("referer"))} ${inQuotes(fields.get("user-agent"))}`;
+  const [referer, userAgent] = [fields.get("referer"), fields.get("user-agent")];
+  const about = `${inQuotes(requestLine)} ${status} ${bytes} ${inQuotes(referer)} ${inQuotes(userAgent)}`;
   return `${address} - - [${day}/${month}/${year}:${time} +0000] ${about}\n`;
 }
 
@@ -1602,7 +1593,8 @@ function parseNumber(name: string, text: string | undefined, max: number, byDefa
   throw usageError(`${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
 }
 
-const usageError = (message: string) => new StartError(`${message} (see server --help)`, 2);
+const usageError = (message: string) =>
+  Object.assign(new StartError(`${message} (see server --help)`), { exitCode: 2 });
 
 function readPem(path: string): string {
   try {
