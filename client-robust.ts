@@ -617,19 +617,16 @@ export interface Source {
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
 
-let EVERY_BYTE = "";
-for (let byte = 0; byte < 256; byte++) EVERY_BYTE += String.fromCharCode(byte);
-
 /** The class of the bytes that a pattern matches, read as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
-  for (let found; (found = pattern.exec(EVERY_BYTE)) !== null;) members[found.index] = 1;
+  for (let byte = 0; byte < 256; byte++) if (pattern.test(String.fromCharCode(byte))) members[byte] = 1;
   return members;
 }
 
 /** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
-const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/g);
-const HEXDIG = bytesLike(/[0-9A-Fa-f]/g);
+const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
+const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
 /** The byte at an index that the caller knows to be in range; the type cannot know it. */
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
@@ -666,7 +663,7 @@ const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
 const CHUNK_LINE_BYTES_MAX = 131_072;
 const CHUNK_SIZE_DIGITS_MAX = 64;
 /** What may stand behind a chunk-size: an extension, or the end of the line. */
-const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/g);
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/);
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */

@@ -168,7 +168,7 @@ class Refusal {
   constructor(readonly response: Response) {}
 }
 
-/** Thrown to end a conversation without one: the peer has gone, or an answer under way cannot be completed. */
+/** Thrown to end a conversation without one: the peer has gone, or wants no more, or an answer cannot be completed. */
 const GONE = Symbol("gone");
 
 /** Thrown before there is a connection: shown as one line, with its exit code. */
@@ -181,12 +181,12 @@ const NO_BYTES = new Uint8Array(0);
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
 //
 // On its usual path a request is these calls, one after the other:
-// receive → parseRequestHead → respond → appendResponse → flush → receive
+// receive → readHead → parseRequestHead → respond → appendResponse → receive → flush
 
 /**
  * Serves one peer, from its first byte to its last. It waits only where bytes, room in the socket or time are missing:
- * pipelined requests that have already arrived are all answered, with one write. Two rules keep that right: nobody
- * waits while the shared output holds something of its own, and after a wait the peer may have gone.
+ * pipelined requests that have already arrived are all answered, with one write. Two rules keep that right: the
+ * shared output is written before any wait, and after a wait the peer may have gone.
  */
 export async function serve(connection: Connection): Promise<void> {
   const { server, head } = connection;
@@ -196,19 +196,14 @@ export async function serve(connection: Connection): Promise<void> {
     server.admit(connection);
     let deadline = server.now + limits.headTimeoutMs;
     for (let closes = false; !closes; deadline = server.idleDeadline) {
-      // Wait for a request,
-      while (connection.at === connection.to) {
-        const outcome = await connection.receive(deadline);
+      // Wait for a request and read its head, which from its first byte on has a time of its own,
+      let headDeadline = server.now + limits.headTimeoutMs;
+      for (let outcome: Outcome = "bytes"; !readHead(connection, outcome);) {
+        outcome = await connection.receive(head.hasBegun ? headDeadline : deadline);
+        if (head.hasBegun) continue;
+        headDeadline = server.now + limits.headTimeoutMs;
         if (outcome === "stop") deadline = server.idleDeadline;
-        else if (endsReading(outcome)) return;
       }
-
-      // read its head,
-      let next = parseRequestHead(head, connection.bytes, connection.at, connection.to);
-      if (next < 0) next = await readHead(connection, deadline);
-      if (next < 0) return;
-      connection.at = next;
-      connection.trace?.complete("head");
 
       // read its content,
       if (head.contentLength !== 0) content = new Content(connection, site.refuse(head));
@@ -245,36 +240,37 @@ export async function serve(connection: Connection): Promise<void> {
 const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late" || outcome === "gone";
 
 /**
- * Reads a head of which some bytes are missing. It is parsed anew when more have come; a long one only when a line of it
- * is complete, or much has come, so that sending it a byte at a time does not cost a thousand parses.
- * @param deadline for its first byte; from then on the head has a time of its own
- * @returns the index behind it; -1 if the connection ended before one began
- * @throws Refusal
+ * Parses what has been received of a head. A long one is parsed again only when a line of it is complete, or much has
+ * come, so that sending it a byte at a time does not cost a thousand parses.
+ * @param outcome how the wait for it ended
+ * @returns whether it is whole; head.hasBegun says whether there is any of it
+ * @throws Refusal; GONE if the connection ended before one began
  */
-async function readHead(connection: Connection, deadline: number): Promise<number> {
-  const { head, server } = connection;
-  for (let hasBegun = false; ; hasBegun = head.hasBegun) {
-    const next = parseRequestHead(head, connection.bytes, connection.at, connection.to);
-    if (next >= 0) return next;
+function readHead(connection: Connection, outcome: Outcome): boolean {
+  const { head, bytes, at, to } = connection;
+  if (at === to) head.hasBegun = false;
+  else if (isWorthParsing(connection) || endsReading(outcome)) {
+    const next = parseRequestHead(head, bytes, at, to);
+    if (next >= 0) {
+      connection.at = next;
+      connection.parsedBytes = 0;
+      connection.trace?.complete("head");
+      return true;
+    }
     if (head.rejection !== "") throw new Refusal(responseTo(head.rejection));
-    if (head.hasBegun && !hasBegun) deadline = server.now + server.limits.headTimeoutMs;
-    const parsed = connection.to - connection.at;
-    let outcome: Outcome;
-    do outcome = await connection.receive(deadline);
-    while (!endsReading(outcome) && !isWorthParsing(connection, parsed));
-    if (outcome === "stop" && !head.hasBegun) deadline = server.idleDeadline;
-    if (!endsReading(outcome) || parsed < connection.to - connection.at) continue;
-    if (!head.hasBegun) return -1;
-    if (outcome === "gone") throw GONE;
-    // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
-    throw new Refusal(responseTo(outcome === "late" ? "timeout" : "incomplete"));
+    connection.parsedBytes = to - at;
   }
+  if (!endsReading(outcome)) return false;
+  if (!head.hasBegun || outcome === "gone") throw GONE;
+  // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
+  throw new Refusal(responseTo(outcome === "late" ? "timeout" : "incomplete"));
 }
 
 /** Of a long head, is there a line or much more behind the bytes that were parsed? */
-function isWorthParsing({ bytes, at, to }: Connection, parsed: number): boolean {
-  const more = to - at - parsed;
-  return parsed < LONG_HEAD_BYTES || more >= LONG_HEAD_BYTES || bytes.subarray(at + parsed, to).includes(LF);
+function isWorthParsing({ bytes, at, to, parsedBytes: parsed }: Connection): boolean {
+  return (
+    parsed < LONG_HEAD_BYTES || to - at - parsed >= LONG_HEAD_BYTES || bytes.subarray(at + parsed, to).includes(LF)
+  );
 }
 
 /** Does this answer end the conversation? */
@@ -304,19 +300,16 @@ function log({ server, head, address }: Connection, content: Content | undefined
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
 
-let EVERY_BYTE = "";
-for (let byte = 0; byte < 256; byte++) EVERY_BYTE += String.fromCharCode(byte);
-
 /** The class of the bytes that a pattern matches, read as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
-  for (let found; (found = pattern.exec(EVERY_BYTE)) !== null;) members[found.index] = 1;
+  for (let byte = 0; byte < 256; byte++) if (pattern.test(String.fromCharCode(byte))) members[byte] = 1;
   return members;
 }
 
 /** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
-const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/g);
-const HEXDIG = bytesLike(/[0-9A-Fa-f]/g);
+const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
+const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
 /** The byte at an index that the caller knows to be in range; the type cannot know it. */
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
@@ -342,13 +335,13 @@ function trimOws(text: string): string {
 // ── end shared ──
 
 /** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
-const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/g);
+const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
 /** request-target: visible ASCII (RFC 9112 §3.2) except "#", which starts a fragment, and "%". */
-const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/g);
-const DIGIT = bytesLike(/[0-9]/g);
-const OWS = bytesLike(/[\t ]/g);
+const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/);
+const DIGIT = bytesLike(/[0-9]/);
+const OWS = bytesLike(/[\t ]/);
 /** reg-name (RFC 3986 §3.2.2) but for "%", and but for ",": in Host it can only be a list of hosts. */
-const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/g);
+const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/);
 /**
  * uri-host [ ":" port ] (RFC 9110 §4.2): an IP-literal or a reg-name, never empty, without userinfo. No zone id
  * ("fe80::1%eth0"): it means nothing to another machine.
@@ -672,7 +665,7 @@ const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
 const CHUNK_LINE_BYTES_MAX = 131_072;
 const CHUNK_SIZE_DIGITS_MAX = 64;
 /** What may stand behind a chunk-size: an extension, or the end of the line. */
-const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/g);
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/);
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */
@@ -1078,6 +1071,8 @@ export class Connection {
   at = 0;
   to = 0;
   readonly head: RequestHead;
+  /** So many of the bytes were parsed, and are no whole head. */
+  parsedBytes = 0;
   /** The peer has sent FIN: no more requests, but it may well wait for answers. */
   hasEnded = false;
   isGone = false;
