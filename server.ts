@@ -379,8 +379,8 @@ export class RequestHead {
   hasClose = false;
   hasKeepAlive = false;
   /** The values of rarer fields that decide about the message; those of several lines are joined by LF. */
-  contentLengthField: string | undefined;
-  transferEncoding: string | undefined;
+  lengthField: string | undefined;
+  codings: string | undefined;
   expect: string | undefined;
   /** Octets of content that follow, or {@link CHUNKED}. */
   contentLength = 0;
@@ -396,7 +396,7 @@ export class RequestHead {
     this.targetFrom = this.targetTo = this.fieldsFrom = 0;
     this.host = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = false;
-    this.contentLengthField = this.transferEncoding = this.expect = undefined;
+    this.lengthField = this.codings = this.expect = undefined;
     this.content = NO_BYTES;
   }
 
@@ -410,7 +410,6 @@ export class RequestHead {
     this.from = 0;
   }
 
-  /** The request-target as it stands in the request-line. */
   get requestTarget(): string {
     return latin1(this.bytes, this.targetFrom, this.targetTo);
   }
@@ -437,9 +436,8 @@ export class RequestHead {
       const colon = line.indexOf(":");
       if (colon < 0) continue;
       const name = line.slice(0, colon).toLowerCase();
-      const value = trimOws(line.slice(colon + 1));
-      const before = fields.get(name);
-      fields.set(name, before === undefined ? value : `${before}, ${value}`);
+      const before = fields.has(name) ? `${fields.get(name)}, ` : "";
+      fields.set(name, before + trimOws(line.slice(colon + 1)));
     }
     return fields;
   }
@@ -565,10 +563,9 @@ function isText(bytes: Uint8Array, from: number, to: number, text: string, caseB
 function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: number, lineTo: number): void {
   if (isText(bytes, from, to, "host")) head.host = head.host === 0 ? to + 1 : -1;
   else if (isText(bytes, from, to, "content-length"))
-    head.contentLengthField = addLine(head.contentLengthField, latin1(bytes, to + 1, lineTo));
-  else if (isText(bytes, from, to, "transfer-encoding"))
-    head.transferEncoding = addLine(head.transferEncoding, latin1(bytes, to + 1, lineTo));
-  else if (isText(bytes, from, to, "expect")) head.expect = addLine(head.expect, latin1(bytes, to + 1, lineTo));
+    head.lengthField = addLine(head.lengthField, bytes, to + 1, lineTo);
+  else if (isText(bytes, from, to, "transfer-encoding")) head.codings = addLine(head.codings, bytes, to + 1, lineTo);
+  else if (isText(bytes, from, to, "expect")) head.expect = addLine(head.expect, bytes, to + 1, lineTo);
   else if (isText(bytes, from, to, "connection"))
     // RFC 9110 §7.6.1: Connection = #connection-option, tokens in any case.
     for (let at = to + 1; at < lineTo; at++) {
@@ -579,7 +576,8 @@ function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: numbe
     }
 }
 
-const addLine = (lines: string | undefined, line: string) => (lines === undefined ? line : `${lines}\n${line}`);
+const addLine = (lines: string | undefined, bytes: Uint8Array, from: number, to: number) =>
+  lines === undefined ? latin1(bytes, from, to) : `${lines}\n${latin1(bytes, from, to)}`;
 
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
 function checkRequestTarget(head: RequestHead): Rejection | "" {
@@ -625,7 +623,7 @@ function isAuthority(text: string): boolean {
  * the content of the first. So nothing is guessed.
  */
 function decideFraming(head: RequestHead): Rejection | "" {
-  const { contentLengthField: length, transferEncoding: codings, minorVersion } = head;
+  const { lengthField: length, codings, minorVersion } = head;
   if (codings !== undefined) {
     // §6.1: an HTTP/1.0 peer cannot know it: its framing is faulty.
     if (minorVersion === 0) return "transfer-encoding-1.0";
@@ -856,7 +854,6 @@ class Content {
     this.deadline = this.connection.server.now + this.connection.server.limits.contentTimeoutMs;
   }
 
-  /** The content is not needed any more. */
   release(): void {
     this.connection.server.waitingBytes -= this.kept.length;
     this.kept = NO_BYTES;
@@ -1084,7 +1081,7 @@ export class Connection {
   /** Answers that the kernel did not take. */
   private unsent: Uint8Array = NO_BYTES;
   private isPaused = false;
-  /** Whether the step that waits can write again, or read: the other events do not wake it. */
+  /** Does the step that waits need room to write, or bytes to read? */
   private needsRoom = false;
   private resolve: ((outcome: Outcome) => void) | undefined;
   /** One for all promises of this connection: making them costs nothing else. */
@@ -1109,7 +1106,7 @@ export class Connection {
     this.trace?.receive(bytes);
     if (this.at === this.to) this.hold(bytes, 0, bytes.length);
     else this.hold(appended(this.bytes, this.to, bytes), this.at, this.to + bytes.length);
-    if (this.resolve !== undefined && !this.needsRoom) return this.wake("bytes");
+    if (this.wake("bytes")) return;
     // Backpressure: a peer that sends before it has its answers is not read from until then. (Its FIN still shows.)
     if (!this.isPaused) this.socket.pause();
     this.isPaused = true;
@@ -1119,11 +1116,11 @@ export class Connection {
   onEnd(): void {
     this.trace?.step("FIN", "received");
     this.hasEnded = true;
-    if (!this.needsRoom) this.wake("end");
+    this.wake("end");
   }
 
   onDrain(): void {
-    if (this.needsRoom) this.wake("room");
+    this.wake("room");
   }
 
   onClose(error?: Error): void {
@@ -1135,20 +1132,18 @@ export class Connection {
 
   onDeadline(): void {
     this.trace?.step("deadline", this.needsRoom ? "the peer takes nothing" : "nothing has come in time");
-    if (this.resolve === undefined) this.abort();
-    else this.wake("late");
+    if (!this.wake("late")) this.abort();
   }
 
-  onStop(): void {
-    if (!this.needsRoom) this.wake("stop");
-  }
-
-  private wake(outcome: Outcome): void {
+  /** Ends the step that waits, if this concerns it. @returns whether there is one */
+  wake(outcome: Outcome): boolean {
     const { resolve } = this;
-    if (resolve === undefined) return;
+    const isForBoth = outcome === "late" || outcome === "gone";
+    if (resolve === undefined || (!isForBoth && this.needsRoom !== (outcome === "room"))) return false;
     this.resolve = undefined;
     this.deadline = Number.POSITIVE_INFINITY;
     resolve(outcome);
+    return true;
   }
 
   /** Writes what the output holds, then waits for bytes behind those that are there. @throws GONE */
@@ -1328,7 +1323,7 @@ export class Server {
   /** Requests in flight are answered, idle connections closed. */
   stop(): void {
     this.stoppedAt = performance.now();
-    for (const connection of this.connections) connection.onStop();
+    for (const connection of this.connections) connection.wake("stop");
     if (this.connections.size === 0) this.onEmpty();
   }
 
@@ -1338,15 +1333,13 @@ export class Server {
   }
 }
 
-/** Certificate and key, as PEM texts. */
-type Tls = { readonly cert: string; readonly key: string };
-
 /**
  * Listens and serves. Port 0 picks a free one.
+ * @param tls PEM texts
  * @returns the listeners, all on one port
  * @throws StartError if the port is taken or not allowed, or the host is no address of this machine
  */
-function listen(server: Server, commandLine: CommandLine, tls?: Tls): Bun.TCPSocketListener<Connection>[] {
+function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; key: string }) {
   const { host, port, reusePort } = commandLine;
   const socket: Bun.SocketHandler<Connection> = {
     open(socket) {
