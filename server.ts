@@ -242,35 +242,27 @@ const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late
 /**
  * Parses what has been received of a head. A long one is parsed again only when a line of it is complete, or much has
  * come, so that sending it a byte at a time does not cost a thousand parses.
- * @param outcome how the wait for it ended
- * @returns whether it is whole; head.hasBegun says whether there is any of it
+ * @returns whether it is whole; if not, head.hasBegun says whether there is any of it
  * @throws Refusal; GONE if the connection ended before one began
  */
 function readHead(connection: Connection, outcome: Outcome): boolean {
-  const { head, bytes, at, to } = connection;
+  const { head, bytes, at, to, parsedBytes } = connection;
+  const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || endsReading(outcome);
   if (at === to) head.hasBegun = false;
-  else if (isWorthParsing(connection) || endsReading(outcome)) {
+  else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
     const next = parseRequestHead(head, bytes, at, to);
+    if (head.rejection !== "") throw new Refusal(responseTo(head.rejection));
+    connection.parsedBytes = next < 0 ? to - at : 0;
     if (next >= 0) {
       connection.at = next;
-      connection.parsedBytes = 0;
       connection.trace?.complete("head");
       return true;
     }
-    if (head.rejection !== "") throw new Refusal(responseTo(head.rejection));
-    connection.parsedBytes = to - at;
   }
   if (!endsReading(outcome)) return false;
   if (!head.hasBegun || outcome === "gone") throw GONE;
   // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
   throw new Refusal(responseTo(outcome === "late" ? "timeout" : "incomplete"));
-}
-
-/** Of a long head, is there a line or much more behind the bytes that were parsed? */
-function isWorthParsing({ bytes, at, to, parsedBytes: parsed }: Connection): boolean {
-  return (
-    parsed < LONG_HEAD_BYTES || to - at - parsed >= LONG_HEAD_BYTES || bytes.subarray(at + parsed, to).includes(LF)
-  );
 }
 
 /** Does this answer end the conversation? */
@@ -432,12 +424,10 @@ export class RequestHead {
   /** All fields by name, in lower case. RFC 9110 §5.3: lines of one name are one list. */
   get fields(): ReadonlyMap<string, string> {
     const fields = new Map<string, string>();
-    for (const line of this.text.trimStart().split("\r\n").slice(1)) {
-      const colon = line.indexOf(":");
-      if (colon < 0) continue;
-      const name = line.slice(0, colon).toLowerCase();
+    for (const [, fieldName = "", value = ""] of this.text.matchAll(/^([^:\s]+):(.*)/gm)) {
+      const name = fieldName.toLowerCase();
       const before = fields.has(name) ? `${fields.get(name)}, ` : "";
-      fields.set(name, before + trimOws(line.slice(colon + 1)));
+      fields.set(name, before + trimOws(value));
     }
     return fields;
   }
@@ -867,8 +857,8 @@ class Content {
     const { bytes, server } = this.connection;
     server.waitingBytes -= this.kept.length;
     this.kept = appended(this.kept, this.keptLength, bytes.subarray(from, to));
-    this.keptLength += to - from;
     server.waitingBytes += this.kept.length;
+    this.keptLength += to - from;
     if (server.waitingBytes <= server.limits.waitingBytesMax) return;
     this.connection.abort();
     throw GONE;
