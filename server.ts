@@ -207,7 +207,8 @@ export async function serve(connection: Connection): Promise<void> {
 
       // read its content,
       if (head.contentLength !== 0) content = new Content(connection, site.refuse(head));
-      while (content?.isComplete() === false) content.judge(await connection.receive(content.deadline));
+      for (let outcome: Outcome = "bytes"; content?.read(outcome) === false;)
+        outcome = await connection.receive(content.deadline);
 
       // respond,
       let response = site.respond(head);
@@ -806,12 +807,12 @@ class Content {
     if (at === to) server.output.append(CONTINUE);
   }
 
-  /** Uses what has been received. @returns whether that was all of the content @throws Refusal */
-  isComplete(): boolean {
+  /** Uses what has been received. @returns whether all of the content has come @throws Refusal if it will not, in time */
+  read(outcome: Outcome): boolean {
     const { connection, decoder } = this;
     const { server, head, bytes, to, trace } = connection;
-    for (;;) {
-      const from = connection.at;
+    for (let from = -1; from < connection.at;) {
+      from = connection.at;
       const next = decoder === undefined ? Math.min(to, from + this.left) : decoder.next(bytes, from, to);
       connection.at = next;
       this.wireBytes += next - from;
@@ -822,26 +823,22 @@ class Content {
       else if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
       else if (decoder.fault !== "") this.refuse(decoder.fault);
       if (RESPOND_NEEDS_CONTENT) this.keep(decoder?.contentFrom ?? from, decoder?.contentTo ?? next);
-      if (decoder === undefined ? this.left === 0 : decoder.state === "done") break;
-      if (next > from) trace?.complete("content");
-      else {
-        head.keep();
-        return false;
+      if (decoder === undefined ? this.left === 0 : decoder.state === "done") {
+        trace?.complete("content complete");
+        head.content = this.kept.subarray(0, this.keptLength);
+        return true;
       }
+      if (next > from) trace?.complete("content");
     }
-    trace?.complete("content complete");
-    head.content = this.kept.subarray(0, this.keptLength);
-    return true;
-  }
-
-  /** After a wait for more. @throws Refusal if no more will come, or too little came in time */
-  judge(outcome: Outcome): void {
+    head.keep();
     if (outcome === "end") this.refuse("incomplete");
     if (outcome === "gone") throw GONE;
-    if (outcome !== "late") return;
-    if (this.wireBytes < this.wireBytesDue) this.refuse("timeout");
-    this.wireBytesDue = this.wireBytes + CONTENT_PART_BYTES_MIN;
-    this.deadline = this.connection.server.now + this.connection.server.limits.contentTimeoutMs;
+    if (outcome === "late") {
+      if (this.wireBytes < this.wireBytesDue) this.refuse("timeout");
+      this.wireBytesDue = this.wireBytes + CONTENT_PART_BYTES_MIN;
+      this.deadline = server.now + server.limits.contentTimeoutMs;
+    }
+    return false;
   }
 
   release(): void {
