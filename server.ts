@@ -365,8 +365,6 @@ export class RequestHead {
   targetFrom = 0;
   targetTo = 0;
   minorVersion = 0;
-  /** The index of the first field-line, once the request-line is complete. */
-  fieldsFrom = 0;
   /** Where the value of Host starts: 0 for none, -1 for several lines. */
   host = 0;
   hasClose = false;
@@ -386,8 +384,7 @@ export class RequestHead {
     this.bytes = bytes;
     this.from = this.to = from;
     this.rejection = this.method = "";
-    this.targetFrom = this.targetTo = this.fieldsFrom = 0;
-    this.host = this.contentLength = 0;
+    this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = false;
     this.lengthField = this.codings = this.expect = undefined;
     this.content = NO_BYTES;
@@ -501,7 +498,6 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
   // RFC 9110 §2.5: a higher minor version is read as ours; another major one is another protocol.
   if (bytes[at - 5] !== 0x31) return misfits(head, "http-version", at - 1);
   head.minorVersion = byteAt(bytes, at - 3) - 0x30;
-  head.fieldsFrom = at;
 
   // RFC 9112 §5: field-line = field-name ":" OWS field-value OWS. White space before the colon can fool recipients.
   for (let fieldLines = 1; bytes[at] !== CR; fieldLines++, at += 2) {
@@ -530,8 +526,8 @@ function explainMisfit(head: RequestHead, bytes: Uint8Array, at: number): Reject
   if (isInTarget && (bytes[at - 1] === PERCENT || bytes[at - 2] === PERCENT)) return "request-target";
   if (byte === LF) return "bare-lf";
   if (isInTarget && byte > 0x7e) return "request-target-byte";
-  if (head.fieldsFrom === 0) return "request-line";
   const lineFrom = bytes.lastIndexOf(LF, at - 1) + 1;
+  if (head.targetTo === 0 || lineFrom < head.targetTo) return "request-line";
   // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
   if (at === lineFrom && (byte === SP || byte === HTAB)) return "obs-fold";
   return bytes.subarray(lineFrom, at).includes(COLON) ? "field-value" : "field-line";
