@@ -168,7 +168,7 @@ class Refusal {
   constructor(readonly response: Response) {}
 }
 
-/** Thrown to end a conversation without one: the peer has gone, or wants no more, or an answer cannot be completed. */
+/** Thrown to end one without: the peer has gone or asks nothing more, or an answer under way cannot be completed. */
 const GONE = Symbol("gone");
 
 /** Thrown before there is a connection: shown as one line, with its exit code. */
@@ -594,9 +594,9 @@ function checkHost(head: RequestHead): Rejection | "" {
   if (at > from && bytes[at] === COLON)
     for (at++; DIGIT[byteAt(bytes, at)] === 1; at++) port = 10 * port + byteAt(bytes, at) - 0x30;
   const isUsual = at > from && bytes[at] === CR && port <= 65_535;
-  return isUsual || isAuthority(trimOws(latin1(bytes, host, skipWhile(FIELD_CONTENT, bytes, host, to))))
-    ? ""
-    : "host-invalid";
+  if (isUsual) return "";
+  const value = latin1(bytes, host, skipWhile(FIELD_CONTENT, bytes, host, to));
+  return isAuthority(trimOws(value)) ? "" : "host-invalid";
 }
 
 function isAuthority(text: string): boolean {
