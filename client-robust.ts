@@ -599,19 +599,16 @@ export interface Source {
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
 
-let EVERY_BYTE = "";
-for (let byte = 0; byte < 256; byte++) EVERY_BYTE += String.fromCharCode(byte);
-
 /** The class of the bytes that a pattern matches, read as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
-  for (let found; (found = pattern.exec(EVERY_BYTE)) !== null;) members[found.index] = 1;
+  for (let byte = 0; byte < 256; byte++) if (pattern.test(String.fromCharCode(byte))) members[byte] = 1;
   return members;
 }
 
 /** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
-const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/g);
-const HEXDIG = bytesLike(/[0-9A-Fa-f]/g);
+const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
+const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
 /** The byte at an index that the caller knows to be in range; the type cannot know it. */
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
@@ -648,7 +645,7 @@ const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
 const CHUNK_LINE_BYTES_MAX = 131_072;
 const CHUNK_SIZE_DIGITS_MAX = 64;
 /** What may stand behind a chunk-size: an extension, or the end of the line. */
-const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/g);
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/);
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */
@@ -670,7 +667,7 @@ export type ChunkedFault =
  * "failed". It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind them.
  */
 export class ChunkedDecoder {
-  state: "line" | "data" | "data-end" | "trailer" | "done" | "failed" = "line";
+  state: "line" | "data" | "trailer" | "done" | "failed" = "line";
   /** Why, once `state` is "failed". */
   fault: ChunkedFault | "" = "";
   /** The content that the last call found: these indexes into the bytes that it was given. */
@@ -697,40 +694,36 @@ export class ChunkedDecoder {
     this.contentFrom = this.contentTo = from;
     if (this.state === "data") return this.takeData(bytes, from, to);
     if (from === to || this.state === "done" || this.state === "failed") return from;
-    // Refused at once: what cannot become a line that fits.
-    const sizeEnd = this.state === "line" ? findSizeEnd(bytes, from, to) : from;
+    const isTrailer = this.state === "trailer";
+    // What cannot become a line that fits is refused before its end has come.
+    const sizeEnd = isTrailer ? from : findSizeEnd(bytes, from, to);
     if (sizeEnd === undefined) return this.fail("chunk-size", from);
-    if (this.state === "data-end" && bytes[from] !== CR) return this.fail("chunk-data", from);
     const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeEnd, from + this.known), to);
     this.known = end - from;
-    if (this.isTooLong(this.known)) return from;
+    if (isTrailer && this.trailerBytes + this.known + 2 > this.limits.headBytesMax)
+      return this.fail("trailer-too-large", from);
+    if (!isTrailer && this.known > CHUNK_LINE_BYTES_MAX) return this.fail("chunk-extension", from);
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
     this.known = 0;
     if (bytes[end] === LF) return this.fail("bare-lf", end);
-    if (bytes[end] !== CR) return this.fail(this.state === "trailer" ? "trailer" : "chunk-extension", end);
-    if (bytes[end + 1] !== LF) return this.fail(this.state === "data-end" ? "chunk-data" : "bare-cr", end);
-    if (this.state === "line") this.takeChunkLine(bytes, from, sizeEnd, end);
-    else if (this.state === "trailer") this.takeTrailerLine(latin1(bytes, from, end));
-    else this.state = "line";
+    if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
+    if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
+    if (isTrailer) this.takeTrailerLine(latin1(bytes, from, end));
+    else this.takeChunkLine(bytes, from, sizeEnd, end);
     return end + 2;
   }
 
+  /** Takes chunk-data, and the CRLF behind it once both of its bytes are there. */
   private takeData(bytes: Uint8Array, from: number, to: number): number {
     const end = Math.min(to, from + this.left);
     this.contentTo = end;
     this.left -= end - from;
-    if (this.left > 0) return end;
-    const hasCrlf = end + 1 < to && bytes[end] === CR && bytes[end + 1] === LF; // a step less for most chunks
-    this.state = hasCrlf ? "line" : "data-end";
-    return hasCrlf ? end + 2 : end;
-  }
-
-  /** Bounds a line before its end has come. */
-  private isTooLong(length: number): boolean {
-    if (this.state === "trailer" && this.trailerBytes + length + 2 > this.limits.headBytesMax)
-      this.fail("trailer-too-large", 0);
-    else if (this.state === "line" && length > CHUNK_LINE_BYTES_MAX) this.fail("chunk-extension", 0);
-    return this.state === "failed";
+    if (this.left > 0 || end === to) return end;
+    const isCrlf = bytes[end] === CR && (end + 1 === to || bytes[end + 1] === LF);
+    if (!isCrlf) return end > from ? end : this.fail("chunk-data", end); // what came before it counts
+    if (end + 1 === to) return end;
+    this.state = "line";
+    return end + 2;
   }
 
   private takeChunkLine(bytes: Uint8Array, from: number, sizeEnd: number, end: number): void {

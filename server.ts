@@ -168,15 +168,12 @@ class Refusal {
   constructor(readonly response: Response) {}
 }
 
-/** Thrown to end a conversation without one: the peer has gone, or an answer under way cannot be completed. */
+/** Thrown to end one without: the peer has gone or asks nothing more, or an answer under way cannot be completed. */
 const GONE = Symbol("gone");
 
 /** Thrown before there is a connection: shown as one line, with its exit code. */
 class StartError extends Error {
   exitCode = 1;
-}
-class UsageError extends StartError {
-  override exitCode = 2;
 }
 
 const NO_BYTES = new Uint8Array(0);
@@ -184,12 +181,12 @@ const NO_BYTES = new Uint8Array(0);
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
 //
 // On its usual path a request is these calls, one after the other:
-// receive → parseRequestHead → respond → appendResponse → flush → receive
+// receive → readHead → parseRequestHead → respond → appendResponse → receive → flush
 
 /**
  * Serves one peer, from its first byte to its last. It waits only where bytes, room in the socket or time are missing:
- * pipelined requests that have already arrived are all answered, with one write. Two rules keep that right: nobody
- * waits while the shared output holds something of its own, and after a wait the peer may have gone.
+ * pipelined requests that have already arrived are all answered, with one write. Two rules keep that right: the
+ * shared output is written before any wait, and after a wait the peer may have gone.
  */
 export async function serve(connection: Connection): Promise<void> {
   const { server, head } = connection;
@@ -199,45 +196,41 @@ export async function serve(connection: Connection): Promise<void> {
     server.admit(connection);
     let deadline = server.now + limits.headTimeoutMs;
     for (let closes = false; !closes; deadline = server.idleDeadline) {
-      // Wait for a request,
-      while (connection.at === connection.to)
-        if (!connection.flush()) await connection.drain();
-        else {
-          const outcome = await connection.receive(deadline);
-          if (outcome === "stop") deadline = server.idleDeadline;
-          else if (endsReading(outcome)) return;
-        }
-
-      // read its head,
-      let next = parseRequestHead(head, connection.bytes, connection.at, connection.to);
-      if (next < 0) next = await readHead(connection, deadline);
-      if (next < 0) return;
-      connection.at = next;
-      connection.trace?.complete("head");
+      // Wait for a request and read its head, which from its first byte on has a time of its own,
+      let headDeadline = server.now + limits.headTimeoutMs;
+      for (let outcome: Outcome = "bytes"; !readHead(connection, outcome);) {
+        outcome = await connection.receive(head.hasBegun ? headDeadline : deadline);
+        if (head.hasBegun) continue;
+        headDeadline = server.now + limits.headTimeoutMs;
+        if (outcome === "stop") deadline = server.idleDeadline;
+      }
 
       // read its content,
       if (head.contentLength !== 0) content = new Content(connection, site.refuse(head));
-      while (content?.isComplete() === false)
-        if (!connection.flush()) await connection.drain();
-        else content.judge(await connection.receive(content.deadline));
-
-      if (content !== undefined) connection.trace?.complete("content complete");
+      for (let outcome: Outcome = "bytes"; content?.read(outcome) === false;)
+        outcome = await connection.receive(content.deadline);
 
       // respond,
       let response = site.respond(head);
       if (response instanceof Promise) response = await waitForResponse(connection, response);
       closes = isLast(connection, response);
-      output.appendResponse(head, response, closes);
 
       // send: a part now, a text when no whole request is left in what was received.
-      if (response.part === undefined) log(connection, content, response.status, sentBytes(head, response));
+      const sent = output.appendResponse(head, response, closes);
+      if (response.part === undefined) log(connection, content, response.status, sent);
       else await sendPart(connection, content, response, response.part);
       content?.release();
       content = undefined;
       if (output.length >= UNSENT_BYTES_MAX && !connection.flush()) await connection.drain();
     }
   } catch (reason) {
-    refuse(connection, content, reason);
+    if (reason === GONE) return;
+    // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
+    if (!(reason instanceof Refusal)) tell(`Error: ${reason}`);
+    const response = reason instanceof Refusal ? reason.response : responseTo("internal");
+    connection.trace?.step("refuse", `with ${response.status}`);
+    // It closes: nobody knows where a next request would start.
+    log(connection, content, response.status, output.appendResponse(head, response, true));
   } finally {
     content?.release();
     await connection.close();
@@ -248,70 +241,44 @@ export async function serve(connection: Connection): Promise<void> {
 const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late" || outcome === "gone";
 
 /**
- * Reads a head of which some bytes are missing. It is parsed anew when more have come; a long one only when a line of it
- * is complete, or much has come, so that sending it a byte at a time does not cost a thousand parses.
- * @param deadline for its first byte; from then on the head has a time of its own
- * @returns the index behind it; -1 if the connection ended before one began
- * @throws Refusal
+ * Parses what has been received of a head. A long one is parsed again only when a line of it is complete, or much has
+ * come, so that sending it a byte at a time does not cost a thousand parses.
+ * @returns whether it is whole; if not, head.hasBegun says whether there is any of it
+ * @throws Refusal; GONE if the connection ended before one began
  */
-async function readHead(connection: Connection, deadline: number): Promise<number> {
-  const { head, server } = connection;
-  let headDeadline = 0;
-  for (;;) {
-    const next = parseRequestHead(head, connection.bytes, connection.at, connection.to);
-    if (next >= 0) return next;
+function readHead(connection: Connection, outcome: Outcome): boolean {
+  const { head, bytes, at, to, parsedBytes } = connection;
+  const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || endsReading(outcome);
+  if (at === to) head.hasBegun = false;
+  else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
+    const next = parseRequestHead(head, bytes, at, to);
     if (head.rejection !== "") throw new Refusal(responseTo(head.rejection));
-    if (head.hasBegun && headDeadline === 0) headDeadline = server.now + server.limits.headTimeoutMs;
-    if (!connection.flush()) {
-      await connection.drain();
-      continue; // more may have come meanwhile
+    connection.parsedBytes = next < 0 ? to - at : 0;
+    if (next >= 0) {
+      connection.at = next;
+      connection.trace?.complete("head");
+      return true;
     }
-    const parsed = connection.to - connection.at;
-    let outcome: Outcome;
-    do outcome = await connection.receive(headDeadline || deadline);
-    while (!endsReading(outcome) && !isWorthParsing(connection, parsed));
-    if (outcome === "stop" && headDeadline === 0) deadline = server.idleDeadline;
-    if (!endsReading(outcome) || parsed < connection.to - connection.at) continue;
-    if (!head.hasBegun) return -1;
-    if (outcome === "gone") throw GONE;
-    // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
-    throw new Refusal(responseTo(outcome === "late" ? "timeout" : "incomplete"));
   }
+  if (!endsReading(outcome)) return false;
+  if (!head.hasBegun || outcome === "gone") throw GONE;
+  // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
+  throw new Refusal(responseTo(outcome === "late" ? "timeout" : "incomplete"));
 }
-
-/** Of a long head, is there a line or much more behind the bytes that were parsed? */
-function isWorthParsing({ bytes, at, to }: Connection, parsed: number): boolean {
-  const more = to - at - parsed;
-  return parsed < LONG_HEAD_BYTES || more >= LONG_HEAD_BYTES || bytes.subarray(at + parsed, to).includes(LF);
-}
-
-/** Of the statuses that a site answers with, those that close. 404, 405 and the like are answers as good as 200. */
-const CLOSING_STATUSES: ReadonlySet<number> = new Set([400, 500, 503]);
 
 /** Does this answer end the conversation? */
 function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }: Response): boolean {
-  if (!head.keepsAlive || (status >= 400 && CLOSING_STATUSES.has(status))) return true;
+  // RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to.
+  if (head.hasClose || (head.minorVersion === 0 && !head.hasKeepAlive)) return true;
+  // Of the statuses that a site answers with, these close. 404, 405 and the like are answers as good as 200.
+  if (status === 400 || status === 500 || status === 503) return true;
   const hasMore = at < to;
   if (hasEnded && !hasMore) return true;
   // When the server stops, what has already been sent behind this request is answered, but not without end.
   return server.isStopping && (!hasMore || part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
 }
 
-/** RFC 9110 §9.3.2 and §15.3.5: no content in an answer to HEAD and in a 204, whatever the fields say. */
-const sentBytes = (head: RequestHead, response: Response) =>
-  head.method === "HEAD" || response.status === 204 ? 0 : response.content.length;
-
-/** Answers what cannot be served, and says that the connection closes: nobody knows where a next request would start. */
-function refuse(connection: Connection, content: Content | undefined, reason: unknown): void {
-  if (reason === GONE) return;
-  // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
-  if (!(reason instanceof Refusal)) tell(`Error: ${reason}`);
-  const response = reason instanceof Refusal ? reason.response : responseTo("internal");
-  connection.trace?.step("refuse", `with ${response.status}`);
-  connection.server.output.appendResponse(connection.head, response, true);
-  log(connection, content, response.status, sentBytes(connection.head, response));
-}
-
+/** Logs a request and its answer: the head and the start of the content, or the octets of content that were sent. */
 function log({ server, head, address }: Connection, content: Content | undefined, status: number, sent: number): void {
   if (server.logFormat === "access") server.log(formatAccessLog(head, address, new Date(), status, sent));
   else if (server.logFormat === "request" && head.to > head.from)
@@ -323,25 +290,19 @@ function log({ server, head, address }: Connection, content: Content | undefined
 // A head is recognised whole, by a pure function of the bytes that keeps nothing between two calls:
 // its outcome is the same however the bytes were split.
 
-/** Returned instead of an index: more bytes are needed, or the message is refused. */
-const [NEED_MORE, REJECT] = [-1, -2];
-
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
-
-let EVERY_BYTE = "";
-for (let byte = 0; byte < 256; byte++) EVERY_BYTE += String.fromCharCode(byte);
 
 /** The class of the bytes that a pattern matches, read as ISO 8859-1: a table of 256, 1 for a member. */
 function bytesLike(pattern: RegExp): Uint8Array {
   const members = new Uint8Array(256);
-  for (let found; (found = pattern.exec(EVERY_BYTE)) !== null;) members[found.index] = 1;
+  for (let byte = 0; byte < 256; byte++) if (pattern.test(String.fromCharCode(byte))) members[byte] = 1;
   return members;
 }
 
 /** field-content: VCHAR / obs-text / SP / HTAB (RFC 9110 §5.5). CR, LF, NUL and other CTL are not. */
-const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/g);
-const HEXDIG = bytesLike(/[0-9A-Fa-f]/g);
+const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
+const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
 /** The byte at an index that the caller knows to be in range; the type cannot know it. */
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
@@ -367,13 +328,13 @@ function trimOws(text: string): string {
 // ── end shared ──
 
 /** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
-const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/g);
+const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
 /** request-target: visible ASCII (RFC 9112 §3.2) except "#", which starts a fragment, and "%". */
-const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/g);
-const DIGIT = bytesLike(/[0-9]/g);
-const OWS = bytesLike(/[\t ]/g);
+const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/);
+const DIGIT = bytesLike(/[0-9]/);
+const OWS = bytesLike(/[\t ]/);
 /** reg-name (RFC 3986 §3.2.2) but for "%", and but for ",": in Host it can only be a list of hosts. */
-const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/g);
+const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/);
 /**
  * uri-host [ ":" port ] (RFC 9110 §4.2): an IP-literal or a reg-name, never empty, without userinfo. No zone id
  * ("fe80::1%eth0"): it means nothing to another machine.
@@ -387,10 +348,6 @@ const [HTAB, SP, COLON, PERCENT, SLASH] = [0x09, 0x20, 0x3a, 0x25, 0x2f];
 
 /** Codings that are not implemented, and after them chunked, last and once. */
 const OTHER_CODINGS = /^(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked$/;
-/** The fields that decide about the message: each name has a length of its own. */
-const DECIDING_FIELDS = ["host", "expect", "connection", "content-length", "transfer-encoding"] as const;
-const FIELD_OF_LENGTH: ((typeof DECIDING_FIELDS)[number] | undefined)[] = Array(18).fill(undefined);
-for (const name of DECIDING_FIELDS) FIELD_OF_LENGTH[name.length] = name;
 
 /** Content whose end is marked by the chunked transfer coding; other lengths are octets. */
 export const CHUNKED = -1;
@@ -408,16 +365,14 @@ export class RequestHead {
   targetFrom = 0;
   targetTo = 0;
   minorVersion = 0;
-  /** The index of the first field-line, once the request-line is complete. */
-  fieldsFrom = 0;
-  /** Where the values of the fields that decide about the message start: 0 for none, -1 for several lines of the name. */
+  /** Where the value of Host starts: 0 for none, -1 for several lines. */
   host = 0;
-  "content-length" = 0;
-  "transfer-encoding" = 0;
   hasClose = false;
   hasKeepAlive = false;
-  expectsContinue = false;
-  hasOtherExpectation = false;
+  /** The values of rarer fields that decide about the message; those of several lines are joined by LF. */
+  lengthField: string | undefined;
+  codings: string | undefined;
+  expect: string | undefined;
   /** Octets of content that follow, or {@link CHUNKED}. */
   contentLength = 0;
   /** The content, once it has been read, if {@link RESPOND_NEEDS_CONTENT}. */
@@ -429,9 +384,9 @@ export class RequestHead {
     this.bytes = bytes;
     this.from = this.to = from;
     this.rejection = this.method = "";
-    this.targetFrom = this.targetTo = this.fieldsFrom = 0;
-    this.host = this["content-length"] = this["transfer-encoding"] = this.contentLength = 0;
-    this.hasBegun = this.hasClose = this.hasKeepAlive = this.expectsContinue = this.hasOtherExpectation = false;
+    this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
+    this.hasBegun = this.hasClose = this.hasKeepAlive = false;
+    this.lengthField = this.codings = this.expect = undefined;
     this.content = NO_BYTES;
   }
 
@@ -445,12 +400,6 @@ export class RequestHead {
     this.from = 0;
   }
 
-  /** RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to. */
-  get keepsAlive(): boolean {
-    return !this.hasClose && (this.minorVersion > 0 || this.hasKeepAlive);
-  }
-
-  /** The request-target as it stands in the request-line. */
   get requestTarget(): string {
     return latin1(this.bytes, this.targetFrom, this.targetTo);
   }
@@ -473,13 +422,10 @@ export class RequestHead {
   /** All fields by name, in lower case. RFC 9110 §5.3: lines of one name are one list. */
   get fields(): ReadonlyMap<string, string> {
     const fields = new Map<string, string>();
-    for (const line of this.text.trimStart().split("\r\n").slice(1)) {
-      const colon = line.indexOf(":");
-      if (colon < 0) continue;
-      const name = line.slice(0, colon).toLowerCase();
-      const value = trimOws(line.slice(colon + 1));
-      const before = fields.get(name);
-      fields.set(name, before === undefined ? value : `${before}, ${value}`);
+    for (const [, fieldName = "", value = ""] of this.text.matchAll(/^([^:\s]+):(.*)/gm)) {
+      const name = fieldName.toLowerCase();
+      const before = fields.has(name) ? `${fields.get(name)}, ` : "";
+      fields.set(name, before + trimOws(value));
     }
     return fields;
   }
@@ -487,7 +433,7 @@ export class RequestHead {
 
 /**
  * Parses a request head (RFC 9112 §2 to §5) that starts at bytes[from]; bytes[to], if there is one, must be 0.
- * @returns the index behind the head; NEED_MORE: call again with more bytes; REJECT: head.rejection says why
+ * @returns the index behind the head; -1 if it is refused, for head.rejection, or more bytes are needed
  */
 export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
   head.start(bytes, from);
@@ -495,9 +441,8 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   const { headBytesMax } = head.limits;
   if (next >= 0 && next - from <= headBytesMax) {
     head.to = next;
-    head.rejection = checkRequestTarget(head) || checkHost(head) || decideFraming(head);
-    if (head.rejection === "" && head.hasOtherExpectation) head.rejection = "expectation";
-    return head.rejection === "" ? next : REJECT;
+    head.rejection = checkRequestTarget(head) || checkHost(head) || decideFraming(head) || checkExpect(head);
+    return head.rejection === "" ? next : -1;
   }
   const misfit = next < 0 ? ~next : next;
   head.to = Math.min(to, from + headBytesMax);
@@ -505,10 +450,10 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   if (misfit - from >= headBytesMax) {
     const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
     head.rejection = isMethod ? "method-too-long" : "head-too-large";
-  } else if (misfit === to) return NEED_MORE;
+  } else if (misfit === to) return -1;
   else if (head.rejection === "") head.rejection = explainMisfit(head, bytes, misfit);
   head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  return REJECT;
+  return -1;
 }
 
 /** RFC 9112 §2.3: HTTP-version = "HTTP" "/" DIGIT "." DIGIT, in upper case; then CRLF. D is any digit. */
@@ -553,7 +498,6 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
   // RFC 9110 §2.5: a higher minor version is read as ours; another major one is another protocol.
   if (bytes[at - 5] !== 0x31) return misfits(head, "http-version", at - 1);
   head.minorVersion = byteAt(bytes, at - 3) - 0x30;
-  head.fieldsFrom = at;
 
   // RFC 9112 §5: field-line = field-name ":" OWS field-value OWS. White space before the colon can fool recipients.
   for (let fieldLines = 1; bytes[at] !== CR; fieldLines++, at += 2) {
@@ -582,8 +526,8 @@ function explainMisfit(head: RequestHead, bytes: Uint8Array, at: number): Reject
   if (isInTarget && (bytes[at - 1] === PERCENT || bytes[at - 2] === PERCENT)) return "request-target";
   if (byte === LF) return "bare-lf";
   if (isInTarget && byte > 0x7e) return "request-target-byte";
-  if (head.fieldsFrom === 0) return "request-line";
   const lineFrom = bytes.lastIndexOf(LF, at - 1) + 1;
+  if (head.targetTo === 0 || lineFrom < head.targetTo) return "request-line";
   // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
   if (at === lineFrom && (byte === SP || byte === HTAB)) return "obs-fold";
   return bytes.subarray(lineFrom, at).includes(COLON) ? "field-value" : "field-line";
@@ -591,51 +535,36 @@ function explainMisfit(head: RequestHead, bytes: Uint8Array, at: number): Reject
 
 /** Methods are case-sensitive (RFC 9110 §9.1). */
 function recogniseMethod(bytes: Uint8Array, from: number, to: number): Method {
-  for (const method of METHODS) {
-    let i = 0;
-    while (i < method.length && bytes[from + i] === method.charCodeAt(i)) i++;
-    if (i === method.length && to - from === i) return method;
-  }
+  for (const method of METHODS) if (isText(bytes, from, to, method, 0)) return method;
   return "";
 }
 
-/** Are the bytes from..to this lower-case text, in any case? Only for bytes above 0x1f. */
-function isText(bytes: Uint8Array, from: number, to: number, lowerCase: string): boolean {
-  if (to - from !== lowerCase.length) return false;
-  for (let i = 0; i < lowerCase.length; i++)
-    if ((byteAt(bytes, from + i) | 0x20) !== lowerCase.charCodeAt(i)) return false;
+/** Are the bytes from..to this text? A lower-case one stands for any case; for bytes above 0x1f. */
+function isText(bytes: Uint8Array, from: number, to: number, text: string, caseBit = 0x20): boolean {
+  if (to - from !== text.length) return false;
+  for (let i = 0; i < text.length; i++) if ((byteAt(bytes, from + i) | caseBit) !== text.charCodeAt(i)) return false;
   return true;
 }
 
-/** Notes a field that decides about the message. */
-function noteField(head: RequestHead, bytes: Uint8Array, nameFrom: number, nameTo: number, lineTo: number): void {
-  const name = FIELD_OF_LENGTH[nameTo - nameFrom];
-  if (name === undefined || !isText(bytes, nameFrom, nameTo, name)) return;
-  if (name === "connection") noteConnection(head, bytes, nameTo + 1, lineTo);
-  else if (name === "expect") noteExpectation(head, latin1(bytes, nameTo + 1, lineTo));
-  else head[name] = head[name] === 0 ? nameTo + 1 : -1;
+/** Notes a field-line if its field decides about the message: its name is from..to, its value to + 1..lineTo. */
+function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: number, lineTo: number): void {
+  if (isText(bytes, from, to, "host")) head.host = head.host === 0 ? to + 1 : -1;
+  else if (isText(bytes, from, to, "content-length"))
+    head.lengthField = addLine(head.lengthField, bytes, to + 1, lineTo);
+  else if (isText(bytes, from, to, "transfer-encoding")) head.codings = addLine(head.codings, bytes, to + 1, lineTo);
+  else if (isText(bytes, from, to, "expect")) head.expect = addLine(head.expect, bytes, to + 1, lineTo);
+  else if (isText(bytes, from, to, "connection"))
+    // RFC 9110 §7.6.1: Connection = #connection-option, tokens in any case.
+    for (let at = to + 1; at < lineTo; at++) {
+      const tokenFrom = at;
+      at = skipWhile(TCHAR, bytes, at, lineTo);
+      if (isText(bytes, tokenFrom, at, "close")) head.hasClose = true;
+      else if (isText(bytes, tokenFrom, at, "keep-alive")) head.hasKeepAlive = true;
+    }
 }
 
-/** RFC 9110 §7.6.1: Connection = #connection-option, tokens in any case. */
-function noteConnection(head: RequestHead, bytes: Uint8Array, from: number, to: number): void {
-  for (let at = from; at < to; at++) {
-    const tokenFrom = at;
-    at = skipWhile(TCHAR, bytes, at, to);
-    if (isText(bytes, tokenFrom, at, "close")) head.hasClose = true;
-    else if (isText(bytes, tokenFrom, at, "keep-alive")) head.hasKeepAlive = true;
-  }
-}
-
-/** The text of the value that starts at this index, with the white space around it. */
-const valueAt = ({ bytes, to }: RequestHead, from: number) =>
-  latin1(bytes, from, skipWhile(FIELD_CONTENT, bytes, from, to));
-
-/** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
-function noteExpectation(head: RequestHead, value: string): void {
-  // In an HTTP/1.0 request 100-continue is ignored.
-  head.expectsContinue ||= head.minorVersion > 0 && /100-continue/i.test(value);
-  head.hasOtherExpectation ||= !/^[\t ,]*(?:100-continue[\t ]*(?:,[\t ,]*|$))*$/i.test(value);
-}
+const addLine = (lines: string | undefined, bytes: Uint8Array, from: number, to: number) =>
+  lines === undefined ? latin1(bytes, from, to) : `${lines}\n${latin1(bytes, from, to)}`;
 
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
 function checkRequestTarget(head: RequestHead): Rejection | "" {
@@ -665,7 +594,9 @@ function checkHost(head: RequestHead): Rejection | "" {
   if (at > from && bytes[at] === COLON)
     for (at++; DIGIT[byteAt(bytes, at)] === 1; at++) port = 10 * port + byteAt(bytes, at) - 0x30;
   const isUsual = at > from && bytes[at] === CR && port <= 65_535;
-  return isUsual || isAuthority(trimOws(valueAt(head, host))) ? "" : "host-invalid";
+  if (isUsual) return "";
+  const value = latin1(bytes, host, skipWhile(FIELD_CONTENT, bytes, host, to));
+  return isAuthority(trimOws(value)) ? "" : "host-invalid";
 }
 
 function isAuthority(text: string): boolean {
@@ -679,25 +610,30 @@ function isAuthority(text: string): boolean {
  * the content of the first. So nothing is guessed.
  */
 function decideFraming(head: RequestHead): Rejection | "" {
-  const { "content-length": length, "transfer-encoding": codings, minorVersion } = head;
-  if (codings !== 0) {
+  const { lengthField: length, codings, minorVersion } = head;
+  if (codings !== undefined) {
     // §6.1: an HTTP/1.0 peer cannot know it: its framing is faulty.
     if (minorVersion === 0) return "transfer-encoding-1.0";
     // §6.3 item 3: both present is an attempt at smuggling or at splitting.
-    if (length !== 0) return "length-and-chunked";
+    if (length !== undefined) return "length-and-chunked";
     // §6.3 item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
     head.contentLength = CHUNKED;
-    const value = codings > 0 ? trimOws(valueAt(head, codings)).toLowerCase() : "";
+    const value = trimOws(codings).toLowerCase();
     if (value === "chunked") return "";
     return OTHER_CODINGS.test(value) ? "transfer-coding-unknown" : "transfer-encoding";
   }
   // §6.3 item 7: a request with neither has no content.
-  if (length === 0) return "";
+  if (length === undefined) return "";
   // §6.3 item 5: repeated or listed values are refused even if they are equal.
-  const value = length > 0 ? valueAt(head, length) : "";
   // RFC 9110 §8.6: guard against values that overflow: past 2^53 numbers are no longer exact.
-  head.contentLength = /^[\t ]*\d+[\t ]*$/.test(value) ? Number(value) : Number.NaN;
+  head.contentLength = /^[\t ]*\d+[\t ]*$/.test(length) ? Number(length) : Number.NaN;
   return Number.isSafeInteger(head.contentLength) ? "" : "content-length";
+}
+
+/** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
+function checkExpect({ expect }: RequestHead): Rejection | "" {
+  if (expect === undefined) return "";
+  return /^[\t\n ,]*(?:100-continue[\t ]*(?:[\n,][\t\n ,]*|$))*$/i.test(expect) ? "" : "expectation";
 }
 
 // ═══ 5 Content ═══════════════════════════════════════════════════════════════════════════════════
@@ -714,7 +650,7 @@ const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
 const CHUNK_LINE_BYTES_MAX = 131_072;
 const CHUNK_SIZE_DIGITS_MAX = 64;
 /** What may stand behind a chunk-size: an extension, or the end of the line. */
-const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/g);
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/);
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */
@@ -736,7 +672,7 @@ export type ChunkedFault =
  * "failed". It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind them.
  */
 export class ChunkedDecoder {
-  state: "line" | "data" | "data-end" | "trailer" | "done" | "failed" = "line";
+  state: "line" | "data" | "trailer" | "done" | "failed" = "line";
   /** Why, once `state` is "failed". */
   fault: ChunkedFault | "" = "";
   /** The content that the last call found: these indexes into the bytes that it was given. */
@@ -763,40 +699,36 @@ export class ChunkedDecoder {
     this.contentFrom = this.contentTo = from;
     if (this.state === "data") return this.takeData(bytes, from, to);
     if (from === to || this.state === "done" || this.state === "failed") return from;
-    // Refused at once: what cannot become a line that fits.
-    const sizeEnd = this.state === "line" ? findSizeEnd(bytes, from, to) : from;
+    const isTrailer = this.state === "trailer";
+    // What cannot become a line that fits is refused before its end has come.
+    const sizeEnd = isTrailer ? from : findSizeEnd(bytes, from, to);
     if (sizeEnd === undefined) return this.fail("chunk-size", from);
-    if (this.state === "data-end" && bytes[from] !== CR) return this.fail("chunk-data", from);
     const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeEnd, from + this.known), to);
     this.known = end - from;
-    if (this.isTooLong(this.known)) return from;
+    if (isTrailer && this.trailerBytes + this.known + 2 > this.limits.headBytesMax)
+      return this.fail("trailer-too-large", from);
+    if (!isTrailer && this.known > CHUNK_LINE_BYTES_MAX) return this.fail("chunk-extension", from);
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
     this.known = 0;
     if (bytes[end] === LF) return this.fail("bare-lf", end);
-    if (bytes[end] !== CR) return this.fail(this.state === "trailer" ? "trailer" : "chunk-extension", end);
-    if (bytes[end + 1] !== LF) return this.fail(this.state === "data-end" ? "chunk-data" : "bare-cr", end);
-    if (this.state === "line") this.takeChunkLine(bytes, from, sizeEnd, end);
-    else if (this.state === "trailer") this.takeTrailerLine(latin1(bytes, from, end));
-    else this.state = "line";
+    if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
+    if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
+    if (isTrailer) this.takeTrailerLine(latin1(bytes, from, end));
+    else this.takeChunkLine(bytes, from, sizeEnd, end);
     return end + 2;
   }
 
+  /** Takes chunk-data, and the CRLF behind it once both of its bytes are there. */
   private takeData(bytes: Uint8Array, from: number, to: number): number {
     const end = Math.min(to, from + this.left);
     this.contentTo = end;
     this.left -= end - from;
-    if (this.left > 0) return end;
-    const hasCrlf = end + 1 < to && bytes[end] === CR && bytes[end + 1] === LF; // a step less for most chunks
-    this.state = hasCrlf ? "line" : "data-end";
-    return hasCrlf ? end + 2 : end;
-  }
-
-  /** Bounds a line before its end has come. */
-  private isTooLong(length: number): boolean {
-    if (this.state === "trailer" && this.trailerBytes + length + 2 > this.limits.headBytesMax)
-      this.fail("trailer-too-large", 0);
-    else if (this.state === "line" && length > CHUNK_LINE_BYTES_MAX) this.fail("chunk-extension", 0);
-    return this.state === "failed";
+    if (this.left > 0 || end === to) return end;
+    const isCrlf = bytes[end] === CR && (end + 1 === to || bytes[end + 1] === LF);
+    if (!isCrlf) return end > from ? end : this.fail("chunk-data", end); // what came before it counts
+    if (end + 1 === to) return end;
+    this.state = "line";
+    return end + 2;
   }
 
   private takeChunkLine(bytes: Uint8Array, from: number, sizeEnd: number, end: number): void {
@@ -846,7 +778,8 @@ class Content {
   deadline: number;
   private readonly decoder: ChunkedDecoder | undefined;
   private left: number;
-  private intervalBytes = 0;
+  /** So many of {@link wireBytes} must have come at the deadline. */
+  private wireBytesDue = CONTENT_PART_BYTES_MIN;
   private kept: Uint8Array = NO_BYTES;
   private keptLength = 0;
 
@@ -863,49 +796,47 @@ class Content {
     this.left = head.contentLength;
     if (this.left === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
     if (this.left > server.limits.contentBytesMax) this.refuse("content-too-large");
-    if (!head.expectsContinue) return;
+    // In an HTTP/1.0 request 100-continue is ignored.
+    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect ?? "")) return;
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
     if (refusal !== undefined) throw new Refusal(refusal);
     if (at === to) server.output.append(CONTINUE);
   }
 
-  /** Uses what has been received. @returns whether that was all of the content @throws Refusal */
-  isComplete(): boolean {
+  /** Uses what has been received. @returns whether all of the content has come @throws Refusal if it will not, in time */
+  read(outcome: Outcome): boolean {
     const { connection, decoder } = this;
-    const { server, head, bytes, to } = connection;
-    for (let isComplete = false; !isComplete;) {
-      const from = connection.at;
+    const { server, head, bytes, to, trace } = connection;
+    for (let from = -1; from < connection.at;) {
+      from = connection.at;
       const next = decoder === undefined ? Math.min(to, from + this.left) : decoder.next(bytes, from, to);
       connection.at = next;
       this.wireBytes += next - from;
-      this.intervalBytes += next - from;
       if (server.logFormat === "request" && this.logged.length < LOGGED_BYTES_MAX)
         this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LOGGED_BYTES_MAX);
       if (decoder === undefined) this.left -= next - from;
-      else this.checkChunked(decoder);
+      else if (decoder.announced > server.limits.contentBytesMax) this.refuse("content-too-large");
+      else if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
+      else if (decoder.fault !== "") this.refuse(decoder.fault);
       if (RESPOND_NEEDS_CONTENT) this.keep(decoder?.contentFrom ?? from, decoder?.contentTo ?? next);
-      isComplete = decoder === undefined ? this.left === 0 : decoder.state === "done";
-      if (next > from && !isComplete) this.connection.trace?.complete("content");
-      if (!isComplete && next === from) {
-        head.keep();
-        return false;
+      if (decoder === undefined ? this.left === 0 : decoder.state === "done") {
+        trace?.complete("content complete");
+        head.content = this.kept.subarray(0, this.keptLength);
+        return true;
       }
+      if (next > from) trace?.complete("content");
     }
-    head.content = this.kept.subarray(0, this.keptLength);
-    return true;
-  }
-
-  /** After a wait for more. @throws Refusal if no more will come, or too little came in time */
-  judge(outcome: Outcome): void {
+    head.keep();
     if (outcome === "end") this.refuse("incomplete");
     if (outcome === "gone") throw GONE;
-    if (outcome !== "late") return;
-    if (this.intervalBytes < CONTENT_PART_BYTES_MIN) this.refuse("timeout");
-    this.intervalBytes = 0;
-    this.deadline = this.connection.server.now + this.connection.server.limits.contentTimeoutMs;
+    if (outcome === "late") {
+      if (this.wireBytes < this.wireBytesDue) this.refuse("timeout");
+      this.wireBytesDue = this.wireBytes + CONTENT_PART_BYTES_MIN;
+      this.deadline = server.now + server.limits.contentTimeoutMs;
+    }
+    return false;
   }
 
-  /** The content is not needed any more. */
   release(): void {
     this.connection.server.waitingBytes -= this.kept.length;
     this.kept = NO_BYTES;
@@ -915,18 +846,12 @@ class Content {
     throw new Refusal(this.refusal ?? responseTo(rejection));
   }
 
-  private checkChunked(decoder: ChunkedDecoder): void {
-    if (decoder.announced > this.connection.server.limits.contentBytesMax) this.refuse("content-too-large");
-    if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
-    if (decoder.fault !== "") this.refuse(decoder.fault);
-  }
-
   private keep(from: number, to: number): void {
     const { bytes, server } = this.connection;
     server.waitingBytes -= this.kept.length;
     this.kept = appended(this.kept, this.keptLength, bytes.subarray(from, to));
-    this.keptLength += to - from;
     server.waitingBytes += this.kept.length;
+    this.keptLength += to - from;
     if (server.waitingBytes <= server.limits.waitingBytesMax) return;
     this.connection.abort();
     throw GONE;
@@ -960,34 +885,29 @@ const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const CONTINUE = encoder.encode("HTTP/1.1 100 Continue\r\n\r\n");
 const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
 
-/** status-line and field-lines, up to the Date. */
-function formatHead(status: number, fields: Record<string, string>): Uint8Array {
-  const lines = Object.entries(fields).map(([name, value]) => `${name}: ${value}\r\n`);
-  return encoder.encode(`HTTP/1.1 ${REASON_PHRASES.get(status) ?? `${status} `}\r\n${lines.join("")}Date: `);
-}
-
 /** Makes a response, with its Content-Length. */
 export function prepareResponse(status: number, fields: Record<string, string>, content: string | Uint8Array = "") {
   const bytes = typeof content === "string" ? encoder.encode(content) : content;
   // RFC 9110 §8.6 and §15.4.5: no Content-Length in a 1xx or 204 response, and none of another content in a 304.
   const hasLength = status !== 204 && status !== 304;
   const all = hasLength ? { ...fields, "Content-Length": String(bytes.length) } : fields;
-  return { status, head: formatHead(status, all), content: bytes } satisfies Response;
+  const lines = Object.entries(all).map(([name, value]) => `${name}: ${value}\r\n`);
+  const statusLine = `HTTP/1.1 ${REASON_PHRASES.get(status) ?? `${status} `}\r\n`;
+  return { status, head: encoder.encode(`${statusLine}${lines.join("")}Date: `), content: bytes } satisfies Response;
 }
 
-const REJECTION_RESPONSES = new Map<Rejection, Response>();
+/** Formatted once: an attacker must not cost more than others. */
+const REJECTION_RESPONSES: { [Key in Rejection]?: Response } = {};
 
-/** The answer to a refused request. It repeats nothing that the peer sent, and is formatted once: an attacker must not cost more than others. */
+/** The answer to a refused request. It repeats nothing that the peer sent. */
 function responseTo(rejection: Rejection): Response {
   const [status, explanation] = REJECTIONS[rejection];
-  const response = REJECTION_RESPONSES.get(rejection) ?? prepareResponse(status, TEXT_FIELDS, `${explanation}\n`);
-  REJECTION_RESPONSES.set(rejection, response);
-  return response;
+  return (REJECTION_RESPONSES[rejection] ??= prepareResponse(status, TEXT_FIELDS, `${explanation}\n`));
 }
 
 /** Formatted answers that wait to be written, in one buffer that all connections use in turn. */
 export class Output {
-  bytes = new Uint8Array(131_072);
+  bytes: Uint8Array = new Uint8Array(131_072);
   length = 0;
   /** The value of Date and the end of the head: without a Connection field, with close, with keep-alive. */
   private ends: readonly Uint8Array[] = [];
@@ -1003,20 +923,19 @@ export class Output {
   }
 
   append(bytes: Uint8Array): void {
-    if (this.length + bytes.length > this.bytes.length) {
-      const larger = new Uint8Array(2 * (this.length + bytes.length));
-      larger.set(this.bytes.subarray(0, this.length));
-      this.bytes = larger;
-    }
-    this.bytes.set(bytes, this.length);
+    this.bytes = appended(this.bytes, this.length, bytes);
     this.length += bytes.length;
   }
 
-  /** RFC 9112 §9.6: the last answer says that the connection closes; an HTTP/1.0 client has to be told if it does not. */
-  appendResponse(head: RequestHead, response: Response, closes: boolean): void {
+  /** @returns the octets of content in it */
+  appendResponse(head: RequestHead, response: Response, closes: boolean): number {
     this.append(response.head);
+    // RFC 9112 §9.6: the last answer says that the connection closes; an HTTP/1.0 client has to be told if it does not.
     this.append(this.ends[closes ? 1 : head.minorVersion === 0 ? 2 : 0] ?? NO_BYTES);
-    if (sentBytes(head, response) > 0) this.append(response.content);
+    // RFC 9110 §9.3.2 and §15.3.5: no content in an answer to HEAD and in a 204, whatever the fields say.
+    if (head.method === "HEAD" || response.status === 204) return 0;
+    this.append(response.content);
+    return response.content.length;
   }
 }
 
@@ -1051,11 +970,10 @@ const inQuotes = (text = "") => `"${text.replace(UNSAFE_IN_QUOTES, escapeByte) |
 /** A line of the Combined Log Format, which tools for the logs of web servers read. */
 export function formatAccessLog(head: RequestHead, address: string, date: Date, status: number, bytes: number): string {
   const [, day, month, year, time] = date.toUTCString().split(" ");
+  const [requestLine] = head.text.trimStart().split("\r", 1);
   const { fields } = head;
-  const text = head.text.trimStart();
-  const end = text.indexOf("\r");
-  const requestLine = inQuotes(end < 0 ? text : text.slice(0, end));
-  const about = `${requestLine} ${status} ${bytes} ${inQuotes(fields.get("referer"))} ${inQuotes(fields.get("user-agent"))}`;
+  const [referer, userAgent] = [fields.get("referer"), fields.get("user-agent")];
+  const about = `${inQuotes(requestLine)} ${status} ${bytes} ${inQuotes(referer)} ${inQuotes(userAgent)}`;
   return `${address} - - [${day}/${month}/${year}:${time} +0000] ${about}\n`;
 }
 
@@ -1113,18 +1031,12 @@ export class TextSite implements Site {
  * What a connection needs of Bun's socket. `write` returns how many of the bytes the kernel took, a negative number once
  * the connection has gone. `shutdown` sends FIN behind what was written: the peer gets all of it, and may still send.
  * `end` closes in order, once both sides have sent FIN. `terminate` closes at once: with a reset (RST) if something was
- * unread or unsent.
+ * unread or unsent. `remoteAddress` is undefined once the peer has left.
  */
-export interface Transport {
-  write(bytes: Uint8Array, from: number, length: number): number;
-  shutdown(): void;
+export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "pause" | "resume"> & {
   end(): void;
-  terminate(): void;
-  pause(): void;
-  resume(): void;
-  /** Undefined once the peer has left. */
   readonly remoteAddress: string | undefined;
-}
+};
 
 /** How a step ends: with bytes, FIN, room in the socket, a passed deadline, a stop of the server, or the connection. */
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop" | "gone";
@@ -1139,6 +1051,8 @@ export class Connection {
   at = 0;
   to = 0;
   readonly head: RequestHead;
+  /** So many of the bytes were parsed, and are no whole head. */
+  parsedBytes = 0;
   /** The peer has sent FIN: no more requests, but it may well wait for answers. */
   hasEnded = false;
   isGone = false;
@@ -1146,11 +1060,11 @@ export class Connection {
   deadline: number;
   /** Taken when the connection opens: a closed socket does not know it any more. */
   readonly address: string;
-  readonly trace: Trace | undefined;
+  readonly trace: Trace | undefined = undefined;
   /** Answers that the kernel did not take. */
   private unsent: Uint8Array = NO_BYTES;
   private isPaused = false;
-  /** Whether the step that waits can write again, or read: the other events do not wake it. */
+  /** Does the step that waits need room to write, or bytes to read? */
   private needsRoom = false;
   private resolve: ((outcome: Outcome) => void) | undefined;
   /** One for all promises of this connection: making them costs nothing else. */
@@ -1164,7 +1078,10 @@ export class Connection {
     this.deadline = server.now + server.limits.headTimeoutMs;
     this.address = server.logFormat === "access" || server.logFormat === "wire" ? (socket.remoteAddress ?? "-") : "";
     server.connections.add(this);
-    this.trace = server.startTrace(this.address);
+    if (server.logFormat !== "wire") return;
+    this.trace = new Trace((line) => server.log(`${line}\n`));
+    this.trace.begin(++server.connectionsTraced);
+    this.trace.step("connect", `from ${this.address}`);
   }
 
   onData(bytes: Uint8Array): void {
@@ -1172,7 +1089,7 @@ export class Connection {
     this.trace?.receive(bytes);
     if (this.at === this.to) this.hold(bytes, 0, bytes.length);
     else this.hold(appended(this.bytes, this.to, bytes), this.at, this.to + bytes.length);
-    if (this.resolve !== undefined && !this.needsRoom) return this.wake("bytes");
+    if (this.wake("bytes")) return;
     // Backpressure: a peer that sends before it has its answers is not read from until then. (Its FIN still shows.)
     if (!this.isPaused) this.socket.pause();
     this.isPaused = true;
@@ -1182,11 +1099,11 @@ export class Connection {
   onEnd(): void {
     this.trace?.step("FIN", "received");
     this.hasEnded = true;
-    if (!this.needsRoom) this.wake("end");
+    this.wake("end");
   }
 
   onDrain(): void {
-    if (this.needsRoom) this.wake("room");
+    this.wake("room");
   }
 
   onClose(error?: Error): void {
@@ -1198,24 +1115,23 @@ export class Connection {
 
   onDeadline(): void {
     this.trace?.step("deadline", this.needsRoom ? "the peer takes nothing" : "nothing has come in time");
-    if (this.resolve === undefined) this.abort();
-    else this.wake("late");
+    if (!this.wake("late")) this.abort();
   }
 
-  onStop(): void {
-    if (!this.needsRoom) this.wake("stop");
-  }
-
-  private wake(outcome: Outcome): void {
+  /** Ends the step that waits, if this concerns it. @returns whether there is one */
+  wake(outcome: Outcome): boolean {
     const { resolve } = this;
-    if (resolve === undefined) return;
+    const isForBoth = outcome === "late" || outcome === "gone";
+    if (resolve === undefined || (!isForBoth && this.needsRoom !== (outcome === "room"))) return false;
     this.resolve = undefined;
     this.deadline = Number.POSITIVE_INFINITY;
     resolve(outcome);
+    return true;
   }
 
-  /** Waits for bytes behind those that are there. */
+  /** Writes what the output holds, then waits for bytes behind those that are there. @throws GONE */
   receive(deadline: number): Promise<Outcome> | Outcome {
+    if (!this.flush()) return this.drain();
     if (this.isGone) return "gone";
     if (this.hasEnded) return "end";
     if (this.at === this.to) this.hold(NO_BYTES, 0, 0);
@@ -1238,14 +1154,15 @@ export class Connection {
     return written === length;
   }
 
-  /** Waits until the kernel has taken what is left. @throws GONE */
-  async drain(): Promise<void> {
+  /** Waits until the kernel has taken what is left. More may have been received by then. @throws GONE */
+  async drain(): Promise<Outcome> {
     for (let deadline = this.server.writeDeadline; this.unsent.length > 0;) {
       await this.waitForRoom(deadline);
       const taken = this.write(this.unsent, this.unsent.length);
       if (taken > 0) deadline = this.server.writeDeadline;
       this.keepUnsent(this.unsent.slice(taken));
     }
+    return "room";
   }
 
   /** Writes bytes. @returns how many the kernel took @throws GONE */
@@ -1367,14 +1284,6 @@ export class Server {
     return this.now + (this.isStopping ? STOP_IDLE_MS : this.limits.idleTimeoutMs);
   }
 
-  startTrace(address: string): Trace | undefined {
-    if (this.logFormat !== "wire") return undefined;
-    const trace = new Trace((line) => this.log(`${line}\n`));
-    trace.begin(++this.connectionsTraced);
-    trace.step("connect", `from ${address}`);
-    return trace;
-  }
-
   /** Refuses a connection above the limit; in a flood, without a word. @throws Refusal */
   admit(connection: Connection): void {
     const excess = this.connections.size - this.limits.connectionsMax;
@@ -1397,7 +1306,7 @@ export class Server {
   /** Requests in flight are answered, idle connections closed. */
   stop(): void {
     this.stoppedAt = performance.now();
-    for (const connection of this.connections) connection.onStop();
+    for (const connection of this.connections) connection.wake("stop");
     if (this.connections.size === 0) this.onEmpty();
   }
 
@@ -1407,27 +1316,14 @@ export class Server {
   }
 }
 
-/** "localhost" is both loopback addresses; Bun binds only the first, and clients may try either. */
-const addressesOf = (host: string) => (host === "localhost" ? ["127.0.0.1", "::1"] : [host]);
-
-export interface ListenOptions {
-  readonly host: string;
-  /** The environment variable that the host comes from. */
-  readonly hostVariable?: string | undefined;
-  readonly port: number;
-  /** Several processes may listen on the port; the kernel spreads the connections (Linux). */
-  readonly reusePort: boolean;
-  /** PEM texts. */
-  readonly tls?: { readonly cert: string; readonly key: string } | undefined;
-}
-
 /**
  * Listens and serves. Port 0 picks a free one.
+ * @param tls PEM texts
  * @returns the listeners, all on one port
  * @throws StartError if the port is taken or not allowed, or the host is no address of this machine
  */
-export function listen(server: Server, options: ListenOptions): Bun.TCPSocketListener<Connection>[] {
-  const { host, port, reusePort, tls } = options;
+function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; key: string }) {
+  const { host, port, reusePort } = commandLine;
   const socket: Bun.SocketHandler<Connection> = {
     open(socket) {
       socket.data = new Connection(socket, server);
@@ -1449,7 +1345,8 @@ export function listen(server: Server, options: ListenOptions): Bun.TCPSocketLis
     },
   };
   const listeners: Bun.TCPSocketListener<Connection>[] = [];
-  for (const hostname of addressesOf(host)) {
+  // "localhost" is both loopback addresses; Bun binds only the first, and clients may try either.
+  for (const hostname of host === "localhost" ? ["127.0.0.1", "::1"] : [host]) {
     try {
       const bound = listeners[0]?.port ?? port;
       const all = { hostname, port: bound, allowHalfOpen: true, reusePort, socket, ...(tls !== undefined && { tls }) };
@@ -1460,60 +1357,58 @@ export function listen(server: Server, options: ListenOptions): Bun.TCPSocketLis
       if (listeners.length > 0 && code !== "EADDRINUSE") continue;
       for (const listener of listeners) listener.stop();
       // The free port that 127.0.0.1 got may be taken on ::1: look for another.
-      if (listeners.length > 0 && port === 0) return listen(server, options);
-      throw new StartError(explainListenError(code, options));
+      if (listeners.length > 0 && port === 0) return listen(server, commandLine, tls);
+      throw new StartError(explainListenError(code, commandLine));
     }
   }
   return listeners;
 }
 
-function explainListenError(code: string | undefined, { host, hostVariable, port }: ListenOptions): string {
+function explainListenError(code: string | undefined, { host, isHostFromEnv, port }: CommandLine): string {
   if (code === "EADDRINUSE")
     return `port ${port} is taken: stop the program that has it, or choose another with --port; if it has just ended, wait a minute`;
   if (code === "EACCES") return `not allowed to listen on port ${port}: choose one from 1024 on with --port`;
   if (code?.startsWith("ERR_OSSL_"))
     return `the certificate and the key cannot be used: ${code.slice("ERR_OSSL_".length)}`;
-  const from = hostVariable === undefined ? "" : `; the environment variable ${hostVariable} names it, --host another`;
+  const from = isHostFromEnv ? "; the environment variable HOST names it, --host another" : "";
   return `cannot listen on ${host}: it is not an address of this machine (${code ?? "unknown host"})${from}`;
 }
 
 // ═══ 9 Log ═══════════════════════════════════════════════════════════════════════════════════════
 
-/** Writes to stdout without ever waiting for it: what a slow reader leaves is bounded. */
+/** Writes to stdout without ever making a peer wait for it: what a slow reader leaves is bounded. */
 class Log {
-  onIdle = () => {};
-  isIdle = true;
+  /** Settles when all is written. */
+  written: Promise<void> | undefined;
   private waiting = "";
   private dropped = 0;
 
-  /** Several lines of one turn of the event loop go out together. */
   print(text: string): void {
     if (this.waiting.length > LOG_BACKLOG_CHARS_MAX) this.dropped++;
     else this.waiting += text;
-    if (this.isIdle) setImmediate(() => this.writeNext());
-    this.isIdle = false;
+    this.written ??= this.write();
   }
 
-  private writeNext(): void {
-    if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: stdout is slow)\n`;
-    const bytes = encoder.encode(this.waiting);
-    this.waiting = "";
-    this.dropped = 0;
-    this.writeBytes(bytes);
-  }
-
-  private writeBytes(bytes: Uint8Array): void {
-    fs.write(1, bytes, (error, written) => {
-      if (error?.code === "EAGAIN") return void setTimeout(() => this.writeBytes(bytes), SWEEP_MS);
-      // If stdout is closed or its disk is full, the entry is lost and the server goes on.
-      const rest = error === null ? bytes.subarray(written) : NO_BYTES;
-      if (rest.length > 0) return this.writeBytes(rest);
-      if (this.waiting !== "") return this.writeNext();
-      this.isIdle = true;
-      this.onIdle();
-    });
+  private async write(): Promise<void> {
+    await new Promise(setImmediate); // so that all lines of a turn of the event loop go out together
+    while (this.waiting !== "") {
+      if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: stdout is slow)\n`;
+      let rest: Uint8Array = encoder.encode(this.waiting);
+      [this.waiting, this.dropped] = ["", 0];
+      while (rest.length > 0) rest = await writeSome(rest);
+    }
+    this.written = undefined;
   }
 }
+
+/** Writes bytes to stdout. @returns those that are left; if stdout is closed or its disk is full, all count as written */
+const writeSome = (bytes: Uint8Array) =>
+  new Promise<Uint8Array>((resolve) =>
+    fs.write(1, bytes, (error, written) => {
+      if (error?.code === "EAGAIN") setTimeout(resolve, SWEEP_MS, bytes);
+      else resolve(error === null ? bytes.subarray(written) : NO_BYTES);
+    }),
+  );
 
 // ── shared: trace ──
 /**
@@ -1580,32 +1475,23 @@ class Trace {
 
 export const DEFAULTS = Object.freeze({ host: "localhost", port: 8888, text: "Hello, World!", log: "request" });
 
-/** The options: the argument of each ("" for none), its lines in `--help`, its short form. */
-const OPTIONS = {
-  host: ["HOST", `address to listen on (${DEFAULTS.host}: 127.0.0.1 and, if there is one, ::1)`],
-  port: ["PORT", `port to listen on (${DEFAULTS.port}); 0 picks a free one, which the ready line tells`],
-  text: ["TEXT", `the answer to every request-target ("${DEFAULTS.text}")`],
-  root: ["DIR", "serve the files below DIR instead, for GET and HEAD;\ndotfiles, and links that leave DIR, get 404"],
-  log: [
-    "FORMAT",
-    "on stdout: request, each request as received (default);\naccess, a line of the Combined Log Format;\nwire, each step of each connection; or off",
-  ],
-  "tls-cert": ["FILE", "serve TLS with this certificate (PEM, the chain after it) ..."],
-  "tls-key": ["FILE", "... and this private key (PEM)"],
-  "reuse-port": ["", "let several processes listen on the port (Linux)"],
-  help: ["", "print this text; --help limits: the limits, each of which has a flag", "h"],
-  version: ["", "print the version", "V"],
-} as const satisfies Record<string, readonly [argument: string, meaning: string, short?: string]>;
-
-const HELP_ROWS = Object.entries(OPTIONS).map(([name, [argument, meaning, short]]) => {
-  const label = `${short === undefined ? "" : `-${short}, `}--${name} ${argument}`;
-  return `  ${label.padEnd(17)}${meaning.replaceAll("\n", `\n${" ".repeat(19)}`)}\n`;
-});
-
 export const HELP = `Usage: server [options]
 An HTTP/1.1 server that prints each request and answers it with a text, or with a file.
 
-${HELP_ROWS.join("")}
+  --host HOST      address to listen on (${DEFAULTS.host}: 127.0.0.1 and, if there is one, ::1)
+  --port PORT      port to listen on (${DEFAULTS.port}); 0 picks a free one, which the ready line tells
+  --text TEXT      the answer to every request-target ("${DEFAULTS.text}")
+  --root DIR       serve the files below DIR instead, for GET and HEAD;
+                   dotfiles, and links that leave DIR, get 404
+  --log FORMAT     on stdout: request, each request as received (default);
+                   access, a line of the Combined Log Format;
+                   wire, each step of each connection; or off
+  --tls-cert FILE  serve TLS with this certificate (PEM, the chain after it) ...
+  --tls-key FILE   ... and this private key (PEM)
+  --reuse-port     let several processes listen on the port (Linux)
+  -h, --help       print this text; --help limits: the limits, each of which has a flag
+  -V, --version    print the version
+
 Environment: HOST and PORT are used if --host and --port are absent.
 It is ready when stderr says "Listening on http://...". SIGINT or SIGTERM: requests in flight
 are answered, then exit 0; a second signal exits at once. SIGHUP, with TLS: certificate and key
@@ -1619,47 +1505,52 @@ export const HELP_LIMITS = `Limits, each a flag that takes a number, with its de
 
 ${LIMIT_NAMES.map((name) => `  --${flagOf(name).padEnd(26)} ${String(BOUNDS[name][0]).padStart(9)}  ${BOUNDS[name][1]}\n`).join("")}`;
 
-export type CommandLine = ReturnType<typeof parseCommandLine>;
-type Flags = { [Name in keyof typeof OPTIONS]?: (typeof OPTIONS)[Name][0] extends "" ? boolean : string };
+/** A line of these texts defines an option: its letter, its name, and what it takes, by name or default. */
+const OPTION = /^ +(?:-(\w), )?--([\w-]+)( +(?:[A-Z]+|\d+))? {2}/gm;
 
-/** @throws UsageError that says in one line what is wrong */
+type CommandLine = ReturnType<typeof parseCommandLine>;
+
+/** @throws StartError that says in one line what is wrong */
 export function parseCommandLine(args: string[], env: Record<string, string | undefined>) {
-  const { flags, limits, show } = parseFlags(args);
-  const { text = DEFAULTS.text, root, "tls-cert": cert, "tls-key": key } = flags;
-  const log = LOG_FORMATS.find((format) => format === (flags.log ?? DEFAULTS.log));
+  const { values, positionals: topics } = parseOptions(args);
+  const value = (name: string) => (typeof values[name] === "string" ? values[name] : undefined);
+  const [extra] = values["help"] && topics[0] === "limits" ? topics.slice(1) : topics;
+  if (extra !== undefined) throw usageError(`Unexpected argument '${extra}'`);
+  const limits: Record<keyof Limits, number> = { ...LIMITS };
+  for (const name of LIMIT_NAMES) {
+    const flag = flagOf(name);
+    limits[name] = parseNumber(`--${flag}`, value(flag), MAX_LIMIT, LIMITS[name]);
+  }
+  const log = LOG_FORMATS.find((format) => format === (value("log") ?? DEFAULTS.log));
   if (log === undefined) throw usageError("--log takes request, access, wire or off");
+  const [cert, key] = [value("tls-cert"), value("tls-key")];
   if ((cert === undefined) !== (key === undefined)) throw usageError("--tls-cert and --tls-key need each other");
-  if (root !== undefined && flags.text !== undefined) throw usageError("--root and --text exclude each other");
+  const tlsFiles = cert !== undefined && key !== undefined ? { cert, key } : undefined;
+  const [text, root] = [value("text"), value("root")];
+  if (root !== undefined && text !== undefined) throw usageError("--root and --text exclude each other");
   if (root === "") throw usageError("--root takes a folder");
   // An empty variable counts as absent.
-  const hostVariable = flags.host === undefined && env["HOST"] ? "HOST" : undefined;
-  const host = (flags.host ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
+  const isHostFromEnv = value("host") === undefined && Boolean(env["HOST"]);
+  const host = (value("host") ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
   if (host === "") throw usageError("--host takes a name or an address");
-  const [portName, portText] = flags.port === undefined && env["PORT"] ? ["PORT", env["PORT"]] : ["--port", flags.port];
-  const port = portText === undefined ? DEFAULTS.port : parseNumber(portName, portText, 65_535);
-  const tlsFiles = cert !== undefined && key !== undefined ? { cert, key } : undefined;
-  return { show, host, hostVariable, port, text, root, log, tlsFiles, reusePort: flags["reuse-port"] === true, limits };
+  const isPortFromEnv = value("port") === undefined && Boolean(env["PORT"]);
+  const [portName, portText] = isPortFromEnv
+    ? ["the environment variable PORT", env["PORT"]]
+    : ["--port", value("port")];
+  const port = parseNumber(portName, portText, 65_535, DEFAULTS.port);
+  const reusePort = values["reuse-port"] === true;
+  const help = topics.length > 0 ? HELP_LIMITS : HELP;
+  const show = values["help"] ? help : values["version"] ? `server ${VERSION}\n` : "";
+  return { show, host, isHostFromEnv, port, text: text ?? DEFAULTS.text, root, log, tlsFiles, reusePort, limits };
 }
 
-function parseFlags(args: string[]) {
+function parseOptions(args: string[]) {
   const options: NonNullable<ParseArgsConfig["options"]> = {};
-  for (const name of LIMIT_NAMES) options[flagOf(name)] = { type: "string" };
-  for (const [name, [argument, , short]] of Object.entries<readonly [string, string, string?]>(OPTIONS))
-    options[name] = { type: argument === "" ? "boolean" : "string", ...(short !== undefined && { short }) };
+  for (const [, short, name = "", argument] of (HELP + HELP_LIMITS).matchAll(OPTION))
+    options[name] = { type: argument === undefined ? "boolean" : "string", ...(short !== undefined && { short }) };
   try {
-    const { values, positionals: topics } = parseArgs({ args, options, allowPositionals: true });
-    const flags = values as Flags; // made of the same table
-    const [extra] = flags.help && topics[0] === "limits" ? topics.slice(1) : topics;
-    if (extra !== undefined) throw usageError(`Unexpected argument '${extra}'`);
-    const limits: Record<keyof Limits, number> = { ...LIMITS };
-    for (const name of LIMIT_NAMES) {
-      const text = values[flagOf(name)];
-      if (typeof text === "string") limits[name] = parseNumber(`--${flagOf(name)}`, text, MAX_LIMIT);
-    }
-    const help = topics.length > 0 ? HELP_LIMITS : HELP;
-    return { flags, limits, show: flags.help ? help : flags.version ? `server ${VERSION}\n` : "" };
+    return parseArgs({ args, options, allowPositionals: true });
   } catch (error) {
-    if (error instanceof StartError) throw error;
     throw usageError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
   }
 }
@@ -1667,13 +1558,14 @@ function parseFlags(args: string[]) {
 /** Small enough that sums of limits stay exact. */
 const MAX_LIMIT = 2 ** 50;
 
-function parseNumber(name: string, text: string, max: number): number {
+function parseNumber(name: string, text: string | undefined, max: number, byDefault: number): number {
+  if (text === undefined) return byDefault;
   if (/^\d{1,16}$/.test(text) && Number(text) <= max) return Number(text);
-  const variable = name === "PORT" ? "the environment variable " : "";
-  throw usageError(`${variable}${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
+  throw usageError(`${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
 }
 
-const usageError = (message: string) => new UsageError(`${message} (see server --help)`);
+const usageError = (message: string) =>
+  Object.assign(new StartError(`${message} (see server --help)`), { exitCode: 2 });
 
 function readPem(path: string): string {
   try {
@@ -1712,7 +1604,7 @@ function run(commandLine: CommandLine): void {
   const site = root === undefined ? new TextSite(text) : new FileSite(root);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
   const readTls = () => tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
-  let listeners = listen(server, { ...commandLine, tls: readTls() });
+  let listeners = listen(server, commandLine, readTls());
   const port = listeners[0]?.port ?? 0;
   setInterval(() => server.sweep(), SWEEP_MS);
 
@@ -1720,11 +1612,7 @@ function run(commandLine: CommandLine): void {
   const stop = () => {
     if (server.isStopping) exit();
     for (const listener of listeners) listener.stop();
-    server.onEmpty = () => {
-      if (log.isIdle) exit();
-      log.onIdle = exit;
-      setTimeout(exit, LOG_FLUSH_MS);
-    };
+    server.onEmpty = () => void Promise.race([log.written, Bun.sleep(LOG_FLUSH_MS)]).then(exit);
     setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
     server.stop();
   };
@@ -1735,9 +1623,9 @@ function run(commandLine: CommandLine): void {
     try {
       const tls = readTls();
       // Certificate and key that do not fit fail here, on a free port, while the old listeners live.
-      for (const listener of listen(server, { host, port: 0, reusePort: false, tls })) listener.stop();
+      for (const listener of listen(server, { ...commandLine, port: 0, reusePort: false }, tls)) listener.stop();
       for (const listener of listeners) listener.stop();
-      listeners = listen(server, { ...commandLine, port, tls });
+      listeners = listen(server, { ...commandLine, port }, tls);
       tell("Certificate and key are read again");
     } catch (error) {
       tell(`Error: ${(error as Error).message}; certificate and key stay as they were`); // listen throws StartErrors
