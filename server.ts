@@ -1778,7 +1778,7 @@ const PIECES_PER_TURN = 16; // After so many pieces for one connection, the othe
 const SMALL_FILE_BYTES_MAX = 65_536; // A file up to this size is read at once and sent with its head.
 const RANGES_MAX = 50; // A request for more gets the whole file. PDF readers and zsync ask for some ten.
 const KNOWN_FILES_MAX = 16_384; // What was found out about a file is kept in memory: about 1 KB.
-const FOUND_BELOW_MS = 1000; // For this long, a file that was found below the root is not looked for again.
+const FOUND_BELOW_MS = 60_000; // For this long, a version of a file that was found below the root needs no proof.
 const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: a response waits this long for it.
 const DIGEST_WAITERS_MAX = 8; // So many responses may wait for a digest at once; others go without.
 const LIVELY_MS = 10_000; // A file that changed within this time, such as a log, may change while it is sent.
@@ -1918,14 +1918,14 @@ export class FileSite implements Site {
   /**
    * What is known of an open file; undefined if it is of another kind, or not below the root. Changing a link or moving a
    * folder at this moment cannot show a file from elsewhere: the kernel tells where the open file is, or the same file in
-   * the same version was found below the root within the last second.
+   * the same version, which renaming it would change, was found below the root within the last minute.
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
-    if (!isFileOrFolder(stats)) return undefined;
     let known = this.knownFiles.get(path);
     if (known?.isOf(stats) !== true) known = new KnownFile(path, stats, this.dateNow);
     else if (Math.abs(this.dateNow - known.foundAt) < FOUND_BELOW_MS) return known; // clocks may be set back
+    if (!isFileOrFolder(stats)) return undefined;
     // Elsewhere than on Linux the path is resolved once more: a race for whoever can change links below the root.
     if (!this.hasBelow(isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path))) return undefined;
     known.foundAt = this.dateNow;
