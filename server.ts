@@ -2463,7 +2463,8 @@ function formatBytes(bytes: number): string {
 /** Text from a peer or a file name, as content of an HTML page. */
 const escapeText = (text: string) => Bun.escapeHTML(printable(text));
 
-const count = (n: number, one: string, many = `${one}s`) => (n > 0 ? [`${n} ${n === 1 ? one : many}`] : []);
+/** "" for none, so that it can be left out of a sentence. */
+const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
 
 /**
  * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
@@ -2484,10 +2485,12 @@ export function formatListing(
   if (segments.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
   const path = escapeText(["", ...segments, ""].join("/"));
   const folders = entries.filter(({ isFolder }) => isFolder).length;
-  const shown = [...count(folders, "folder"), ...count(entries.length - folders, "file")];
-  if (unlisted > 0) shown.push(`and ${unlisted} more that the page leaves out`);
-  const left = count(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
-  const sentences = [shown.join(", "), ...left].filter(Boolean).map((sentence) => `${sentence}. `);
+  const more = unlisted > 0 ? `and ${unlisted} more that the page leaves out` : "";
+  const shown = [counted(folders, "folder"), counted(entries.length - folders, "file"), more]
+    .filter(Boolean)
+    .join(", ");
+  const left = counted(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
+  const sentences = shown + left === "" ? ["This folder is empty"] : [shown, left, "Times are in UTC"];
   return `<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -2499,7 +2502,7 @@ export function formatListing(
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${sentences.length === 0 ? "This folder is empty." : `${sentences.join("")}Times are in UTC.`}</p>
+<p>${sentences.filter(Boolean).join(". ")}.</p>
 </main>
 </html>
 `;
@@ -2515,41 +2518,29 @@ function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): s
 
 /**
  * Browsers that do not know "light-dark" use their own colours. Icons are clipped boxes: a link that ends in a slash is a
- * folder. A link covers its whole row, as a target for a thumb.
+ * folder. A link covers its whole row, as a target for a thumb. On a phone, time and size stand below the name.
  */
 const LISTING_STYLE = `
-:root { color-scheme: light dark; --dim: light-dark(#59626d, #9aa3ae); --line: light-dark(#e3e6ea, #2c3036); }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 2rem 1rem;
+:root { color-scheme: light dark; }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: auto; padding: 1rem .5rem;
   color: light-dark(#1c2024, #e4e7ea); background: light-dark(#fff, #14161a); }
-h1 { font-size: 1.25rem; margin: 0; padding: 0 .5rem 1rem; }
+h1 { font-size: 1.25rem; padding: 0 .5rem; }
 h1, a { overflow-wrap: anywhere; white-space: pre-wrap; }
-ul { list-style: none; margin: 0; padding: 0; border: solid var(--line); border-width: 1px 0; }
-li { display: grid; grid: auto / 1fr 6rem 9rem; gap: 0 1rem; align-items: baseline; align-content: center;
-  position: relative; padding: .5rem; }
-li + li { border-top: 1px solid var(--line); }
+ul { margin: 0; padding: 0; }
+li, p { margin: 0; padding: .5rem; border-top: 1px solid light-dark(#e3e6ea, #2c3036); }
+li { position: relative; display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline; padding-left: 2.25rem; }
 li:hover { background: light-dark(#f3f6f9, #1d2025); }
-a { padding-left: 1.75rem; text-decoration: none; color: light-dark(#0a58ca, #8ab8ff); }
+a { flex: 1; text-decoration: none; color: light-dark(#0a58ca, #8ab8ff); }
 a:visited { color: light-dark(#6b3fa0, #c3a6f2); }
-li:hover a { text-decoration: underline; }
 a::after { content: ""; position: absolute; inset: 0; }
-a:focus-visible { outline: none; }
-a:focus-visible::after { outline: 2px solid; outline-offset: -2px; border-radius: 4px; }
 a::before { content: ""; position: absolute; left: .5rem; top: .75rem; width: 1rem; height: 1rem;
   background: #8b949e; clip-path: polygon(12% 0, 60% 0, 88% 28%, 88% 100%, 12% 100%); }
 [href$="/"]::before { background: light-dark(#3b82d6, #6ba6f0);
   clip-path: polygon(0 8%, 40% 8%, 52% 22%, 100% 22%, 100% 92%, 0 92%); }
 [href="../"]::before { clip-path: polygon(50% 4%, 96% 50%, 64% 50%, 64% 96%, 36% 96%, 36% 50%, 4% 50%); }
-span, time, p { font-size: .875rem; color: var(--dim); font-variant-numeric: tabular-nums; white-space: nowrap; }
-span, time { text-align: right; }
-time { grid-column: 3; }
-p { margin: 0; padding: .75rem .5rem; white-space: normal; }
-@media (max-width: 40rem) {
-  body { padding: 1rem .5rem; }
-  li { grid: auto / 1fr auto; min-height: 1.75rem; }
-  a { grid-column: 1 / 3; }
-  time { grid-area: 2 / 1; text-align: left; padding-left: 1.75rem; }
-  span { grid-area: 2 / 2; }
-}
+span, time, p { font-size: .875rem; color: light-dark(#59626d, #9aa3ae); font-variant-numeric: tabular-nums; }
+time { min-width: 9rem; text-align: right; }
+@media (max-width: 40rem) { a { flex: 100%; } time { flex: 1; text-align: left; } span { order: 1; } }
 `;
 
 // ═══ 12 Main ═════════════════════════════════════════════════════════════════════════════════════
