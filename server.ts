@@ -2150,8 +2150,7 @@ function isListed(list: string, etag: string, isWeakly: boolean): boolean {
  * @returns 304: the client's copy is current; 412: a precondition failed; undefined: the request is to be answered
  */
 export function evaluateConditions(fields: ReadonlyMap<string, string>, version: FileVersion): 304 | 412 | undefined {
-  /** NaN, which compares with nothing, if there is none. */
-  const date = (name: string) => (fields.has(name) ? parseHttpDate(fields.get(name) ?? "") : Number.NaN);
+  const date = (name: string) => parseHttpDate(fields.get(name) ?? "");
   // Step 1, and step 2 only without it.
   const ifMatch = fields.get("if-match");
   if (ifMatch !== undefined) {
@@ -2163,24 +2162,24 @@ export function evaluateConditions(fields: ReadonlyMap<string, string>, version:
   return version.lastModified <= date("if-modified-since") ? 304 : undefined;
 }
 
+// ── shared: http-date ──
 /** HTTP-date (RFC 9110 §5.6.7): the form that is sent today, and two obsolete ones. */
-const HTTP_DATES = [
-  /^[A-Z][a-z]{2}, (?<day>\d\d) (?<month>[A-Z][a-z]{2}) (?<year>\d{4}) (?<time>\d\d:\d\d:\d\d) GMT$/,
-  /^[A-Z][a-z]+day, (?<day>\d\d)-(?<month>[A-Z][a-z]{2})-(?<year>\d\d) (?<time>\d\d:\d\d:\d\d) GMT$/,
-  /^[A-Z][a-z]{2} (?<month>[A-Z][a-z]{2}) (?<day>[ \d]\d) (?<time>\d\d:\d\d:\d\d) (?<year>\d{4})$/,
-];
+const HTTP_DATE =
+  /^([A-Z]\w\w, \d\d \w{3} \d{4} [\d:]{8} GMT|[A-Z]\w+day, \d\d-\w{3}-\d\d [\d:]{8} GMT|[A-Z]\w\w \w{3} [ \d]\d [\d:]{8} \d{4})$/;
 
-/** @returns NaN if it is no HTTP-date */
+/** @returns milliseconds since 1970; NaN, which compares with nothing, if it is no HTTP-date */
 export function parseHttpDate(text: string, now = Date.now()): number {
-  const form = HTTP_DATES.find((form) => form.test(text));
-  const { day = "", month = "", year = "", time = "" } = form?.exec(text)?.groups ?? {};
-  // Two digits are the year that is not more than 50 years ahead.
-  const centuries = Math.floor((new Date(now).getUTCFullYear() + 50 - Number(year)) / 100);
-  const written = `${day.replace(" ", "0")} ${month} ${year.length === 2 ? Number(year) + 100 * centuries : year} ${time} GMT`;
+  if (!HTTP_DATE.test(text)) return Number.NaN;
+  // A year of two digits is the last one that ends so and is not more than 50 years ahead.
+  const last = new Date(now).getUTCFullYear() + 50;
+  const fullYear = (_: string, digits: string) => `-${last - ((last - Number(digits)) % 100)} `;
+  const written = text.replace(/-(\d\d) /, fullYear).replace(/\d$/, "$& GMT");
   const date = new Date(written);
-  // There is no 31st of February, but Date reads it as a day in March.
-  return !Number.isNaN(date.getTime()) && date.toUTCString().endsWith(written) ? date.getTime() : Number.NaN;
+  // Date reads a 31st of February as a day in March: month, year and time must be those that are written.
+  const [, , ...parts] = date.toUTCString().split(" ");
+  return parts.every((part) => written.includes(part)) ? date.getTime() : Number.NaN;
 }
+// ── end shared ──
 
 /** The bytes from `from` up to, but not including, `to`. */
 export type ByteRange = Readonly<{ from: number; to: number }>;
