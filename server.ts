@@ -1819,6 +1819,9 @@ export function parseTargetPath(requestTarget: string) {
 /** Names with a leading dot are hidden. In the path of a request, /.well-known/ is not (RFC 8615). */
 const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
 
+/** A browser must not guess another type from the content. */
+const NO_SNIFFING = { "X-Content-Type-Options": "nosniff" };
+
 const isFileOrFolder = (stats: fs.Stats | undefined) => stats?.isFile() || stats?.isDirectory();
 
 /** What a failed system call means for the request. */
@@ -1847,7 +1850,7 @@ export class FileSite implements Site {
   private readonly knownFiles = new Map<string, KnownFile>();
   /** Listings that wait for their turn, by the path of the folder, and the last of them. */
   private readonly listings = new Map<string, Promise<Response>>();
-  private lastListing: Promise<unknown> = Promise.resolve();
+  private lastListing = Promise.resolve(this.options);
   private digestWaiters = 0;
   /** The time that answers have as their Date. */
   private dateNow = Date.now();
@@ -1874,11 +1877,11 @@ export class FileSite implements Site {
     if (target === undefined) return responseTo("path");
     const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
-    const path = [this.root, ...segments].join(sep);
+    // With a slash at its end, the path of a file leads nowhere.
+    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : "");
     const found = this.open(path);
     if (typeof found === "string") return responseTo(found);
-    if (!found.known.isFolder)
-      return isFolder ? closeAfter(found, responseTo("not-found")) : this.respondFile(request, found);
+    if (!found.known.isFolder) return this.respondFile(request, found);
     fs.closeSync(found.fd);
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
@@ -1897,21 +1900,20 @@ export class FileSite implements Site {
   /** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
   private open(path: string): OpenFile | Rejection {
     let fd = -1;
+    let known: KnownFile | undefined;
     try {
       // Opening a device or a FIFO may already do something, so only what is, or last was, a file or a folder is opened.
       if (!this.knownFiles.has(path) && !isFileOrFolder(fs.statSync(path, { throwIfNoEntry: false })))
         return "not-found";
       // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
-      const known = this.know(fd, path);
-      if (known !== undefined) return { fd, known };
-      this.knownFiles.delete(path);
-      fs.closeSync(fd);
-      return "not-found";
+      known = this.know(fd, path);
+      return known === undefined ? "not-found" : { fd, known };
     } catch (error) {
-      if (fd >= 0) fs.closeSync(fd);
       const rejection = rejectionFor(error);
       return rejection === "forbidden" && !this.isKnownBelow(path) ? "not-found" : rejection;
+    } finally {
+      if (known === undefined && fd >= 0) fs.closeSync(fd);
     }
   }
 
@@ -1922,12 +1924,14 @@ export class FileSite implements Site {
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
-    let known = this.knownFiles.get(path);
-    if (known?.isOf(stats) !== true) known = new KnownFile(path, stats, this.dateNow);
-    else if (Math.abs(this.dateNow - known.foundAt) < FOUND_BELOW_MS) return known; // clocks may be set back
-    if (!isFileOrFolder(stats)) return undefined;
+    const last = this.knownFiles.get(path);
+    const isSame = last?.isOf(stats) === true;
+    if (isSame && Math.abs(this.dateNow - last.foundAt) < FOUND_BELOW_MS) return last; // clocks may be set back
+    this.knownFiles.delete(path);
     // Elsewhere than on Linux the path is resolved once more: a race for whoever can change links below the root.
-    if (!this.hasBelow(isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path))) return undefined;
+    const realPath = () => (isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path));
+    if (!isFileOrFolder(stats) || !this.hasBelow(realPath())) return undefined;
+    const known = isSame ? last : new KnownFile(path, stats, this.dateNow);
     known.foundAt = this.dateNow;
     if (known.isLasting) this.knownFiles.set(path, known);
     const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
@@ -1958,18 +1962,13 @@ export class FileSite implements Site {
     const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
     const status = evaluateConditions(fields, known);
     if (status === 412) return closeAfter(file, responseTo("precondition"));
-    if (status === 304) return closeAfter(file, prepareFile(304, known.validators));
+    if (status === 304) return closeAfter(file, prepareResponse(304, known.validators));
     const ranges = decideRanges(method, fields, known, Date.now());
     if (ranges === "unsatisfiable") {
-      const content = encoder.encode("the file has none of these bytes\n");
-      const about = `Content-Type: text/plain; charset=utf-8\r\nContent-Length: ${content.length}\r\n`;
-      return closeAfter(
-        file,
-        prepareFile(416, `${about}Content-Range: bytes */${known.size}\r\n${known.validators}`, content),
-      );
+      const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
+      return closeAfter(file, prepareResponse(416, about, "the file has none of these bytes\n"));
     }
-    const want = fields.get("want-repr-digest");
-    const wantsDigest = want !== undefined && wantsSha256(want);
+    const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
     const respond = () => respondContent(method, file, ranges, wantsDigest);
     if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return respond();
     this.digestWaiters++;
@@ -1990,10 +1989,9 @@ export class FileSite implements Site {
       const ownPath = isLinux ? OPEN_DESCRIPTORS + folder.fd : path;
       return this.listFolder(segments, ownPath).finally(() => fs.closeSync(folder.fd));
     };
-    const listing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
-    this.listings.set(path, listing);
-    this.lastListing = listing;
-    return listing;
+    this.lastListing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
+    this.listings.set(path, this.lastListing);
+    return this.lastListing;
   }
 
   private async listFolder(segments: readonly string[], folder: string): Promise<Response> {
@@ -2036,11 +2034,11 @@ function closeAfter<R extends Response | Promise<Response>>({ fd }: OpenFile, re
   return response;
 }
 
-/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
-function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
+/** Fills a buffer with what stands at a position of a file. @returns false if there is less @throws SystemError */
+function readFully(fd: number, into: Uint8Array, position: number): boolean {
   const start = performance.now();
-  for (let at = from, more = 1; at < to; at += more) {
-    more = fs.readSync(fd, into, at, to - at, position + at - from);
+  for (let at = 0, more = 1; at < into.length; at += more) {
+    more = fs.readSync(fd, into, at, into.length - at, position + at);
     if (more === 0) return false;
   }
   const end = performance.now();
@@ -2057,12 +2055,12 @@ class KnownFile {
   readonly etag: string;
   /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
-  /** The field-lines of both. */
-  readonly validators: string;
+  /** The fields of both. */
+  readonly validators: Readonly<Record<string, string>>;
   /** Another request may find the same version. */
   readonly isLasting: boolean;
-  /** The response that most requests get, but for its content: all of the file, without a digest. */
-  usual: Response | undefined;
+  /** What most requests get: all of the file, without a digest. */
+  usual: Prepared | undefined;
   /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
   digest: string | undefined;
   private hasher: Bun.CryptoHasher | undefined;
@@ -2090,8 +2088,8 @@ class KnownFile {
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
     this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
     this.lastModified = modified > 1000 ? modified : Number.NaN;
-    const date = modified > 1000 ? `Last-Modified: ${new Date(modified).toUTCString()}\r\n` : "";
-    this.validators = `ETag: ${this.etag}\r\n${date}`;
+    const date = modified > 1000 ? { "Last-Modified": new Date(modified).toUTCString() } : {};
+    this.validators = { ETag: this.etag, ...date };
   }
 
   /** Is it the version of an open file? */
@@ -2113,11 +2111,11 @@ class KnownFile {
 
   /** Reads and hashes the next piece. @returns whether there may be more to hash; if the disk fails, sending will tell */
   hashNext(fd: number): boolean {
-    const length = Math.min(PIECE_BYTES, this.size - this.hashedTo);
+    const bytes = piece.subarray(0, Math.min(PIECE_BYTES, this.size - this.hashedTo));
     try {
-      if (this.digest !== undefined || !readFully(fd, piece, 0, length, this.hashedTo)) return false;
-      this.hashOn(fd, piece.subarray(0, length), this.hashedTo);
-      return this.digest === undefined && length > 0;
+      if (this.digest !== undefined || !readFully(fd, bytes, this.hashedTo)) return false;
+      this.hashOn(fd, bytes, this.hashedTo);
+      return this.digest === undefined && bytes.length > 0;
     } catch {
       return false;
     }
@@ -2204,24 +2202,24 @@ export function parseRanges(value: string, size: number): readonly ByteRange[] |
   const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
   const specs = list.split(",").map(trimOws).filter(Boolean); // §5.6.1: empty elements are ignored
   if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
-  let ranges: readonly ByteRange[] = [];
+  const ranges: ByteRange[] = [];
   for (const spec of specs) {
     const [, first = "", last = ""] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
     if (first + last === "" || (first !== "" && last !== "" && Number(last) < Number(first))) return undefined;
-    const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
-    const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
-    if (from < to) ranges = joinRange(ranges, { from, to });
+    let from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
+    let to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
+    if (from >= to) continue;
+    // What it touches is joined with it, in the place of the first of these. No others can touch the result.
+    let place = ranges.length;
+    for (const [i, other] of [...ranges.entries()].reverse()) {
+      if (other.to < from || to < other.from) continue;
+      [from, to] = [Math.min(from, other.from), Math.max(to, other.to)];
+      ranges.splice(i, 1);
+      place = i;
+    }
+    ranges.splice(place, 0, { from, to });
   }
   return ranges.length === 0 ? "unsatisfiable" : ranges;
-}
-
-/** Adds a range to some that do not touch each other. If it touches any, the whole stands where the first of them was. */
-function joinRange(ranges: readonly ByteRange[], range: ByteRange): readonly ByteRange[] {
-  const isApart = ({ from, to }: ByteRange) => to < range.from || range.to < from;
-  const joined = ranges.filter((one) => !isApart(one)).concat(range);
-  const whole = { from: Math.min(...joined.map(({ from }) => from)), to: Math.max(...joined.map(({ to }) => to)) };
-  const place = ranges.findIndex((one) => !isApart(one));
-  return place < 0 ? [...ranges, whole] : [...ranges.slice(0, place), whole, ...ranges.slice(place).filter(isApart)];
 }
 
 /** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. */
@@ -2232,30 +2230,38 @@ export function wantsSha256(wantReprDigest: string): boolean {
 
 // ── what is answered ──
 
-/** A response about a file. `lines` are field-lines. */
-const prepareFile = (status: number, lines: string, content: Uint8Array = NO_BYTES): Response => ({
-  status,
-  head: encoder.encode(`HTTP/1.1 ${REASON_PHRASES.get(status)}\r\n${lines}Date: `),
-  content,
-});
+/** A response with content, but for what is read of it: ranges of the file, and texts between them. */
+type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly (ByteRange | Uint8Array)[] }>;
 
-/** A browser must not guess another type from the content. */
-const NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n";
-const contentRange = ({ from, to }: ByteRange, size: number) => `Content-Range: bytes ${from}-${to - 1}/${size}\r\n`;
+const lengthOf = (segment: ByteRange | Uint8Array) =>
+  segment instanceof Uint8Array ? segment.length : segment.to - segment.from;
 
-/** The response with a file or parts of it, but for its content. */
 function prepareContent(
   { size, type, validators, digest }: KnownFile,
   ranges: readonly ByteRange[] | undefined,
-  boundary: string,
-  length: number,
   wantsDigest: boolean,
-): Response {
-  const sent = boundary === "" ? type : `multipart/byteranges; boundary=${boundary}`;
-  let lines = `Content-Type: ${sent}\r\n${NO_SNIFFING}Accept-Ranges: bytes\r\n${validators}Content-Length: ${length}\r\n`;
-  if (ranges?.[0] !== undefined && boundary === "") lines += contentRange(ranges[0], size);
-  if (wantsDigest && digest !== undefined) lines += `Repr-Digest: sha-256=:${digest}:\r\n`;
-  return prepareFile(ranges === undefined ? 200 : 206, lines);
+): Prepared {
+  const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
+  const fields: Record<string, string> = {
+    "Content-Type": type,
+    ...NO_SNIFFING,
+    "Accept-Ranges": "bytes",
+    ...validators,
+  };
+  let segments: Prepared["segments"] = ranges ?? [{ from: 0, to: size }];
+  if (ranges?.length === 1) for (const range of ranges) fields["Content-Range"] = contentRange(range);
+  else if (ranges !== undefined) {
+    // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
+    const boundary = crypto.randomUUID();
+    const text = (lines: string) => encoder.encode(`\r\n--${boundary}${lines}\r\n`);
+    const head = (range: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(range)}\r\n`);
+    segments = [...ranges.flatMap((range) => [head(range), range]), text("--")];
+    fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
+  }
+  if (wantsDigest && digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
+  fields["Content-Length"] = String(segments.reduce((sum, segment) => sum + lengthOf(segment), 0));
+  const status = ranges === undefined ? 200 : 206;
+  return { status, head: formatHead(status, fields), segments };
 }
 
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
@@ -2266,27 +2272,17 @@ function respondContent(
   wantsDigest: boolean,
 ): Response {
   const { known } = file;
-  const [range = { from: 0, to: known.size }, second] = ranges ?? [];
-  const boundary = second === undefined ? "" : crypto.randomUUID();
-  const segments = ranges === undefined || second === undefined ? [range] : separateRanges(ranges, known, boundary);
-  const part = new FilePart(file, segments, wantsDigest);
   const isUsual = ranges === undefined && !wantsDigest;
-  const response = (isUsual && known.usual) || prepareContent(known, ranges, boundary, part.left, wantsDigest);
-  if (isUsual) known.usual = response;
-  if (method === "HEAD") return closeAfter(file, response);
-  if (part.left > SMALL_FILE_BYTES_MAX) return { ...response, part };
+  const prepared = (isUsual && known.usual) || prepareContent(known, ranges, wantsDigest);
+  if (isUsual) known.usual = prepared;
+  const { status, head, segments } = prepared;
+  if (method === "HEAD") return closeAfter(file, { status, head, content: NO_BYTES });
+  const part = new FilePart(file, segments, wantsDigest);
+  if (part.left > SMALL_FILE_BYTES_MAX) return { status, head, content: NO_BYTES, part };
   const content = new Uint8Array(part.left);
-  // If the file has just changed, the streaming path detects what has become of it.
-  return part.read(content, content.length) === "same"
-    ? closeAfter(file, { ...response, content })
-    : { ...response, part };
-}
-
-/** RFC 9110 §14.6: the content of multipart/byteranges, in which each range has a head of its own. */
-function separateRanges(ranges: readonly ByteRange[], { size, type }: KnownFile, boundary: string) {
-  const head = (range: ByteRange) => `\r\n--${boundary}\r\nContent-Type: ${type}\r\n${contentRange(range, size)}\r\n`;
-  const parts = ranges.flatMap((range) => [encoder.encode(head(range)), range]);
-  return [...parts, encoder.encode(`\r\n--${boundary}--\r\n`)];
+  if (part.read(content) === "same") return closeAfter(file, { status, head, content });
+  // The file has just changed: what has become of it shows while it is sent.
+  return { status, head, content: NO_BYTES, part };
 }
 
 // ── what is sent ──
@@ -2296,9 +2292,6 @@ const piece = new Uint8Array(PIECE_BYTES);
 
 /** Lets all other connections have a turn. */
 const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
-
-const lengthOf = (segment: ByteRange | Uint8Array) =>
-  segment instanceof Uint8Array ? segment.length : segment.to - segment.from;
 
 /**
  * Content that is read from a file while it is sent, and not kept. All of it must be one version. If the file has become
@@ -2317,7 +2310,7 @@ export class FilePart {
 
   constructor(
     readonly file: OpenFile,
-    private readonly segments: readonly (ByteRange | Uint8Array)[], // of the file, and texts between them
+    private readonly segments: Prepared["segments"],
     private readonly hashes: boolean, // whether it brings on the digest of the file
   ) {
     this.left = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
@@ -2328,9 +2321,9 @@ export class FilePart {
   }
 
   /** Reads the next bytes without moving on, and says what has become of the file. */
-  read(into: Uint8Array, length: number): "same" | "longer" | "changed" | "gone" {
+  read(into: Uint8Array): "same" | "longer" | "changed" | "gone" {
     try {
-      if (!this.readAt(this.sent, into, length)) return "gone";
+      if (!this.readAt(this.sent, into)) return "gone";
       const { size, mtimeMs } = fs.fstatSync(this.file.fd);
       // Not the time of the last change: moving, replacing or deleting a file changes that too.
       if (size === this.compared.size && mtimeMs === this.compared.mtimeMs) return "same";
@@ -2355,26 +2348,24 @@ export class FilePart {
     if (this.sent > 0 && this.checksum === undefined) return false;
     let checksum = 0;
     for (let at = 0; at < this.sent; at += PIECE_BYTES) {
-      const length = Math.min(PIECE_BYTES, this.sent - at);
-      if (!this.readAt(at, piece, length)) return false;
-      checksum = Bun.hash.crc32(piece.subarray(0, length), checksum);
+      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, this.sent - at));
+      if (!this.readAt(at, bytes)) return false;
+      checksum = Bun.hash.crc32(bytes, checksum);
       await nextTurn();
     }
     this.compared = found;
     return this.sent === 0 || checksum === this.checksum;
   }
 
-  private readAt(position: number, into: Uint8Array, length: number): boolean {
-    let start = 0; // of a segment, in the content
-    let at = 0;
+  /** Reads what stands at a position of the content. @returns false if the file has less @throws SystemError */
+  private readAt(position: number, into: Uint8Array): boolean {
+    let [skipped, at] = [position, 0];
     for (const segment of this.segments) {
-      const skipped = position + at - start;
-      const count = Math.min(length - at, lengthOf(segment) - skipped);
-      start += lengthOf(segment);
-      if (count <= 0) continue;
-      if (segment instanceof Uint8Array) into.set(segment.subarray(skipped, skipped + count), at);
-      else if (!readFully(this.file.fd, into, at, at + count, segment.from + skipped)) return false;
-      at += count;
+      const part = into.subarray(at, at + Math.max(0, lengthOf(segment) - skipped));
+      if (segment instanceof Uint8Array) part.set(segment.subarray(skipped, skipped + part.length));
+      else if (!readFully(this.file.fd, part, segment.from + skipped)) return false;
+      skipped = Math.max(0, skipped - lengthOf(segment));
+      at += part.length;
     }
     return true;
   }
@@ -2401,27 +2392,23 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
-    for (let pieces = 1, warmTo = 0; part.left > 0; pieces++) {
-      if (part.position >= warmTo && performance.now() < slowUntil) {
-        await warm(file.fd, part.position);
-        warmTo = part.position + PIECE_BYTES;
-      }
-      const room = part.position < warmTo ? warmTo - part.position : PIECE_BYTES;
-      const length = Math.min(room, part.left);
-      let found = part.read(piece, length);
+    for (let pieces = 1; part.left > 0; pieces++) {
+      if (performance.now() < slowUntil && part.position >= 0) await warm(file.fd, part.position);
+      const bytes = piece.subarray(0, part.left);
+      let found = part.read(bytes);
       if (found === "changed") {
         await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
-        found = part.read(piece, length);
+        found = part.read(bytes);
       }
-      if (found === "longer" && length === part.left) {
-        found = (await part.hasOnlyGrown()) && part.read(piece, length) !== "gone" ? "same" : "changed";
+      if (found === "longer" && bytes.length === part.left) {
+        found = (await part.hasOnlyGrown()) && part.read(bytes) !== "gone" ? "same" : "changed";
         deadline = connection.server.writeDeadline;
       }
       if (found === "changed" || found === "gone") throw new Error(`${file.known.path} has changed while it was sent`);
-      const taken = connection.write(piece, length);
-      part.advance(piece.subarray(0, taken));
+      const taken = connection.write(bytes, bytes.length);
+      part.advance(bytes.subarray(0, taken));
       if (taken > 0) deadline = connection.server.writeDeadline;
-      if (taken < length) await connection.waitForRoom(deadline);
+      if (taken < bytes.length) await connection.waitForRoom(deadline);
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {
@@ -2440,13 +2427,9 @@ export type ListingEntry = Readonly<{ name: string; isFolder: boolean; size: num
 
 /** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
 function listingFields(): Record<string, string> {
-  const style = new Bun.CryptoHasher("sha256").update(LISTING_STYLE).digest("base64");
+  const style = Bun.CryptoHasher.hash("sha256", LISTING_STYLE, "base64");
   const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
-  return {
-    "Content-Type": "text/html; charset=utf-8",
-    "Content-Security-Policy": policy,
-    "X-Content-Type-Options": "nosniff",
-  };
+  return { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFFING };
 }
 
 // ── shared: sizes ──
