@@ -1785,6 +1785,7 @@ const LIVELY_MS = 10_000; // A file that changed within this time, such as a log
 const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave the same timestamps.
 const SLOW_READ_MS = 20; // A read that takes this long has waited for a slow disk.
 const SLOW_DISK_MS = 2000; // For this long after a slow read, the thread pool waits for the disk instead of us.
+const NO_SNIFF = { "X-Content-Type-Options": "nosniff" }; // A browser must not guess another type from the content.
 const LISTING_ENTRIES_MAX = 10_000; // A page shows no more names, of 300 bytes each. The others can be fetched.
 
 // ── what is requested ──
@@ -1801,26 +1802,23 @@ const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/;
 export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
   const segments: string[] = [];
-  let last = "";
+  let isFolder = false;
   try {
     for (const encoded of path.split("/")) {
-      last = encoded.includes("%") ? decodeURIComponent(encoded) : encoded;
-      if (NO_FILE_NAME.test(last)) return undefined;
-      if (last === ".." && segments.pop() === undefined) return undefined;
-      if (last !== "" && last !== "." && last !== "..") segments.push(last);
+      const name = encoded.includes("%") ? decodeURIComponent(encoded) : encoded;
+      if (NO_FILE_NAME.test(name)) return undefined;
+      isFolder = name === "" || name === "." || name === "..";
+      if (!isFolder) segments.push(name);
+      else if (name === ".." && segments.pop() === undefined) return undefined;
     }
   } catch {
     return undefined; // decodeURIComponent: not UTF-8
   }
-  const isFolder = last === "" || last === "." || last === "..";
   return { segments, isFolder, query: requestTarget.includes("?") ? `?${query}` : "" };
 }
 
 /** Names with a leading dot are hidden. In the path of a request, /.well-known/ is not (RFC 8615). */
 const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
-
-/** A browser must not guess another type from the content. */
-const NO_SNIFFING = { "X-Content-Type-Options": "nosniff" };
 
 const isFileOrFolder = (stats: fs.Stats | undefined) => stats?.isFile() || stats?.isDirectory();
 
@@ -1889,7 +1887,7 @@ export class FileSite implements Site {
     const index = this.open(join(path, "index.html"));
     if (index === "not-found") return this.list(segments, path);
     if (typeof index === "string") return responseTo(index);
-    return index.known.isFolder ? closeAfter(index, this.list(segments, path)) : this.respondFile(request, index);
+    return index.known.isFolder ? index.end(this.list(segments, path)) : this.respondFile(request, index);
   }
 
   sweep(now: number): void {
@@ -1898,7 +1896,7 @@ export class FileSite implements Site {
   }
 
   /** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
-  private open(path: string): OpenFile | Rejection {
+  private open(path: string): FilePart | Rejection {
     let fd = -1;
     let known: KnownFile | undefined;
     try {
@@ -1908,7 +1906,7 @@ export class FileSite implements Site {
       // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
       known = this.know(fd, path);
-      return known === undefined ? "not-found" : { fd, known };
+      return known === undefined ? "not-found" : new FilePart(fd, known);
     } catch (error) {
       const rejection = rejectionFor(error);
       return rejection === "forbidden" && !this.isKnownBelow(path) ? "not-found" : rejection;
@@ -1956,20 +1954,21 @@ export class FileSite implements Site {
     }
   }
 
-  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
+  private respondFile(request: RequestHead, file: FilePart): Response | Promise<Response> {
     const { known } = file;
     const { method } = request;
     const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
     const status = evaluateConditions(fields, known);
-    if (status === 412) return closeAfter(file, responseTo("precondition"));
-    if (status === 304) return closeAfter(file, prepareResponse(304, known.validators));
+    if (status === 412) return file.end(responseTo("precondition"));
+    if (status === 304) return file.end(prepareResponse(304, known.validators));
     const ranges = decideRanges(method, fields, known, Date.now());
     if (ranges === "unsatisfiable") {
       const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
-      return closeAfter(file, prepareResponse(416, about, "the file has none of these bytes\n"));
+      return file.end(prepareResponse(416, about, "the file has none of these bytes\n"));
     }
-    const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
-    const respond = () => respondContent(method, file, ranges, wantsDigest);
+    const want = fields.get("want-repr-digest");
+    const wantsDigest = want !== undefined && wantsSha256(want);
+    const respond = () => respondContent(method, file, ranges, wantsDigest ? known.digest : undefined);
     if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return respond();
     this.digestWaiters++;
     return hashInTurns(file)
@@ -2025,20 +2024,11 @@ const unused = new Uint8Array(PIECE_BYTES);
 const warm = (fd: number, position: number) =>
   new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position, () => resolve()));
 
-/** A file or a folder below the root. The holder must close it. */
-type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
-
-/** Closes a file when there is an outcome, unless some of it is still to be sent. */
-function closeAfter<R extends Response | Promise<Response>>({ fd }: OpenFile, response: R): R {
-  if (response instanceof Promise || response.part === undefined) fs.closeSync(fd);
-  return response;
-}
-
-/** Fills a buffer with what stands at a position of a file. @returns false if there is less @throws SystemError */
-function readFully(fd: number, into: Uint8Array, position: number): boolean {
+/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
+function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
   const start = performance.now();
-  for (let at = 0, more = 1; at < into.length; at += more) {
-    more = fs.readSync(fd, into, at, into.length - at, position + at);
+  for (let at = from, more = 1; at < to; at += more) {
+    more = fs.readSync(fd, into, at, to - at, position + at - from);
     if (more === 0) return false;
   }
   const end = performance.now();
@@ -2051,11 +2041,9 @@ class KnownFile {
   readonly size: number;
   readonly isFolder: boolean;
   readonly type: string;
-  /** Strong (RFC 9110 §8.8.3). */
   readonly etag: string;
-  /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. NaN, which equals nothing, if unknown. */
+  /** In milliseconds since 1970, whole seconds. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
-  /** The fields of both. */
   readonly validators: Readonly<Record<string, string>>;
   /** Another request may find the same version. */
   readonly isLasting: boolean;
@@ -2063,7 +2051,7 @@ class KnownFile {
   usual: Prepared | undefined;
   /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
   digest: string | undefined;
-  private hasher: Bun.CryptoHasher | undefined;
+  private hasher: Bun.CryptoHasher | undefined; // once a digest was wanted
   hashedTo = 0;
 
   /** @param foundAt when it was found below the root: the time that answers have as their Date */
@@ -2082,7 +2070,7 @@ class KnownFile {
     // Modified within the clock's resolution: a second change might leave the same times, so this tag is used once.
     const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
     const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
-    // Anyone can set the time of the last modification, nobody that of the last change. Both are exact to a microsecond.
+    // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
     this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
     // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
@@ -2102,8 +2090,7 @@ class KnownFile {
   /** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
   hashOn(fd: number, bytes: Uint8Array, position: number): void {
     const from = this.hashedTo - position;
-    if (this.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
-    this.hasher ??= new Bun.CryptoHasher("sha256");
+    if (this.hasher === undefined || this.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
     this.hasher.update(bytes.subarray(from));
     this.hashedTo = position + bytes.length;
     if (this.hashedTo === this.size && this.isOf(fs.fstatSync(fd))) this.digest = this.hasher.digest("base64");
@@ -2111,11 +2098,12 @@ class KnownFile {
 
   /** Reads and hashes the next piece. @returns whether there may be more to hash; if the disk fails, sending will tell */
   hashNext(fd: number): boolean {
-    const bytes = piece.subarray(0, Math.min(PIECE_BYTES, this.size - this.hashedTo));
+    const length = Math.min(PIECE_BYTES, this.size - this.hashedTo);
+    this.hasher ??= new Bun.CryptoHasher("sha256");
     try {
-      if (this.digest !== undefined || !readFully(fd, bytes, this.hashedTo)) return false;
-      this.hashOn(fd, bytes, this.hashedTo);
-      return this.digest === undefined && bytes.length > 0;
+      if (this.digest !== undefined || !readFully(fd, piece, 0, length, this.hashedTo)) return false;
+      this.hashOn(fd, piece.subarray(0, length), this.hashedTo);
+      return this.digest === undefined && length > 0;
     } catch {
       return false;
     }
@@ -2123,7 +2111,7 @@ class KnownFile {
 }
 
 /** Hashes a file until it has its digest, for as long as an answer waits. */
-async function hashInTurns({ fd, known }: OpenFile): Promise<void> {
+async function hashInTurns({ fd, known }: FilePart): Promise<void> {
   const deadline = performance.now() + DIGEST_TIMEOUT_MS;
   do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
   while (performance.now() < deadline && known.hashNext(fd));
@@ -2148,7 +2136,7 @@ function isListed(list: string, etag: string, isWeakly: boolean): boolean {
  * @returns 304: the client's copy is current; 412: a precondition failed; undefined: the request is to be answered
  */
 export function evaluateConditions(fields: ReadonlyMap<string, string>, version: FileVersion): 304 | 412 | undefined {
-  const date = (name: string) => parseHttpDate(fields.get(name) ?? "");
+  const date = (name: string) => (fields.has(name) ? parseHttpDate(fields.get(name) ?? "") : Number.NaN);
   // Step 1, and step 2 only without it.
   const ifMatch = fields.get("if-match");
   if (ifMatch !== undefined) {
@@ -2181,8 +2169,10 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 
 /** The bytes from `from` up to, but not including, `to`. */
 export type ByteRange = Readonly<{ from: number; to: number }>;
+/** The parts of a file that are sent; undefined is the whole. */
+type Ranges = readonly ByteRange[] | undefined;
 
-/** The parts of a file to send; undefined is the whole, "unsatisfiable" that the file has nothing of what is asked for. */
+/** @returns "unsatisfiable" if the file has nothing of what is asked for */
 export function decideRanges(method: Method, fields: ReadonlyMap<string, string>, version: FileVersion, now: number) {
   const [range, ifRange] = [fields.get("range"), fields.get("if-range")];
   if (method !== "GET" || range === undefined) return undefined; // RFC 9110 §14.2: it has a meaning only in a GET
@@ -2198,7 +2188,7 @@ export function decideRanges(method: Method, fields: ReadonlyMap<string, string>
  * @returns in the order asked for; "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another
  * unit, a syntax error, too many, or an empty file, of which Content-Range can say nothing
  */
-export function parseRanges(value: string, size: number): readonly ByteRange[] | "unsatisfiable" | undefined {
+export function parseRanges(value: string, size: number): Ranges | "unsatisfiable" {
   const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
   const specs = list.split(",").map(trimOws).filter(Boolean); // §5.6.1: empty elements are ignored
   if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
@@ -2236,18 +2226,9 @@ type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly 
 const lengthOf = (segment: ByteRange | Uint8Array) =>
   segment instanceof Uint8Array ? segment.length : segment.to - segment.from;
 
-function prepareContent(
-  { size, type, validators, digest }: KnownFile,
-  ranges: readonly ByteRange[] | undefined,
-  wantsDigest: boolean,
-): Prepared {
+function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, digest: string | undefined): Prepared {
   const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
-  const fields: Record<string, string> = {
-    "Content-Type": type,
-    ...NO_SNIFFING,
-    "Accept-Ranges": "bytes",
-    ...validators,
-  };
+  const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
   let segments: Prepared["segments"] = ranges ?? [{ from: 0, to: size }];
   if (ranges?.length === 1) for (const range of ranges) fields["Content-Range"] = contentRange(range);
   else if (ranges !== undefined) {
@@ -2258,31 +2239,27 @@ function prepareContent(
     segments = [...ranges.flatMap((range) => [head(range), range]), text("--")];
     fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
   }
-  if (wantsDigest && digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
+  if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
   fields["Content-Length"] = String(segments.reduce((sum, segment) => sum + lengthOf(segment), 0));
   const status = ranges === undefined ? 200 : 206;
   return { status, head: formatHead(status, fields), segments };
 }
 
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
-function respondContent(
-  method: Method,
-  file: OpenFile,
-  ranges: readonly ByteRange[] | undefined,
-  wantsDigest: boolean,
-): Response {
+function respondContent(method: Method, file: FilePart, ranges: Ranges, digest: string | undefined): Response {
   const { known } = file;
-  const isUsual = ranges === undefined && !wantsDigest;
-  const prepared = (isUsual && known.usual) || prepareContent(known, ranges, wantsDigest);
+  const isUsual = ranges === undefined && digest === undefined;
+  const prepared = (isUsual && known.usual) || prepareContent(known, ranges, digest);
   if (isUsual) known.usual = prepared;
   const { status, head, segments } = prepared;
-  if (method === "HEAD") return closeAfter(file, { status, head, content: NO_BYTES });
-  const part = new FilePart(file, segments, wantsDigest);
-  if (part.left > SMALL_FILE_BYTES_MAX) return { status, head, content: NO_BYTES, part };
-  const content = new Uint8Array(part.left);
-  if (part.read(content) === "same") return closeAfter(file, { status, head, content });
-  // The file has just changed: what has become of it shows while it is sent.
-  return { status, head, content: NO_BYTES, part };
+  if (method === "HEAD") return file.end({ status, head, content: NO_BYTES });
+  file.start(segments);
+  if (file.left <= SMALL_FILE_BYTES_MAX) {
+    const content = new Uint8Array(file.left);
+    if (file.read(content) === "same") return file.end({ status, head, content });
+  }
+  // Also if it has just changed: what has become of it shows while it is sent.
+  return { status, head, content: NO_BYTES, part: file };
 }
 
 // ── what is sent ──
@@ -2294,29 +2271,40 @@ const piece = new Uint8Array(PIECE_BYTES);
 const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
 /**
- * Content that is read from a file while it is sent, and not kept. All of it must be one version. If the file has become
- * longer meanwhile, the last piece is held back until the rest of it is seen to be what was sent, by a checksum.
+ * An open file or folder below the root, and the part of it that is sent. The holder must close it. Content is read while
+ * it is sent, and not kept. All of it must be one version. If the file has become longer meanwhile, the last piece is held
+ * back until the rest of it is seen to be what was sent, by a checksum.
  */
 export class FilePart {
+  private segments: Prepared["segments"] = [];
   /** How many bytes are left, and how many have been sent. */
-  left: number;
+  left = 0;
   sent = 0;
   /** Where the next one is in the file. NaN for several ranges. */
-  position: number;
-  /** The file when it was last known to have what was sent. */
-  private compared: fs.Stats;
+  position = 0;
   /** CRC-32 of what was sent. It takes a while: files that have long been the same go without. */
   private checksum: number | undefined;
+  /** The file when it was last known to have what was sent. */
+  private compared: fs.Stats;
 
   constructor(
-    readonly file: OpenFile,
-    private readonly segments: Prepared["segments"],
-    private readonly hashes: boolean, // whether it brings on the digest of the file
+    readonly fd: number,
+    readonly known: KnownFile,
   ) {
+    this.compared = known.stats;
+  }
+
+  /** Nothing of it is sent, or all has been read. */
+  end<R extends Response | Promise<Response>>(response: R): R {
+    fs.closeSync(this.fd);
+    return response;
+  }
+
+  start(segments: Prepared["segments"]): void {
+    this.segments = segments;
     this.left = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
     const [first] = segments;
     this.position = first !== undefined && "from" in first ? first.from : Number.NaN;
-    this.compared = file.known.stats;
     this.checksum = Date.now() - this.compared.ctimeMs < LIVELY_MS ? 0 : undefined;
   }
 
@@ -2324,7 +2312,7 @@ export class FilePart {
   read(into: Uint8Array): "same" | "longer" | "changed" | "gone" {
     try {
       if (!this.readAt(this.sent, into)) return "gone";
-      const { size, mtimeMs } = fs.fstatSync(this.file.fd);
+      const { size, mtimeMs } = fs.fstatSync(this.fd);
       // Not the time of the last change: moving, replacing or deleting a file changes that too.
       if (size === this.compared.size && mtimeMs === this.compared.mtimeMs) return "same";
       return size > this.compared.size ? "longer" : "changed";
@@ -2335,7 +2323,7 @@ export class FilePart {
 
   /** Moves on: these bytes have been sent. */
   advance(bytes: Uint8Array): void {
-    if (this.hashes) this.file.known.hashOn(this.file.fd, bytes, this.position);
+    this.known.hashOn(this.fd, bytes, this.position);
     if (this.checksum !== undefined) this.checksum = Bun.hash.crc32(bytes, this.checksum);
     this.sent += bytes.length;
     this.position += bytes.length;
@@ -2344,7 +2332,7 @@ export class FilePart {
 
   /** Of a file that has become longer: is what was sent still there? @throws SystemError */
   async hasOnlyGrown(): Promise<boolean> {
-    const found = fs.fstatSync(this.file.fd);
+    const found = fs.fstatSync(this.fd);
     if (this.sent > 0 && this.checksum === undefined) return false;
     let checksum = 0;
     for (let at = 0; at < this.sent; at += PIECE_BYTES) {
@@ -2359,13 +2347,14 @@ export class FilePart {
 
   /** Reads what stands at a position of the content. @returns false if the file has less @throws SystemError */
   private readAt(position: number, into: Uint8Array): boolean {
-    let [skipped, at] = [position, 0];
+    let skipped = position;
+    let at = 0;
     for (const segment of this.segments) {
-      const part = into.subarray(at, at + Math.max(0, lengthOf(segment) - skipped));
-      if (segment instanceof Uint8Array) part.set(segment.subarray(skipped, skipped + part.length));
-      else if (!readFully(this.file.fd, part, segment.from + skipped)) return false;
+      const to = Math.min(into.length, at + Math.max(0, lengthOf(segment) - skipped));
+      if (segment instanceof Uint8Array) into.set(segment.subarray(skipped, skipped + to - at), at);
+      else if (!readFully(this.fd, into, at, to, segment.from + skipped)) return false;
       skipped = Math.max(0, skipped - lengthOf(segment));
-      at += part.length;
+      at = to;
     }
     return true;
   }
@@ -2378,7 +2367,7 @@ async function waitForResponse(connection: Connection, promise: Promise<Response
   if (!connection.flush()) await connection.drain().catch(() => {});
   const response = await promise;
   if (!connection.isGone) return response;
-  if (response.part !== undefined) fs.closeSync(response.part.file.fd);
+  if (response.part !== undefined) fs.closeSync(response.part.fd);
   throw GONE;
 }
 
@@ -2387,13 +2376,12 @@ async function waitForResponse(connection: Connection, promise: Promise<Response
  * completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that it is short.
  */
 async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: FilePart) {
-  const { file } = part;
   connection.head.keep();
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
     for (let pieces = 1; part.left > 0; pieces++) {
-      if (performance.now() < slowUntil && part.position >= 0) await warm(file.fd, part.position);
+      if (performance.now() < slowUntil && part.position >= 0) await warm(part.fd, part.position);
       const bytes = piece.subarray(0, part.left);
       let found = part.read(bytes);
       if (found === "changed") {
@@ -2404,7 +2392,7 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
         found = (await part.hasOnlyGrown()) && part.read(bytes) !== "gone" ? "same" : "changed";
         deadline = connection.server.writeDeadline;
       }
-      if (found === "changed" || found === "gone") throw new Error(`${file.known.path} has changed while it was sent`);
+      if (found === "changed" || found === "gone") throw new Error(`${part.known.path} has changed while it was sent`);
       const taken = connection.write(bytes, bytes.length);
       part.advance(bytes.subarray(0, taken));
       if (taken > 0) deadline = connection.server.writeDeadline;
@@ -2416,7 +2404,7 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
     throw GONE;
   } finally {
     log(connection, content, status, part.sent);
-    fs.closeSync(file.fd);
+    fs.closeSync(part.fd);
   }
 }
 
@@ -2429,7 +2417,7 @@ export type ListingEntry = Readonly<{ name: string; isFolder: boolean; size: num
 function listingFields(): Record<string, string> {
   const style = Bun.CryptoHasher.hash("sha256", LISTING_STYLE, "base64");
   const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
-  return { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFFING };
+  return { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFF };
 }
 
 // ── shared: sizes ──
