@@ -1966,14 +1966,19 @@ export class FileSite implements Site {
       const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
       return file.end(prepareResponse(416, about, "the file has none of these bytes\n"));
     }
-    const want = fields.get("want-repr-digest");
-    const wantsDigest = want !== undefined && wantsSha256(want);
+    const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
     const respond = () => respondContent(method, file, ranges, wantsDigest ? known.digest : undefined);
     if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return respond();
+    return this.hashInTurns(file).then(respond);
+  }
+
+  /** Hashes a file until it has its digest, for as long as an answer waits. */
+  private async hashInTurns({ fd, known }: FilePart): Promise<void> {
+    const deadline = performance.now() + DIGEST_TIMEOUT_MS;
     this.digestWaiters++;
-    return hashInTurns(file)
-      .finally(() => this.digestWaiters--)
-      .then(respond);
+    do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
+    while (performance.now() < deadline && known.hashNext(fd));
+    this.digestWaiters--;
   }
 
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
@@ -2110,13 +2115,6 @@ class KnownFile {
   }
 }
 
-/** Hashes a file until it has its digest, for as long as an answer waits. */
-async function hashInTurns({ fd, known }: FilePart): Promise<void> {
-  const deadline = performance.now() + DIGEST_TIMEOUT_MS;
-  do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
-  while (performance.now() < deadline && known.hashNext(fd));
-}
-
 // ── what is decided ──
 
 export type FileVersion = Pick<KnownFile, "size" | "etag" | "lastModified">;
@@ -2126,8 +2124,7 @@ const ENTITY_TAG = /(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g;
 
 /** Is the tag on the list? "*" lists every version. In a weak comparison `W/` does not count (§8.8.3.2). */
 function isListed(list: string, etag: string, isWeakly: boolean): boolean {
-  if (list === "*") return true;
-  const tags: readonly string[] = list.match(ENTITY_TAG) ?? [];
+  const tags: readonly string[] = list === "*" ? [etag] : (list.match(ENTITY_TAG) ?? []);
   return tags.includes(etag) || (isWeakly && tags.includes(`W/${etag}`));
 }
 
@@ -2212,11 +2209,9 @@ export function parseRanges(value: string, size: number): Ranges | "unsatisfiabl
   return ranges.length === 0 ? "unsatisfiable" : ranges;
 }
 
-/** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. */
-export function wantsSha256(wantReprDigest: string): boolean {
-  const last = [...wantReprDigest.matchAll(/(?:^|,)[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/g)].at(-1);
-  return Number(last?.[1] ?? 0) > 0;
-}
+/** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. Of a key that comes twice the last counts. */
+export const wantsSha256 = (wantReprDigest: string) =>
+  Number(/^(?:.*,)?[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/.exec(wantReprDigest)?.[1]) > 0;
 
 // ── what is answered ──
 

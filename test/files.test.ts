@@ -373,6 +373,33 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     expect(await get("/v")).toBe("again");
   });
 
+  test.concurrent(
+    "a file that is moved out of the root is not found by a link in its place, asked for before or not",
+    async () => {
+      await using server = await serve({ file: "x", "folder/asked": "x", "folder/unasked": "x" });
+      await using elsewhere = await temporaryFolder();
+      for (const name of ["file", "folder/asked"]) {
+        await settledTag(server.port, `/${name}`); // from now on it is known
+        expect((await ask(server.port, `GET /${name}`)).status).toBe(200);
+      }
+      for (const name of ["file", "folder"]) {
+        renameSync(server.pathOf(name), join(elsewhere.path, name));
+        symlinkSync(join(elsewhere.path, name), server.pathOf(name));
+      }
+      const statuses = ["/file", "/folder/unasked", "/folder/"].map(async (target) => [
+        target,
+        (await ask(server.port, `GET ${target}`)).status,
+      ]);
+      expect(await Promise.all(statuses)).toEqual([
+        ["/file", 404],
+        ["/folder/unasked", 404],
+        ["/folder/", 404],
+      ]);
+      writeFileSync(join(elsewhere.path, "folder/asked"), "y");
+      expect((await ask(server.port, "GET /folder/asked")).status).toBe(404);
+    },
+  );
+
   test.concurrent("a time of 0 or 1, which says nothing, is no Last-Modified", async () => {
     await using server = await serve({ zero: "0", one: "1", two: "2" });
     for (const [i, name] of ["zero", "one", "two"].entries()) utimesSync(server.pathOf(name), i, i);
