@@ -2215,7 +2215,7 @@ export const wantsSha256 = (wantReprDigest: string) =>
 
 // ── what is answered ──
 
-/** A response with content, but for what is read of it: ranges of the file, and texts between them. */
+/** What a response with content has before it is read: ranges of the file, and texts between them. */
 type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly (ByteRange | Uint8Array)[] }>;
 
 const lengthOf = (segment: ByteRange | Uint8Array) =>
@@ -2224,16 +2224,16 @@ const lengthOf = (segment: ByteRange | Uint8Array) =>
 function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, digest: string | undefined): Prepared {
   const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
   const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
-  let segments: Prepared["segments"] = ranges ?? [{ from: 0, to: size }];
-  if (ranges?.length === 1) for (const range of ranges) fields["Content-Range"] = contentRange(range);
-  else if (ranges !== undefined) {
+  const [range = { from: 0, to: size }, ...more] = ranges ?? [];
+  let segments: Prepared["segments"] = [range];
+  if (more.length > 0) {
     // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
     const boundary = crypto.randomUUID();
     const text = (lines: string) => encoder.encode(`\r\n--${boundary}${lines}\r\n`);
-    const head = (range: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(range)}\r\n`);
-    segments = [...ranges.flatMap((range) => [head(range), range]), text("--")];
+    const head = (one: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
+    segments = [...[range, ...more].flatMap((one) => [head(one), one]), text("--")];
     fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
-  }
+  } else if (ranges !== undefined) fields["Content-Range"] = contentRange(range);
   if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
   fields["Content-Length"] = String(segments.reduce((sum, segment) => sum + lengthOf(segment), 0));
   const status = ranges === undefined ? 200 : 206;
@@ -2289,7 +2289,7 @@ export class FilePart {
     this.compared = known.stats;
   }
 
-  /** Nothing of it is sent, or all has been read. */
+  /** Closes it: nothing of it is sent, or all has been read. */
   end<R extends Response | Promise<Response>>(response: R): R {
     fs.closeSync(this.fd);
     return response;
@@ -2375,9 +2375,13 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
-    for (let pieces = 1; part.left > 0; pieces++) {
-      if (performance.now() < slowUntil && part.position >= 0) await warm(part.fd, part.position);
-      const bytes = piece.subarray(0, part.left);
+    for (let pieces = 1, warmTo = 0; part.left > 0; pieces++) {
+      if (part.position >= warmTo && performance.now() < slowUntil) {
+        await warm(part.fd, part.position);
+        warmTo = part.position + PIECE_BYTES;
+      }
+      const room = part.position < warmTo ? warmTo - part.position : PIECE_BYTES;
+      const bytes = piece.subarray(0, Math.min(room, part.left));
       let found = part.read(bytes);
       if (found === "changed") {
         await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
