@@ -1918,19 +1918,21 @@ export class FileSite implements Site {
   /**
    * What is known of an open file; undefined if it is of another kind, or not below the root. Changing a link or moving a
    * folder at this moment cannot show a file from elsewhere: the kernel tells where the open file is, or the same file in
-   * the same version, which renaming it would change, was found below the root within the last minute.
+   * the same version, which renaming it would change, was found below this root within the last minute.
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
     const last = this.knownFiles.get(path);
     const isSame = last?.isOf(stats) === true;
-    if (isSame && Math.abs(this.dateNow - last.foundAt) < FOUND_BELOW_MS) return last; // clocks may be set back
+    const isRecent = Math.abs(this.dateNow - (last?.foundAt ?? 0)) < FOUND_BELOW_MS; // clocks may be set back
+    if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
     this.knownFiles.delete(path);
     // Elsewhere than on Linux the path is resolved once more: a race for whoever can change links below the root.
     const realPath = () => (isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path));
     if (!isFileOrFolder(stats) || !this.hasBelow(realPath())) return undefined;
     const known = isSame ? last : new KnownFile(path, stats, this.dateNow);
     known.foundAt = this.dateNow;
+    known.foundBelow = this.realRoot;
     if (known.isLasting) this.knownFiles.set(path, known);
     const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
     this.knownFiles.delete(oldest);
@@ -2052,6 +2054,7 @@ class KnownFile {
   readonly validators: Readonly<Record<string, string>>;
   /** Another request may find the same version. */
   readonly isLasting: boolean;
+  foundBelow = "";
   /** What most requests get: all of the file, without a digest. */
   usual: Prepared | undefined;
   /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */

@@ -351,6 +351,9 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
         writeFileSync(at(`releases/${version}/${name}`), `release ${version}`);
     }
     symlinkSync("../1/v", at("releases/2/old"));
+    mkdirSync(at("releases/1/shared"));
+    writeFileSync(at("releases/1/shared/v"), "shared");
+    symlinkSync("../1/shared", at("releases/2/shared"));
     symlinkSync("releases/1", at("current"));
     await using server = await startServer(variant, ["--root", at("current"), "--log", "off", ...PATIENCE]);
     const get = async (target: string) => {
@@ -358,12 +361,14 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
       return status === 200 ? content.toString() : status;
     };
     expect(await get("/v")).toBe("release 1");
+    await settledTag(server.port, "/shared/v"); // from now on it is known
+    expect(await get("/shared/v")).toBe("shared");
     symlinkSync("releases/2", at("next"));
     renameSync(at("next"), at("current"));
     expect(await get("/v")).toBe("release 2");
     expect([await get("/sub/v"), await get("/only2"), await get("/only1")]).toEqual(["release 2", "release 2", 404]);
     expect(await get("/")).toContain('href="only2"');
-    expect(await get("/old")).toBe(404); // a link that leaves the new root
+    expect([await get("/old"), await get("/shared/v")]).toEqual([404, 404]); // links that leave the new root
     rmSync(at("releases/1"), { recursive: true });
     expect(await get("/v")).toBe("release 2");
     rmSync(at("releases/2"), { recursive: true });
