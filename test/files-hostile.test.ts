@@ -7,7 +7,7 @@
  *
  * What must not get out has SECRET in it, and no answer may ever have. Outside of the folder everything has it.
  */
-import { describe, expect, spyOn, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import * as fs from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
@@ -15,6 +15,9 @@ import { command, exchange, LISTENING, Peer, run, start, startPython, temporaryF
 import { FileSite, formatListing, Server } from "../server.ts";
 import { parseVector, type Vector } from "./vector.ts";
 import { converse, FakeTransport, nextTurn } from "./transport.ts";
+
+// The default that test/preload.ts sets is not that of a file.
+setDefaultTimeout(60_000);
 
 const SECRET = "SECRET";
 const OPEN = "open to everybody\n";

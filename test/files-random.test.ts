@@ -2,7 +2,7 @@
  * Connection and FileSite against a random peer: whatever it asks for in one go, in whatever pieces that comes, however
  * little it takes at once and whenever it says that there is room: every answer comes, whole, once and in order.
  */
-import { afterAll, beforeAll, expect, test } from "bun:test";
+import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
 import {
   mkdirSync,
@@ -19,6 +19,9 @@ import { join } from "node:path";
 import { FileSite, Server, type Transport } from "../server.ts";
 import { Random } from "./random.ts";
 import { converse, nextTurn } from "./transport.ts";
+
+// The default that test/preload.ts sets is not that of a file.
+setDefaultTimeout(60_000);
 
 const seed = Number(process.env["SEED"] ?? Date.now() % 100_000_000);
 const RUNS = 1000;
