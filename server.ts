@@ -1875,11 +1875,10 @@ export class FileSite implements Site {
     if (target === undefined) return responseTo("path");
     const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
-    // With a slash at its end, the path of a file leads nowhere.
-    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : "");
+    const path = [this.root, ...segments].join(sep);
     const found = this.open(path);
     if (typeof found === "string") return responseTo(found);
-    if (!found.known.isFolder) return this.respondFile(request, found);
+    if (!found.known.isFolder) return isFolder ? found.end(responseTo("not-found")) : this.respondFile(request, found);
     fs.closeSync(found.fd);
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
@@ -2218,17 +2217,18 @@ export const wantsSha256 = (wantReprDigest: string) =>
 
 // ── what is answered ──
 
-/** What a response with content has before it is read: ranges of the file, and texts between them. */
-type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly (ByteRange | Uint8Array)[] }>;
+/** Content is ranges of the file, and texts between them. */
+type Segment = ByteRange | Uint8Array;
+type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly Segment[]; length: number }>;
 
-const lengthOf = (segment: ByteRange | Uint8Array) =>
-  segment instanceof Uint8Array ? segment.length : segment.to - segment.from;
+const lengthOf = (segment: Segment) => (segment instanceof Uint8Array ? segment.length : segment.to - segment.from);
 
+/** All that a response with content has before it is read. */
 function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, digest: string | undefined): Prepared {
   const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
   const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
   const [range = { from: 0, to: size }, ...more] = ranges ?? [];
-  let segments: Prepared["segments"] = [range];
+  let segments: readonly Segment[] = [range];
   if (more.length > 0) {
     // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
     const boundary = crypto.randomUUID();
@@ -2238,9 +2238,10 @@ function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, d
     fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
   } else if (ranges !== undefined) fields["Content-Range"] = contentRange(range);
   if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
-  fields["Content-Length"] = String(segments.reduce((sum, segment) => sum + lengthOf(segment), 0));
+  const length = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
+  fields["Content-Length"] = String(length);
   const status = ranges === undefined ? 200 : 206;
-  return { status, head: formatHead(status, fields), segments };
+  return { status, head: formatHead(status, fields), segments, length };
 }
 
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
@@ -2249,9 +2250,9 @@ function respondContent(method: Method, file: FilePart, ranges: Ranges, digest: 
   const isUsual = ranges === undefined && digest === undefined;
   const prepared = (isUsual && known.usual) || prepareContent(known, ranges, digest);
   if (isUsual) known.usual = prepared;
-  const { status, head, segments } = prepared;
+  const { status, head } = prepared;
   if (method === "HEAD") return file.end({ status, head, content: NO_BYTES });
-  file.start(segments);
+  file.start(prepared);
   if (file.left <= SMALL_FILE_BYTES_MAX) {
     const content = new Uint8Array(file.left);
     if (file.read(content) === "same") return file.end({ status, head, content });
@@ -2269,12 +2270,11 @@ const piece = new Uint8Array(PIECE_BYTES);
 const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
 /**
- * An open file or folder below the root, and the part of it that is sent. The holder must close it. Content is read while
- * it is sent, and not kept. All of it must be one version. If the file has become longer meanwhile, the last piece is held
- * back until the rest of it is seen to be what was sent, by a checksum.
+ * An open file or folder below the root, and the part of it that is sent. The holder must close it. All of a part must be
+ * one version: if the file has become longer, the last piece is held back until a checksum tells that the rest is as it was.
  */
 export class FilePart {
-  private segments: Prepared["segments"] = [];
+  private segments: readonly Segment[] = [];
   /** How many bytes are left, and how many have been sent. */
   left = 0;
   sent = 0;
@@ -2298,9 +2298,9 @@ export class FilePart {
     return response;
   }
 
-  start(segments: Prepared["segments"]): void {
+  start({ segments, length }: Prepared): void {
     this.segments = segments;
-    this.left = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
+    this.left = length;
     const [first] = segments;
     this.position = first !== undefined && "from" in first ? first.from : Number.NaN;
     this.checksum = Date.now() - this.compared.ctimeMs < LIVELY_MS ? 0 : undefined;
