@@ -466,7 +466,8 @@ export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" |
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, validator: etag };
   // RFC 9110 §13.1.5 wants a date only from a server without entity-tags. But many send weak ones and a date, which is
   // strong all the same if nothing can have changed within its second (§8.8.2.2).
-  const age = (parseHttpDate(singleValue(head, "date")) ?? 0) - (parseHttpDate(lastModified) ?? Number.NaN);
+  // The time 0 is that of every version, where images are reproducible.
+  const age = parseHttpDate(singleValue(head, "date")) - (parseHttpDate(lastModified) || Number.NaN);
   return { etag, lastModified, validator: age >= LIMITS.strongDateAgeMs ? lastModified : "" };
 }
 
@@ -478,7 +479,7 @@ const agrees = (head: ResponseHead, { etag, lastModified }: Held) =>
 /** RFC 9110 §10.2.3: Retry-After = HTTP-date / delay-seconds. @returns milliseconds from now; 0 if it says nothing */
 export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
   const value = singleValue(head, "retry-after");
-  return /^\d+$/.test(value) ? Number(value) * 1000 : Math.max(0, (parseHttpDate(value) ?? now) - now);
+  return /^\d+$/.test(value) ? Number(value) * 1000 : Math.max(0, parseHttpDate(value) - now) || 0;
 }
 
 /** An attempt that has failed. */
@@ -855,18 +856,24 @@ function singleValue(head: ResponseHead, name: string): string {
   return more.length === 0 ? value : "";
 }
 
-/** IMF-fixdate, rfc850-date and asctime-date (RFC 9110 §5.6.7), which Date.parse reads, and much else. */
+// ── shared: http-date ──
+/** HTTP-date (RFC 9110 §5.6.7): the form that is sent today, and two obsolete ones. */
 const HTTP_DATE =
-  /^(\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT|[A-Z]\w{5,8}, \d\d-\w{3}-\d\d [\d:]{8} GMT|\w{3} \w{3} [ \d]\d [\d:]{8} \d{4})$/;
+  /^([A-Z]\w\w, \d\d \w{3} \d{4} [\d:]{8} GMT|[A-Z]\w+day, \d\d-\w{3}-\d\d [\d:]{8} GMT|[A-Z]\w\w \w{3} [ \d]\d [\d:]{8} \d{4})$/;
 
-/** @returns milliseconds since 1970, or undefined if it is no HTTP-date */
-export function parseHttpDate(text: string): number | undefined {
-  if (!HTTP_DATE.test(text)) return undefined;
-  // A year of two digits that seems to be more than 50 years ahead is the last one that ended so.
-  const year = (yy: string) => Number(yy) + 100 * Math.floor((new Date().getUTCFullYear() + 50 - Number(yy)) / 100);
-  const date = text.replace(/-(\d\d) /, (_, yy: string) => `-${year(yy)} `).replace(/\d$/, "$& GMT");
-  return Date.parse(date) || undefined;
+/** @returns milliseconds since 1970; NaN, which compares with nothing, if it is no HTTP-date */
+export function parseHttpDate(text: string, now = Date.now()): number {
+  if (!HTTP_DATE.test(text)) return Number.NaN;
+  // A year of two digits is the last one that ends so and is not more than 50 years ahead.
+  const last = new Date(now).getUTCFullYear() + 50;
+  const fullYear = (_: string, digits: string) => `-${last - ((last - Number(digits)) % 100)} `;
+  const written = text.replace(/-(\d\d) /, fullYear).replace(/\d$/, "$& GMT");
+  const date = new Date(written);
+  // Date reads a 31st of February as a day in March: month, year and time must be those that are written.
+  const [, , ...parts] = date.toUTCString().split(" ");
+  return parts.every((part) => written.includes(part)) ? date.getTime() : Number.NaN;
 }
+// ── end shared ──
 
 /** Where the content of a response ends: RFC 9112 §6.3, item by item. @throws TransferError "unparsable" */
 export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boolean, method: string): Framing {
@@ -1624,7 +1631,7 @@ const readLabel = (path: string, size: number): Label | undefined =>
   ignoreErrors(() => {
     const blank = { ...NOTHING, file: "", url: "", sha256: "" };
     const label: Label = { ...blank, ...(size === 0 ? {} : JSON.parse(fs().readFileSync(path, "utf8"))) };
-    const isValidator = STRONG_ETAG.test(label.validator) || parseHttpDate(label.validator) !== undefined;
+    const isValidator = STRONG_ETAG.test(label.validator) || Boolean(parseHttpDate(label.validator));
     return size > LIMITS.headBytesMax ? undefined : { ...label, validator: isValidator ? label.validator : "" };
   });
 
@@ -1700,8 +1707,8 @@ class FileSink implements Sink {
     this.keepOwnerAndMode(fd);
     fs().fsyncSync(fd);
     const note = this.replaceFile(path, fd);
-    const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : undefined;
-    if (time !== undefined) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
+    const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : Number.NaN;
+    if (time) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
     this.discard();
     if (this.folder === paths().dirname(this.path))
       for (const older of findParts(this.path, this.folder))

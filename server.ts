@@ -885,15 +885,19 @@ const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 const CONTINUE = encoder.encode("HTTP/1.1 100 Continue\r\n\r\n");
 const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
 
+/** status-line and field-lines, up to the Date. */
+function formatHead(status: number, fields: Record<string, string>): Uint8Array {
+  const lines = Object.entries(fields).map(([name, value]) => `${name}: ${value}\r\n`);
+  return encoder.encode(`HTTP/1.1 ${REASON_PHRASES.get(status) ?? `${status} `}\r\n${lines.join("")}Date: `);
+}
+
 /** Makes a response, with its Content-Length. */
 export function prepareResponse(status: number, fields: Record<string, string>, content: string | Uint8Array = "") {
   const bytes = typeof content === "string" ? encoder.encode(content) : content;
   // RFC 9110 §8.6 and §15.4.5: no Content-Length in a 1xx or 204 response, and none of another content in a 304.
   const hasLength = status !== 204 && status !== 304;
   const all = hasLength ? { ...fields, "Content-Length": String(bytes.length) } : fields;
-  const lines = Object.entries(all).map(([name, value]) => `${name}: ${value}\r\n`);
-  const statusLine = `HTTP/1.1 ${REASON_PHRASES.get(status) ?? `${status} `}\r\n`;
-  return { status, head: encoder.encode(`${statusLine}${lines.join("")}Date: `), content: bytes } satisfies Response;
+  return { status, head: formatHead(status, all), content: bytes } satisfies Response;
 }
 
 /** Formatted once: an attacker must not cost more than others. */
@@ -1666,13 +1670,14 @@ const PIECES_PER_TURN = 16; // After so many pieces for one connection, the othe
 const SMALL_FILE_BYTES_MAX = 65_536; // A file up to this size is read at once and sent with its head.
 const RANGES_MAX = 50; // A request for more gets the whole file. PDF readers and zsync ask for some ten.
 const KNOWN_FILES_MAX = 16_384; // What was found out about a file is kept in memory: about 1 KB.
-const FOUND_BELOW_MS = 1000; // For this long, a file that was found below the root is not looked for again.
+const FOUND_BELOW_MS = 5000; // For this long, a version of a file that was found below the root needs no proof.
 const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: a response waits this long for it.
 const DIGEST_WAITERS_MAX = 8; // So many responses may wait for a digest at once; others go without.
 const LIVELY_MS = 10_000; // A file that changed within this time, such as a log, may change while it is sent.
 const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave the same timestamps.
 const SLOW_READ_MS = 20; // A read that takes this long has waited for a slow disk.
 const SLOW_DISK_MS = 2000; // For this long after a slow read, the thread pool waits for the disk instead of us.
+const NO_SNIFF = { "X-Content-Type-Options": "nosniff" }; // A browser must not guess another type from the content.
 const LISTING_ENTRIES_MAX = 10_000; // A page shows no more names, of 300 bytes each. The others can be fetched.
 
 // ── what is requested ──
@@ -1689,18 +1694,18 @@ const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/;
 export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
   const segments: string[] = [];
-  let last = "";
+  let isFolder = false;
   try {
     for (const encoded of path.split("/")) {
-      last = encoded.includes("%") ? decodeURIComponent(encoded) : encoded;
-      if (NO_FILE_NAME.test(last)) return undefined;
-      if (last === ".." && segments.pop() === undefined) return undefined;
-      if (last !== "" && last !== "." && last !== "..") segments.push(last);
+      const name = encoded.includes("%") ? decodeURIComponent(encoded) : encoded;
+      if (NO_FILE_NAME.test(name)) return undefined;
+      isFolder = name === "" || name === "." || name === "..";
+      if (!isFolder) segments.push(name);
+      else if (name === ".." && segments.pop() === undefined) return undefined;
     }
   } catch {
     return undefined; // decodeURIComponent: not UTF-8
   }
-  const isFolder = last === "" || last === "." || last === "..";
   return { segments, isFolder, query: requestTarget.includes("?") ? `?${query}` : "" };
 }
 
@@ -1735,7 +1740,7 @@ export class FileSite implements Site {
   private readonly knownFiles = new Map<string, KnownFile>();
   /** Listings that wait for their turn, by the path of the folder, and the last of them. */
   private readonly listings = new Map<string, Promise<Response>>();
-  private lastListing: Promise<unknown> = Promise.resolve();
+  private lastListing = Promise.resolve(this.options);
   private digestWaiters = 0;
   /** The time that answers have as their Date. */
   private dateNow = Date.now();
@@ -1765,8 +1770,7 @@ export class FileSite implements Site {
     const path = [this.root, ...segments].join(sep);
     const found = this.open(path);
     if (typeof found === "string") return responseTo(found);
-    if (!found.known.isFolder)
-      return isFolder ? closeAfter(found, responseTo("not-found")) : this.respondFile(request, found);
+    if (!found.known.isFolder) return isFolder ? found.end(responseTo("not-found")) : this.respondFile(request, found);
     fs.closeSync(found.fd);
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
@@ -1774,7 +1778,7 @@ export class FileSite implements Site {
     const index = this.open(join(path, "index.html"));
     if (index === "not-found") return this.list(segments, path);
     if (typeof index === "string") return responseTo(index);
-    return index.known.isFolder ? closeAfter(index, this.list(segments, path)) : this.respondFile(request, index);
+    return index.known.isFolder ? index.end(this.list(segments, path)) : this.respondFile(request, index);
   }
 
   sweep(now: number): void {
@@ -1783,40 +1787,43 @@ export class FileSite implements Site {
   }
 
   /** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
-  private open(path: string): OpenFile | Rejection {
+  private open(path: string): FilePart | Rejection {
     let fd = -1;
+    let known: KnownFile | undefined;
     try {
       // Opening a device or a FIFO may already do something, so only what is, or last was, a file or a folder is opened.
       if (!this.knownFiles.has(path) && !isFileOrFolder(fs.statSync(path, { throwIfNoEntry: false })))
         return "not-found";
       // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
-      const known = this.know(fd, path);
-      if (known !== undefined) return { fd, known };
-      this.knownFiles.delete(path);
-      fs.closeSync(fd);
-      return "not-found";
+      known = this.know(fd, path);
+      return known === undefined ? "not-found" : new FilePart(fd, known);
     } catch (error) {
-      if (fd >= 0) fs.closeSync(fd);
       const rejection = rejectionFor(error);
       return rejection === "forbidden" && !this.isKnownBelow(path) ? "not-found" : rejection;
+    } finally {
+      if (known === undefined && fd >= 0) fs.closeSync(fd);
     }
   }
 
   /**
    * What is known of an open file; undefined if it is of another kind, or not below the root. Changing a link or moving a
    * folder at this moment cannot show a file from elsewhere: the kernel tells where the open file is, or the same file in
-   * the same version was found below the root within the last second.
+   * the same version, which renaming it would change, was found below this root within the last 5 seconds.
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
-    if (!isFileOrFolder(stats)) return undefined;
-    let known = this.knownFiles.get(path);
-    if (known?.isOf(stats) !== true) known = new KnownFile(path, stats, this.dateNow);
-    else if (Math.abs(this.dateNow - known.foundAt) < FOUND_BELOW_MS) return known; // clocks may be set back
+    const last = this.knownFiles.get(path);
+    const isSame = last?.isOf(stats) === true;
+    const isRecent = Math.abs(this.dateNow - (last?.foundAt ?? 0)) < FOUND_BELOW_MS; // clocks may be set back
+    if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
+    this.knownFiles.delete(path);
     // Elsewhere than on Linux the path is resolved once more: a race for whoever can change links below the root.
-    if (!this.hasBelow(isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path))) return undefined;
+    const realPath = () => (isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path));
+    if (!isFileOrFolder(stats) || !this.hasBelow(realPath())) return undefined;
+    const known = isSame ? last : new KnownFile(path, stats, this.dateNow);
     known.foundAt = this.dateNow;
+    known.foundBelow = this.realRoot;
     if (known.isLasting) this.knownFiles.set(path, known);
     const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
     this.knownFiles.delete(oldest);
@@ -1840,30 +1847,31 @@ export class FileSite implements Site {
     }
   }
 
-  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
+  private respondFile(request: RequestHead, file: FilePart): Response | Promise<Response> {
     const { known } = file;
     const { method } = request;
     const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
     const status = evaluateConditions(fields, known);
-    if (status === 412) return closeAfter(file, responseTo("precondition"));
-    if (status === 304) return closeAfter(file, prepareFile(304, known.validators));
+    if (status === 412) return file.end(responseTo("precondition"));
+    if (status === 304) return file.end(prepareResponse(304, known.validators));
     const ranges = decideRanges(method, fields, known, Date.now());
     if (ranges === "unsatisfiable") {
-      const content = encoder.encode("the file has none of these bytes\n");
-      const about = `Content-Type: text/plain; charset=utf-8\r\nContent-Length: ${content.length}\r\n`;
-      return closeAfter(
-        file,
-        prepareFile(416, `${about}Content-Range: bytes */${known.size}\r\n${known.validators}`, content),
-      );
+      const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
+      return file.end(prepareResponse(416, about, "the file has none of these bytes\n"));
     }
-    const want = fields.get("want-repr-digest");
-    const wantsDigest = want !== undefined && wantsSha256(want);
-    const respond = () => respondContent(method, file, ranges, wantsDigest);
+    const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
+    const respond = () => respondContent(method, file, ranges, wantsDigest ? known.digest : undefined);
     if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return respond();
+    return this.hashInTurns(file).then(respond);
+  }
+
+  /** Hashes a file until it has its digest, for as long as an answer waits. */
+  private async hashInTurns({ fd, known }: FilePart): Promise<void> {
+    const deadline = performance.now() + DIGEST_TIMEOUT_MS;
     this.digestWaiters++;
-    return hashInTurns(file)
-      .finally(() => this.digestWaiters--)
-      .then(respond);
+    do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
+    while (performance.now() < deadline && known.hashNext(fd));
+    this.digestWaiters--;
   }
 
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
@@ -1878,10 +1886,9 @@ export class FileSite implements Site {
       const ownPath = isLinux ? OPEN_DESCRIPTORS + folder.fd : path;
       return this.listFolder(segments, ownPath).finally(() => fs.closeSync(folder.fd));
     };
-    const listing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
-    this.listings.set(path, listing);
-    this.lastListing = listing;
-    return listing;
+    this.lastListing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
+    this.listings.set(path, this.lastListing);
+    return this.lastListing;
   }
 
   private async listFolder(segments: readonly string[], folder: string): Promise<Response> {
@@ -1915,15 +1922,6 @@ const unused = new Uint8Array(PIECE_BYTES);
 const warm = (fd: number, position: number) =>
   new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position, () => resolve()));
 
-/** A file or a folder below the root. The holder must close it. */
-type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
-
-/** Closes a file when there is an outcome, unless some of it is still to be sent. */
-function closeAfter<R extends Response | Promise<Response>>({ fd }: OpenFile, response: R): R {
-  if (response instanceof Promise || response.part === undefined) fs.closeSync(fd);
-  return response;
-}
-
 /** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
 function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
   const start = performance.now();
@@ -1941,19 +1939,18 @@ class KnownFile {
   readonly size: number;
   readonly isFolder: boolean;
   readonly type: string;
-  /** Strong (RFC 9110 §8.8.3). */
   readonly etag: string;
-  /** In milliseconds since 1970, whole seconds: the resolution of Last-Modified. NaN, which equals nothing, if unknown. */
+  /** In milliseconds since 1970, whole seconds. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
-  /** The field-lines of both. */
-  readonly validators: string;
+  readonly validators: Readonly<Record<string, string>>;
   /** Another request may find the same version. */
   readonly isLasting: boolean;
-  /** The response that most requests get, but for its content: all of the file, without a digest. */
-  usual: Response | undefined;
+  foundBelow = "";
+  /** What most requests get: all of the file, without a digest. */
+  usual: Prepared | undefined;
   /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
   digest: string | undefined;
-  private hasher: Bun.CryptoHasher | undefined;
+  private hasher: Bun.CryptoHasher | undefined; // once a digest was wanted
   hashedTo = 0;
 
   /** @param foundAt when it was found below the root: the time that answers have as their Date */
@@ -1972,14 +1969,14 @@ class KnownFile {
     // Modified within the clock's resolution: a second change might leave the same times, so this tag is used once.
     const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
     const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
-    // Anyone can set the time of the last modification, nobody that of the last change. Both are exact to a microsecond.
+    // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
     this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
     // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
     this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
     this.lastModified = modified > 1000 ? modified : Number.NaN;
-    const date = modified > 1000 ? `Last-Modified: ${new Date(modified).toUTCString()}\r\n` : "";
-    this.validators = `ETag: ${this.etag}\r\n${date}`;
+    const date = modified > 1000 ? { "Last-Modified": new Date(modified).toUTCString() } : {};
+    this.validators = { ETag: this.etag, ...date };
   }
 
   /** Is it the version of an open file? */
@@ -1992,8 +1989,7 @@ class KnownFile {
   /** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
   hashOn(fd: number, bytes: Uint8Array, position: number): void {
     const from = this.hashedTo - position;
-    if (this.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
-    this.hasher ??= new Bun.CryptoHasher("sha256");
+    if (this.hasher === undefined || this.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
     this.hasher.update(bytes.subarray(from));
     this.hashedTo = position + bytes.length;
     if (this.hashedTo === this.size && this.isOf(fs.fstatSync(fd))) this.digest = this.hasher.digest("base64");
@@ -2002,6 +1998,7 @@ class KnownFile {
   /** Reads and hashes the next piece. @returns whether there may be more to hash; if the disk fails, sending will tell */
   hashNext(fd: number): boolean {
     const length = Math.min(PIECE_BYTES, this.size - this.hashedTo);
+    this.hasher ??= new Bun.CryptoHasher("sha256");
     try {
       if (this.digest !== undefined || !readFully(fd, piece, 0, length, this.hashedTo)) return false;
       this.hashOn(fd, piece.subarray(0, length), this.hashedTo);
@@ -2010,13 +2007,6 @@ class KnownFile {
       return false;
     }
   }
-}
-
-/** Hashes a file until it has its digest, for as long as an answer waits. */
-async function hashInTurns({ fd, known }: OpenFile): Promise<void> {
-  const deadline = performance.now() + DIGEST_TIMEOUT_MS;
-  do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
-  while (performance.now() < deadline && known.hashNext(fd));
 }
 
 // ── what is decided ──
@@ -2028,8 +2018,7 @@ const ENTITY_TAG = /(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g;
 
 /** Is the tag on the list? "*" lists every version. In a weak comparison `W/` does not count (§8.8.3.2). */
 function isListed(list: string, etag: string, isWeakly: boolean): boolean {
-  if (list === "*") return true;
-  const tags: readonly string[] = list.match(ENTITY_TAG) ?? [];
+  const tags: readonly string[] = list === "*" ? [etag] : (list.match(ENTITY_TAG) ?? []);
   return tags.includes(etag) || (isWeakly && tags.includes(`W/${etag}`));
 }
 
@@ -2038,7 +2027,6 @@ function isListed(list: string, etag: string, isWeakly: boolean): boolean {
  * @returns 304: the client's copy is current; 412: a precondition failed; undefined: the request is to be answered
  */
 export function evaluateConditions(fields: ReadonlyMap<string, string>, version: FileVersion): 304 | 412 | undefined {
-  /** NaN, which compares with nothing, if there is none. */
   const date = (name: string) => (fields.has(name) ? parseHttpDate(fields.get(name) ?? "") : Number.NaN);
   // Step 1, and step 2 only without it.
   const ifMatch = fields.get("if-match");
@@ -2051,29 +2039,31 @@ export function evaluateConditions(fields: ReadonlyMap<string, string>, version:
   return version.lastModified <= date("if-modified-since") ? 304 : undefined;
 }
 
+// ── shared: http-date ──
 /** HTTP-date (RFC 9110 §5.6.7): the form that is sent today, and two obsolete ones. */
-const HTTP_DATES = [
-  /^[A-Z][a-z]{2}, (?<day>\d\d) (?<month>[A-Z][a-z]{2}) (?<year>\d{4}) (?<time>\d\d:\d\d:\d\d) GMT$/,
-  /^[A-Z][a-z]+day, (?<day>\d\d)-(?<month>[A-Z][a-z]{2})-(?<year>\d\d) (?<time>\d\d:\d\d:\d\d) GMT$/,
-  /^[A-Z][a-z]{2} (?<month>[A-Z][a-z]{2}) (?<day>[ \d]\d) (?<time>\d\d:\d\d:\d\d) (?<year>\d{4})$/,
-];
+const HTTP_DATE =
+  /^([A-Z]\w\w, \d\d \w{3} \d{4} [\d:]{8} GMT|[A-Z]\w+day, \d\d-\w{3}-\d\d [\d:]{8} GMT|[A-Z]\w\w \w{3} [ \d]\d [\d:]{8} \d{4})$/;
 
-/** @returns NaN if it is no HTTP-date */
+/** @returns milliseconds since 1970; NaN, which compares with nothing, if it is no HTTP-date */
 export function parseHttpDate(text: string, now = Date.now()): number {
-  const form = HTTP_DATES.find((form) => form.test(text));
-  const { day = "", month = "", year = "", time = "" } = form?.exec(text)?.groups ?? {};
-  // Two digits are the year that is not more than 50 years ahead.
-  const centuries = Math.floor((new Date(now).getUTCFullYear() + 50 - Number(year)) / 100);
-  const written = `${day.replace(" ", "0")} ${month} ${year.length === 2 ? Number(year) + 100 * centuries : year} ${time} GMT`;
+  if (!HTTP_DATE.test(text)) return Number.NaN;
+  // A year of two digits is the last one that ends so and is not more than 50 years ahead.
+  const last = new Date(now).getUTCFullYear() + 50;
+  const fullYear = (_: string, digits: string) => `-${last - ((last - Number(digits)) % 100)} `;
+  const written = text.replace(/-(\d\d) /, fullYear).replace(/\d$/, "$& GMT");
   const date = new Date(written);
-  // There is no 31st of February, but Date reads it as a day in March.
-  return !Number.isNaN(date.getTime()) && date.toUTCString().endsWith(written) ? date.getTime() : Number.NaN;
+  // Date reads a 31st of February as a day in March: month, year and time must be those that are written.
+  const [, , ...parts] = date.toUTCString().split(" ");
+  return parts.every((part) => written.includes(part)) ? date.getTime() : Number.NaN;
 }
+// ── end shared ──
 
 /** The bytes from `from` up to, but not including, `to`. */
 export type ByteRange = Readonly<{ from: number; to: number }>;
+/** The parts of a file that are sent; undefined is the whole. */
+type Ranges = readonly ByteRange[] | undefined;
 
-/** The parts of a file to send; undefined is the whole, "unsatisfiable" that the file has nothing of what is asked for. */
+/** @returns "unsatisfiable" if the file has nothing of what is asked for */
 export function decideRanges(method: Method, fields: ReadonlyMap<string, string>, version: FileVersion, now: number) {
   const [range, ifRange] = [fields.get("range"), fields.get("if-range")];
   if (method !== "GET" || range === undefined) return undefined; // RFC 9110 §14.2: it has a meaning only in a GET
@@ -2089,93 +2079,78 @@ export function decideRanges(method: Method, fields: ReadonlyMap<string, string>
  * @returns in the order asked for; "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another
  * unit, a syntax error, too many, or an empty file, of which Content-Range can say nothing
  */
-export function parseRanges(value: string, size: number): readonly ByteRange[] | "unsatisfiable" | undefined {
+export function parseRanges(value: string, size: number): Ranges | "unsatisfiable" {
   const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
   const specs = list.split(",").map(trimOws).filter(Boolean); // §5.6.1: empty elements are ignored
   if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
-  let ranges: readonly ByteRange[] = [];
+  const ranges: ByteRange[] = [];
   for (const spec of specs) {
     const [, first = "", last = ""] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
     if (first + last === "" || (first !== "" && last !== "" && Number(last) < Number(first))) return undefined;
-    const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
-    const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
-    if (from < to) ranges = joinRange(ranges, { from, to });
+    let from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
+    let to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
+    if (from >= to) continue;
+    // What it touches is joined with it, in the place of the first of these. No others can touch the result.
+    let place = ranges.length;
+    for (const [i, other] of [...ranges.entries()].reverse()) {
+      if (other.to < from || to < other.from) continue;
+      [from, to] = [Math.min(from, other.from), Math.max(to, other.to)];
+      ranges.splice(i, 1);
+      place = i;
+    }
+    ranges.splice(place, 0, { from, to });
   }
   return ranges.length === 0 ? "unsatisfiable" : ranges;
 }
 
-/** Adds a range to some that do not touch each other. If it touches any, the whole stands where the first of them was. */
-function joinRange(ranges: readonly ByteRange[], range: ByteRange): readonly ByteRange[] {
-  const isApart = ({ from, to }: ByteRange) => to < range.from || range.to < from;
-  const joined = ranges.filter((one) => !isApart(one)).concat(range);
-  const whole = { from: Math.min(...joined.map(({ from }) => from)), to: Math.max(...joined.map(({ to }) => to)) };
-  const place = ranges.findIndex((one) => !isApart(one));
-  return place < 0 ? [...ranges, whole] : [...ranges.slice(0, place), whole, ...ranges.slice(place).filter(isApart)];
-}
-
-/** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. */
-export function wantsSha256(wantReprDigest: string): boolean {
-  const last = [...wantReprDigest.matchAll(/(?:^|,)[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/g)].at(-1);
-  return Number(last?.[1] ?? 0) > 0;
-}
+/** RFC 9530 §4: a dictionary of preferences from 0, "not this one", to 10. Of a key that comes twice the last counts. */
+export const wantsSha256 = (wantReprDigest: string) =>
+  Number(/^(?:.*,)?[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/.exec(wantReprDigest)?.[1]) > 0;
 
 // ── what is answered ──
 
-/** A response about a file. `lines` are field-lines. */
-const prepareFile = (status: number, lines: string, content: Uint8Array = NO_BYTES): Response => ({
-  status,
-  head: encoder.encode(`HTTP/1.1 ${REASON_PHRASES.get(status)}\r\n${lines}Date: `),
-  content,
-});
+/** Content is ranges of the file, and texts between them. */
+type Segment = ByteRange | Uint8Array;
+type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly Segment[]; length: number }>;
 
-/** A browser must not guess another type from the content. */
-const NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n";
-const contentRange = ({ from, to }: ByteRange, size: number) => `Content-Range: bytes ${from}-${to - 1}/${size}\r\n`;
+const lengthOf = (segment: Segment) => (segment instanceof Uint8Array ? segment.length : segment.to - segment.from);
 
-/** The response with a file or parts of it, but for its content. */
-function prepareContent(
-  { size, type, validators, digest }: KnownFile,
-  ranges: readonly ByteRange[] | undefined,
-  boundary: string,
-  length: number,
-  wantsDigest: boolean,
-): Response {
-  const sent = boundary === "" ? type : `multipart/byteranges; boundary=${boundary}`;
-  let lines = `Content-Type: ${sent}\r\n${NO_SNIFFING}Accept-Ranges: bytes\r\n${validators}Content-Length: ${length}\r\n`;
-  if (ranges?.[0] !== undefined && boundary === "") lines += contentRange(ranges[0], size);
-  if (wantsDigest && digest !== undefined) lines += `Repr-Digest: sha-256=:${digest}:\r\n`;
-  return prepareFile(ranges === undefined ? 200 : 206, lines);
+/** All that a response with content has before it is read. */
+function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, digest: string | undefined): Prepared {
+  const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
+  const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
+  const [range = { from: 0, to: size }, ...more] = ranges ?? [];
+  let segments: readonly Segment[] = [range];
+  if (more.length > 0) {
+    // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
+    const boundary = crypto.randomUUID();
+    const text = (lines: string) => encoder.encode(`\r\n--${boundary}${lines}\r\n`);
+    const head = (one: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
+    segments = [...[range, ...more].flatMap((one) => [head(one), one]), text("--")];
+    fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
+  } else if (ranges !== undefined) fields["Content-Range"] = contentRange(range);
+  if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
+  const length = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
+  fields["Content-Length"] = String(length);
+  const status = ranges === undefined ? 200 : 206;
+  return { status, head: formatHead(status, fields), segments, length };
 }
 
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
-function respondContent(
-  method: Method,
-  file: OpenFile,
-  ranges: readonly ByteRange[] | undefined,
-  wantsDigest: boolean,
-): Response {
+function respondContent(method: Method, file: FilePart, ranges: Ranges, digest: string | undefined): Response {
   const { known } = file;
-  const [range = { from: 0, to: known.size }, second] = ranges ?? [];
-  const boundary = second === undefined ? "" : crypto.randomUUID();
-  const segments = ranges === undefined || second === undefined ? [range] : separateRanges(ranges, known, boundary);
-  const part = new FilePart(file, segments, wantsDigest);
-  const isUsual = ranges === undefined && !wantsDigest;
-  const response = (isUsual && known.usual) || prepareContent(known, ranges, boundary, part.left, wantsDigest);
-  if (isUsual) known.usual = response;
-  if (method === "HEAD") return closeAfter(file, response);
-  if (part.left > SMALL_FILE_BYTES_MAX) return { ...response, part };
-  const content = new Uint8Array(part.left);
-  // If the file has just changed, the streaming path detects what has become of it.
-  return part.read(content, content.length) === "same"
-    ? closeAfter(file, { ...response, content })
-    : { ...response, part };
-}
-
-/** RFC 9110 §14.6: the content of multipart/byteranges, in which each range has a head of its own. */
-function separateRanges(ranges: readonly ByteRange[], { size, type }: KnownFile, boundary: string) {
-  const head = (range: ByteRange) => `\r\n--${boundary}\r\nContent-Type: ${type}\r\n${contentRange(range, size)}\r\n`;
-  const parts = ranges.flatMap((range) => [encoder.encode(head(range)), range]);
-  return [...parts, encoder.encode(`\r\n--${boundary}--\r\n`)];
+  const isUsual = ranges === undefined && digest === undefined;
+  const prepared = (isUsual && known.usual) || prepareContent(known, ranges, digest);
+  if (isUsual) known.usual = prepared;
+  const { status, head } = prepared;
+  if (method === "HEAD") return file.end({ status, head, content: NO_BYTES });
+  file.start(prepared);
+  if (file.left <= SMALL_FILE_BYTES_MAX) {
+    const content = new Uint8Array(file.left);
+    if (file.read(content) === "same") return file.end({ status, head, content });
+  }
+  // Also if it has just changed: what has become of it shows while it is sent.
+  return { status, head, content: NO_BYTES, part: file };
 }
 
 // ── what is sent ──
@@ -2186,41 +2161,48 @@ const piece = new Uint8Array(PIECE_BYTES);
 /** Lets all other connections have a turn. */
 const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
-const lengthOf = (segment: ByteRange | Uint8Array) =>
-  segment instanceof Uint8Array ? segment.length : segment.to - segment.from;
-
 /**
- * Content that is read from a file while it is sent, and not kept. All of it must be one version. If the file has become
- * longer meanwhile, the last piece is held back until the rest of it is seen to be what was sent, by a checksum.
+ * An open file or folder below the root, and the part of it that is sent. The holder must close it. All of a part must be
+ * one version: if the file has become longer, the last piece is held back until a checksum tells that the rest is as it was.
  */
 export class FilePart {
+  private segments: readonly Segment[] = [];
   /** How many bytes are left, and how many have been sent. */
-  left: number;
+  left = 0;
   sent = 0;
   /** Where the next one is in the file. NaN for several ranges. */
-  position: number;
-  /** The file when it was last known to have what was sent. */
-  private compared: fs.Stats;
+  position = 0;
   /** CRC-32 of what was sent. It takes a while: files that have long been the same go without. */
   private checksum: number | undefined;
+  /** The file when it was last known to have what was sent. */
+  private compared: fs.Stats;
 
   constructor(
-    readonly file: OpenFile,
-    private readonly segments: readonly (ByteRange | Uint8Array)[], // of the file, and texts between them
-    private readonly hashes: boolean, // whether it brings on the digest of the file
+    readonly fd: number,
+    readonly known: KnownFile,
   ) {
-    this.left = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
+    this.compared = known.stats;
+  }
+
+  /** Closes it: nothing of it is sent, or all has been read. */
+  end<R extends Response | Promise<Response>>(response: R): R {
+    fs.closeSync(this.fd);
+    return response;
+  }
+
+  start({ segments, length }: Prepared): void {
+    this.segments = segments;
+    this.left = length;
     const [first] = segments;
     this.position = first !== undefined && "from" in first ? first.from : Number.NaN;
-    this.compared = file.known.stats;
     this.checksum = Date.now() - this.compared.ctimeMs < LIVELY_MS ? 0 : undefined;
   }
 
   /** Reads the next bytes without moving on, and says what has become of the file. */
-  read(into: Uint8Array, length: number): "same" | "longer" | "changed" | "gone" {
+  read(into: Uint8Array): "same" | "longer" | "changed" | "gone" {
     try {
-      if (!this.readAt(this.sent, into, length)) return "gone";
-      const { size, mtimeMs } = fs.fstatSync(this.file.fd);
+      if (!this.readAt(this.sent, into)) return "gone";
+      const { size, mtimeMs } = fs.fstatSync(this.fd);
       // Not the time of the last change: moving, replacing or deleting a file changes that too.
       if (size === this.compared.size && mtimeMs === this.compared.mtimeMs) return "same";
       return size > this.compared.size ? "longer" : "changed";
@@ -2231,7 +2213,7 @@ export class FilePart {
 
   /** Moves on: these bytes have been sent. */
   advance(bytes: Uint8Array): void {
-    if (this.hashes) this.file.known.hashOn(this.file.fd, bytes, this.position);
+    this.known.hashOn(this.fd, bytes, this.position);
     if (this.checksum !== undefined) this.checksum = Bun.hash.crc32(bytes, this.checksum);
     this.sent += bytes.length;
     this.position += bytes.length;
@@ -2240,43 +2222,40 @@ export class FilePart {
 
   /** Of a file that has become longer: is what was sent still there? @throws SystemError */
   async hasOnlyGrown(): Promise<boolean> {
-    const found = fs.fstatSync(this.file.fd);
+    const found = fs.fstatSync(this.fd);
     if (this.sent > 0 && this.checksum === undefined) return false;
     let checksum = 0;
     for (let at = 0; at < this.sent; at += PIECE_BYTES) {
-      const length = Math.min(PIECE_BYTES, this.sent - at);
-      if (!this.readAt(at, piece, length)) return false;
-      checksum = Bun.hash.crc32(piece.subarray(0, length), checksum);
+      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, this.sent - at));
+      if (!this.readAt(at, bytes)) return false;
+      checksum = Bun.hash.crc32(bytes, checksum);
       await nextTurn();
     }
     this.compared = found;
     return this.sent === 0 || checksum === this.checksum;
   }
 
-  private readAt(position: number, into: Uint8Array, length: number): boolean {
-    let start = 0; // of a segment, in the content
+  /** Reads what stands at a position of the content. @returns false if the file has less @throws SystemError */
+  private readAt(position: number, into: Uint8Array): boolean {
+    let skipped = position;
     let at = 0;
     for (const segment of this.segments) {
-      const skipped = position + at - start;
-      const count = Math.min(length - at, lengthOf(segment) - skipped);
-      start += lengthOf(segment);
-      if (count <= 0) continue;
-      if (segment instanceof Uint8Array) into.set(segment.subarray(skipped, skipped + count), at);
-      else if (!readFully(this.file.fd, into, at, at + count, segment.from + skipped)) return false;
-      at += count;
+      const to = Math.min(into.length, at + Math.max(0, lengthOf(segment) - skipped));
+      if (segment instanceof Uint8Array) into.set(segment.subarray(skipped, skipped + to - at), at);
+      else if (!readFully(this.fd, into, at, to, segment.from + skipped)) return false;
+      skipped = Math.max(0, skipped - lengthOf(segment));
+      at = to;
     }
     return true;
   }
 }
 
-/** Waits for a response that takes time. */
+/** Waits for a response that takes time. The shared output is sent before; if the peer has gone, that shows after. */
 async function waitForResponse(connection: Connection, promise: Promise<Response>): Promise<Response> {
-  connection.head.keep();
-  promise.catch(() => {}); // it is awaited below; a rejection that comes before is not lost
-  if (!connection.flush()) await connection.drain().catch(() => {});
-  const response = await promise;
+  const send = async () => connection.flush() || connection.drain();
+  const [response] = await Promise.all([promise, send().catch(() => {})]);
   if (!connection.isGone) return response;
-  if (response.part !== undefined) fs.closeSync(response.part.file.fd);
+  if (response.part !== undefined) fs.closeSync(response.part.fd);
   throw GONE;
 }
 
@@ -2285,32 +2264,30 @@ async function waitForResponse(connection: Connection, promise: Promise<Response
  * completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that it is short.
  */
 async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: FilePart) {
-  const { file } = part;
-  connection.head.keep();
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
     for (let pieces = 1, warmTo = 0; part.left > 0; pieces++) {
       if (part.position >= warmTo && performance.now() < slowUntil) {
-        await warm(file.fd, part.position);
+        await warm(part.fd, part.position);
         warmTo = part.position + PIECE_BYTES;
       }
       const room = part.position < warmTo ? warmTo - part.position : PIECE_BYTES;
-      const length = Math.min(room, part.left);
-      let found = part.read(piece, length);
+      const bytes = piece.subarray(0, Math.min(room, part.left));
+      let found = part.read(bytes);
       if (found === "changed") {
         await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
-        found = part.read(piece, length);
+        found = part.read(bytes);
       }
-      if (found === "longer" && length === part.left) {
-        found = (await part.hasOnlyGrown()) && part.read(piece, length) !== "gone" ? "same" : "changed";
+      if (found === "longer" && bytes.length === part.left) {
+        found = (await part.hasOnlyGrown()) && part.read(bytes) !== "gone" ? "same" : "changed";
         deadline = connection.server.writeDeadline;
       }
-      if (found === "changed" || found === "gone") throw new Error(`${file.known.path} has changed while it was sent`);
-      const taken = connection.write(piece, length);
-      part.advance(piece.subarray(0, taken));
+      if (found === "changed" || found === "gone") throw new Error(`${part.known.path} has changed while it was sent`);
+      const taken = connection.write(bytes, bytes.length);
+      part.advance(bytes.subarray(0, taken));
       if (taken > 0) deadline = connection.server.writeDeadline;
-      if (taken < length) await connection.waitForRoom(deadline);
+      if (taken < bytes.length) await connection.waitForRoom(deadline);
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {
@@ -2318,7 +2295,7 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
     throw GONE;
   } finally {
     log(connection, content, status, part.sent);
-    fs.closeSync(file.fd);
+    fs.closeSync(part.fd);
   }
 }
 
@@ -2329,13 +2306,9 @@ export type ListingEntry = Readonly<{ name: string; isFolder: boolean; size: num
 
 /** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
 function listingFields(): Record<string, string> {
-  const style = new Bun.CryptoHasher("sha256").update(LISTING_STYLE).digest("base64");
+  const style = Bun.CryptoHasher.hash("sha256", LISTING_STYLE, "base64");
   const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
-  return {
-    "Content-Type": "text/html; charset=utf-8",
-    "Content-Security-Policy": policy,
-    "X-Content-Type-Options": "nosniff",
-  };
+  return { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFF };
 }
 
 // ── shared: sizes ──
@@ -2351,7 +2324,8 @@ function formatBytes(bytes: number): string {
 /** Text from a peer or a file name, as content of an HTML page. */
 const escapeText = (text: string) => Bun.escapeHTML(printable(text));
 
-const count = (n: number, one: string, many = `${one}s`) => (n > 0 ? [`${n} ${n === 1 ? one : many}`] : []);
+/** "" for none, so that it can be left out of a sentence. */
+const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
 
 /**
  * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
@@ -2372,10 +2346,12 @@ export function formatListing(
   if (segments.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
   const path = escapeText(["", ...segments, ""].join("/"));
   const folders = entries.filter(({ isFolder }) => isFolder).length;
-  const shown = [...count(folders, "folder"), ...count(entries.length - folders, "file")];
-  if (unlisted > 0) shown.push(`and ${unlisted} more that the page leaves out`);
-  const left = count(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
-  const sentences = [shown.join(", "), ...left].filter(Boolean).map((sentence) => `${sentence}. `);
+  const more = unlisted > 0 ? `and ${unlisted} more that the page leaves out` : "";
+  const shown = [counted(folders, "folder"), counted(entries.length - folders, "file"), more]
+    .filter(Boolean)
+    .join(", ");
+  const left = counted(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
+  const sentences = shown + left === "" ? ["This folder is empty"] : [shown, left, "Times are in UTC"];
   return `<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -2387,7 +2363,7 @@ export function formatListing(
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${sentences.length === 0 ? "This folder is empty." : `${sentences.join("")}Times are in UTC.`}</p>
+<p>${sentences.filter(Boolean).join(". ")}.</p>
 </main>
 </html>
 `;
@@ -2403,41 +2379,29 @@ function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): s
 
 /**
  * Browsers that do not know "light-dark" use their own colours. Icons are clipped boxes: a link that ends in a slash is a
- * folder. A link covers its whole row, as a target for a thumb.
+ * folder. A link covers its whole row, as a target for a thumb. On a phone, time and size stand below the name.
  */
 const LISTING_STYLE = `
-:root { color-scheme: light dark; --dim: light-dark(#59626d, #9aa3ae); --line: light-dark(#e3e6ea, #2c3036); }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 2rem 1rem;
+:root { color-scheme: light dark; }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: auto; padding: 1rem .5rem;
   color: light-dark(#1c2024, #e4e7ea); background: light-dark(#fff, #14161a); }
-h1 { font-size: 1.25rem; margin: 0; padding: 0 .5rem 1rem; }
+h1 { font-size: 1.25rem; padding: 0 .5rem; }
 h1, a { overflow-wrap: anywhere; white-space: pre-wrap; }
-ul { list-style: none; margin: 0; padding: 0; border: solid var(--line); border-width: 1px 0; }
-li { display: grid; grid: auto / 1fr 6rem 9rem; gap: 0 1rem; align-items: baseline; align-content: center;
-  position: relative; padding: .5rem; }
-li + li { border-top: 1px solid var(--line); }
+ul { margin: 0; padding: 0; }
+li, p { margin: 0; padding: .5rem; border-top: 1px solid light-dark(#e3e6ea, #2c3036); }
+li { position: relative; display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline; padding-left: 2.25rem; }
 li:hover { background: light-dark(#f3f6f9, #1d2025); }
-a { padding-left: 1.75rem; text-decoration: none; color: light-dark(#0a58ca, #8ab8ff); }
+a { flex: 1; text-decoration: none; color: light-dark(#0a58ca, #8ab8ff); }
 a:visited { color: light-dark(#6b3fa0, #c3a6f2); }
-li:hover a { text-decoration: underline; }
 a::after { content: ""; position: absolute; inset: 0; }
-a:focus-visible { outline: none; }
-a:focus-visible::after { outline: 2px solid; outline-offset: -2px; border-radius: 4px; }
 a::before { content: ""; position: absolute; left: .5rem; top: .75rem; width: 1rem; height: 1rem;
   background: #8b949e; clip-path: polygon(12% 0, 60% 0, 88% 28%, 88% 100%, 12% 100%); }
 [href$="/"]::before { background: light-dark(#3b82d6, #6ba6f0);
   clip-path: polygon(0 8%, 40% 8%, 52% 22%, 100% 22%, 100% 92%, 0 92%); }
 [href="../"]::before { clip-path: polygon(50% 4%, 96% 50%, 64% 50%, 64% 96%, 36% 96%, 36% 50%, 4% 50%); }
-span, time, p { font-size: .875rem; color: var(--dim); font-variant-numeric: tabular-nums; white-space: nowrap; }
-span, time { text-align: right; }
-time { grid-column: 3; }
-p { margin: 0; padding: .75rem .5rem; white-space: normal; }
-@media (max-width: 40rem) {
-  body { padding: 1rem .5rem; }
-  li { grid: auto / 1fr auto; min-height: 1.75rem; }
-  a { grid-column: 1 / 3; }
-  time { grid-area: 2 / 1; text-align: left; padding-left: 1.75rem; }
-  span { grid-area: 2 / 2; }
-}
+span, time, p { font-size: .875rem; color: light-dark(#59626d, #9aa3ae); font-variant-numeric: tabular-nums; }
+time { min-width: 9rem; text-align: right; }
+@media (max-width: 40rem) { a { flex: 100%; } time { flex: 1; text-align: left; } span { order: 1; } }
 `;
 
 // ═══ 12 Main ═════════════════════════════════════════════════════════════════════════════════════

@@ -3,7 +3,7 @@
  * connection that sends files, to a transport that takes what the test says.
  */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { writeFileSync } from "node:fs";
+import { writeFileSync, readdirSync, readlinkSync } from "node:fs";
 import { join } from "node:path";
 import {
   type ByteRange,
@@ -633,7 +633,7 @@ describe("a connection that sends files", () => {
       server.site.sweep?.(Date.now());
       await folder[Symbol.asyncDispose]();
     };
-    return { server, transport, connection, [Symbol.asyncDispose]: dispose };
+    return { server, transport, connection, folder: folder.path, [Symbol.asyncDispose]: dispose };
   }
 
   /** The contents of two answers, one after the other. */
@@ -664,7 +664,7 @@ describe("a connection that sends files", () => {
     let others = 0;
     all.connection.onData(Buffer.concat([GET_A, GET_B_AND_CLOSE]));
     setImmediate(() => (others = all.transport.written.length));
-    await turns(4);
+    while (all.transport.calls.at(-1) !== "shutdown") await turns(1);
     expect(others).toBeGreaterThan(0);
     expect(others).toBeLessThan(A.length);
     expect(contents(all.transport.written).map(({ length }) => length)).toEqual([A.length, B.length]);
@@ -725,6 +725,25 @@ describe("a connection that sends files", () => {
     connection.onDeadline();
     await turns(1);
     expect(transport.calls.slice(-2)).toEqual(["shutdown", "end"]);
+  });
+
+  test("closes a file that took its time to answer, though what was sent before it has failed", async () => {
+    await using all = await connect(-1); // the peer has gone
+    const areOpen = () =>
+      readdirSync("/proc/self/fd").filter((fd) => {
+        try {
+          return readlinkSync(`/proc/self/fd/${fd}`).startsWith(all.folder);
+        } catch {
+          return false; // that of readdirSync itself
+        }
+      }).length;
+    all.connection.onData(
+      Buffer.concat([get("GET /nothing HTTP/1.1"), get("GET /a HTTP/1.1", "Want-Repr-Digest: sha-256=1")]),
+    );
+    await Promise.resolve();
+    expect(areOpen()).toBe(1);
+    for (let i = 0; areOpen() > 0 && i < 1000; i++) await turns(1);
+    expect(areOpen()).toBe(0);
   });
 
   test("waits for a digest with nothing of its own in the output that all connections share", async () => {

@@ -351,6 +351,9 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
         writeFileSync(at(`releases/${version}/${name}`), `release ${version}`);
     }
     symlinkSync("../1/v", at("releases/2/old"));
+    mkdirSync(at("releases/1/shared"));
+    writeFileSync(at("releases/1/shared/v"), "shared");
+    symlinkSync("../1/shared", at("releases/2/shared"));
     symlinkSync("releases/1", at("current"));
     await using server = await startServer(variant, ["--root", at("current"), "--log", "off", ...PATIENCE]);
     const get = async (target: string) => {
@@ -358,6 +361,8 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
       return status === 200 ? content.toString() : status;
     };
     expect(await get("/v")).toBe("release 1");
+    await settledTag(server.port, "/shared/v"); // from now on it is known
+    expect(await get("/shared/v")).toBe("shared");
     symlinkSync("releases/2", at("next"));
     renameSync(at("next"), at("current"));
     // Within a moment, a link to the old root leaves the new one, though nothing else is asked for.
@@ -365,6 +370,7 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     expect(await get("/v")).toBe("release 2");
     expect([await get("/sub/v"), await get("/only2"), await get("/only1")]).toEqual(["release 2", "release 2", 404]);
     expect(await get("/")).toContain('href="only2"');
+    expect(await get("/shared/v")).toBe(404); // a link that leaves the new root
     rmSync(at("releases/1"), { recursive: true });
     expect(await get("/v")).toBe("release 2");
     rmSync(at("releases/2"), { recursive: true });
@@ -373,6 +379,33 @@ describe.each(VARIANTS)("server --root (%s)", (variant) => {
     writeFileSync(at("releases/2/v"), "again");
     expect(await get("/v")).toBe("again");
   });
+
+  test.concurrent(
+    "a file that is moved out of the root is not found by a link in its place, asked for before or not",
+    async () => {
+      await using server = await serve({ file: "x", "folder/asked": "x", "folder/unasked": "x" });
+      await using elsewhere = await temporaryFolder();
+      for (const name of ["file", "folder/asked"]) {
+        await settledTag(server.port, `/${name}`); // from now on it is known
+        expect((await ask(server.port, `GET /${name}`)).status).toBe(200);
+      }
+      for (const name of ["file", "folder"]) {
+        renameSync(server.pathOf(name), join(elsewhere.path, name));
+        symlinkSync(join(elsewhere.path, name), server.pathOf(name));
+      }
+      const statuses = ["/file", "/folder/unasked", "/folder/"].map(async (target) => [
+        target,
+        (await ask(server.port, `GET ${target}`)).status,
+      ]);
+      expect(await Promise.all(statuses)).toEqual([
+        ["/file", 404],
+        ["/folder/unasked", 404],
+        ["/folder/", 404],
+      ]);
+      writeFileSync(join(elsewhere.path, "folder/asked"), "y");
+      expect((await ask(server.port, "GET /folder/asked")).status).toBe(404);
+    },
+  );
 
   test.concurrent("a time of 0 or 1, which says nothing, is no Last-Modified", async () => {
     await using server = await serve({ zero: "0", one: "1", two: "2" });
