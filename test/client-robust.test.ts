@@ -14,6 +14,7 @@ import {
   startPython,
   startServer,
   temporaryFolder,
+  until,
   VARIANTS,
 } from "./harness.ts";
 
@@ -218,6 +219,7 @@ time.sleep(60)`;
     const { stderr } = client;
     for (const [i, number] of ["#1", "#2"].entries()) {
       await stderr.waitFor(new RegExp(`${number} .* send .*\n`));
+      await until(() => sockets.length > i); // the client may tell of its connection before it is accepted here
       sockets[i]?.write('HTTP/1.1 200 OK\r\nETag: "a"\r\nContent-Length: 6\r\n');
       await stderr.waitFor(new RegExp(`${number} .*nothing yet\n`));
       sockets[i]?.write("\r\n\x1b[");
