@@ -235,10 +235,12 @@ print(answers)`;
         close: () => hasClosed(received),
       },
     });
-    const idle = exchange(server.port, [GET]);
+    using idle = await Peer.connect(server.port);
+    await idle.send(GET);
+    await idle.waitFor(/Hello, World!$/);
     const socket = await underWay;
     server.child.kill("SIGTERM");
-    expect(await idle).toEndWith("Hello, World!");
+    expect(await idle.closed).toBe("end");
     socket.write("Host: x\r\n\r\n");
     const answers = await answered;
     expect(count(answers, "HTTP/1.1 200 OK")).toBe(2);
