@@ -2042,7 +2042,7 @@ export function evaluateConditions(fields: ReadonlyMap<string, string>, version:
 // ── shared: http-date ──
 /** HTTP-date (RFC 9110 §5.6.7): the form that is sent today, and two obsolete ones. */
 const HTTP_DATE =
-  /^([A-Z]\w\w, \d\d \w{3} \d{4} [\d:]{8} GMT|[A-Z]\w+day, \d\d-\w{3}-\d\d [\d:]{8} GMT|[A-Z]\w\w \w{3} [ \d]\d [\d:]{8} \d{4})$/;
+  /^([A-Z][a-z]{2}, \d\d \w{3} \d{4} [\d:]{8} GMT|[A-Z][a-z]+day, \d\d-\w{3}-\d\d [\d:]{8} GMT|[A-Z][a-z]{2} \w{3} [ \d]\d [\d:]{8} \d{4})$/;
 
 /** @returns milliseconds since 1970; NaN, which compares with nothing, if it is no HTTP-date */
 export function parseHttpDate(text: string, now = Date.now()): number {

@@ -3,7 +3,7 @@
  * connection that sends files, to a transport that takes what the test says.
  */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { writeFileSync, readdirSync, readlinkSync } from "node:fs";
+import { readdirSync, readlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
   type ByteRange,

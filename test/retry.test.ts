@@ -359,6 +359,9 @@ test("a date is read in each of the three forms of RFC 9110 §5.6.7", () => {
     "06 Nov 1994 08:49:37 GMT",
     "Sun, 06 Nov 1994 08:49:37 CET",
     "Sun, 6 Nov 1994 08:49:37 GMT",
+    "S1n, 06 Nov 1994 08:49:37 GMT",
+    "Su_day, 06-Nov-94 08:49:37 GMT",
+    "S1n Nov  6 08:49:37 1994",
   ])
     expect(parseHttpDate(nonsense)).toBeNaN();
 });

@@ -467,7 +467,7 @@ print(sent)`;
     expect(await ask(GET.repeat(1200))).toEqual(Array(1200).fill(200));
     expect(await ask(`${GET.repeat(1200)}GET /inc`)).toEqual([...Array(1200).fill(200), 400]);
     // At once, not after the time to linger.
-    await until("the server has closed", () => openFiles(server.child.pid) <= before, 4000);
+    await until("the server has closed", () => openFiles(server.child.pid) <= before, 2000);
   });
 
   test.concurrent(
@@ -565,7 +565,7 @@ print(sent)`;
     const before = openFiles(server.child.pid);
     for (const last of [GET_AND_CLOSE, "nonsense\r\n", "GET / HTTP/1.0\r\n\r\n"]) await exchange(server.port, [last]);
     await exchange(server.port, [GET], { finish: true });
-    await until("the server has closed", () => openFiles(server.child.pid) <= before, 4000);
+    await until("the server has closed", () => openFiles(server.child.pid) <= before, 2000);
   });
 
   test.concurrent("the last answer to a peer that has half-closed says close", async () => {
