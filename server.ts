@@ -14,7 +14,8 @@
  *
  * Read it from top to bottom: `serve`, in section 3, is the tutorial's loop, and what follows is
  * what the loop calls, in the order in which a request meets it. Section 11, Files, is for `--root`
- * alone: a reader can stop before it, and a copy of this file can do without it.
+ * alone: a reader can stop before it. To give answers of your own, copy this file and change
+ * `respond`, in section 7.
  */
 import { isUtf8 } from "node:buffer";
 import * as fs from "node:fs";
@@ -70,14 +71,14 @@ const EMPTY_LINES_MAX = 4;
 const LONG_HEAD_BYTES = 1024;
 /** The least that must arrive within each content timeout. */
 const CONTENT_PART_BYTES_MIN = 5000;
-/** Answers buffered for a peer that does not take them. Then the server stops reading from it. */
+/** Answers buffered for a peer that does not take them: at this much, the server stops reading from it. */
 const UNSENT_BYTES_MAX = 65_536;
 /** After the last answer, what the peer still sends is read and dropped: for this long, and this much. */
 const LINGER_TIMEOUT_MS = 5000;
 const LINGER_BYTES_MAX = 16_777_216;
 /** How often deadlines are checked: one sweep costs less than a timer for each connection. */
 const SWEEP_MS = 250;
-/** On a stop, requests that idle peers have already sent arrive within this time and are answered. */
+/** On a stop, an idle connection stays open this long: a request may be on its way. */
 const STOP_IDLE_MS = 250;
 /** The request log shows at most this much content, as the tutorial's `recv(1024)` does. */
 const LOGGED_BYTES_MAX = 1024;
@@ -128,7 +129,7 @@ export const REJECTIONS = Object.freeze({
   "request-target": [400, "the request-target has no form that this method may use"],
   "request-target-byte": [400, "a byte above 0x7e in the request-target: percent-encode it"],
   "request-target-too-long": [414, "the request-target is too long"],
-  "method-too-long": [501, "no such method here"],
+  "method-unknown": [501, "no such method here"],
   "http-version": [505, "only HTTP/1.x is spoken here"],
   "field-line": [400, "not a field-line: field-name, colon, field-value"],
   "field-value": [400, "a control character in a field-value"],
@@ -168,7 +169,7 @@ class Refusal {
   constructor(readonly response: Response) {}
 }
 
-/** Thrown to end one without: the peer has gone or asks nothing more, or an answer under way cannot be completed. */
+/** Thrown to end a conversation without an answer: the peer left, or asks nothing more, or its answer is cut off. */
 const GONE = Symbol("gone");
 
 /** Thrown before there is a connection: shown as one line, with its exit code. */
@@ -176,12 +177,15 @@ class StartError extends Error {
   exitCode = 1;
 }
 
+/** What ended a wait: bytes, FIN, room in the socket, a passed deadline, a stop of the server, or a lost connection. */
+export type Outcome = "bytes" | "end" | "room" | "late" | "stop" | "gone";
+
 const NO_BYTES = new Uint8Array(0);
 
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
 //
 // On its usual path a request is these calls, one after the other:
-// receive → readHead → parseRequestHead → respond → appendResponse → receive → flush
+// receive → readHead → parseRequestHead → respond → isLast → appendResponse → log → receive → flush
 
 /**
  * Serves one peer, from its first byte to its last. It waits only where bytes, room in the socket or time are missing:
@@ -196,7 +200,7 @@ export async function serve(connection: Connection): Promise<void> {
     server.admit(connection);
     let deadline = server.now + limits.headTimeoutMs;
     for (let closes = false; !closes; deadline = server.idleDeadline) {
-      // Wait for a request and read its head, which from its first byte on has a time of its own,
+      // Wait for a request until `deadline`. From its first byte on, its head has until `headDeadline`.
       let headDeadline = server.now + limits.headTimeoutMs;
       for (let outcome: Outcome = "bytes"; !readHead(connection, outcome);) {
         outcome = await connection.receive(head.hasBegun ? headDeadline : deadline);
@@ -205,17 +209,17 @@ export async function serve(connection: Connection): Promise<void> {
         if (outcome === "stop") deadline = server.idleDeadline;
       }
 
-      // read its content,
+      // Read its content, if it has any.
       if (head.contentLength !== 0) content = new Content(connection, site.refuse(head));
       for (let outcome: Outcome = "bytes"; content?.read(outcome) === false;)
         outcome = await connection.receive(content.deadline);
 
-      // respond,
+      // Respond. Only --root returns promises.
       let response = site.respond(head);
       if (response instanceof Promise) response = await waitForResponse(connection, response);
       closes = isLast(connection, response);
 
-      // send: a part now, a text when no whole request is left in what was received.
+      // Send: a part now, a text in the next `receive`, when no whole request is left in what came.
       const sent = output.appendResponse(head, response, closes);
       if (response.part === undefined) log(connection, content, response.status, sent);
       else await sendPart(connection, content, response, response.part);
@@ -229,12 +233,21 @@ export async function serve(connection: Connection): Promise<void> {
     if (!(reason instanceof Refusal)) tell(`Error: ${reason}`);
     const response = reason instanceof Refusal ? reason.response : responseTo("internal");
     connection.trace?.step("refuse", `with ${response.status}`);
-    // It closes: nobody knows where a next request would start.
+    // It closes: where a next request would start is not known, or the server is full or at fault.
     log(connection, content, response.status, output.appendResponse(head, response, true));
   } finally {
     content?.release();
     await connection.close();
   }
+}
+
+/** Waits for a response that takes time. The shared output is sent before; if the peer has gone, that shows after. */
+async function waitForResponse(connection: Connection, promise: Promise<Response>): Promise<Response> {
+  const send = async () => connection.flush() || connection.drain();
+  const [response] = await Promise.all([promise, send().catch(() => {})]);
+  if (!connection.isGone) return response;
+  if (response.part !== undefined) fs.closeSync(response.part.fd);
+  throw GONE;
 }
 
 /** Does this outcome of a step mean that no more bytes will come, or not in time? */
@@ -270,15 +283,15 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
 function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }: Response): boolean {
   // RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to.
   if (head.hasClose || (head.minorVersion === 0 && !head.hasKeepAlive)) return true;
-  // Of the statuses that a site answers with, these close. 404, 405 and the like are answers as good as 200.
+  // A site's 400 is for a peer that is not understood; 500 and 503 are of a server in trouble. 404 and 405 go on.
   if (status === 400 || status === 500 || status === 503) return true;
   const hasMore = at < to;
   if (hasEnded && !hasMore) return true;
-  // When the server stops, what has already been sent behind this request is answered, but not without end.
+  // On a stop, requests that have already come are answered until STOP_IDLE_MS is over; server.now stands still meanwhile.
   return server.isStopping && (!hasMore || part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
 }
 
-/** Logs a request and its answer: the head and the start of the content, or the octets of content that were sent. */
+/** Logs a request: as received, with the start of its content; or one access line, with status and octets sent. */
 function log({ server, head, address }: Connection, content: Content | undefined, status: number, sent: number): void {
   if (server.logFormat === "access") server.log(formatAccessLog(head, address, new Date(), status, sent));
   else if (server.logFormat === "request" && head.to > head.from)
@@ -449,7 +462,7 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   // RFC 9112 §3: a method longer than any that is implemented gets 501.
   if (misfit - from >= headBytesMax) {
     const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
-    head.rejection = isMethod ? "method-too-long" : "head-too-large";
+    head.rejection = isMethod ? "method-unknown" : "head-too-large";
   } else if (misfit === to) return -1;
   else if (head.rejection === "") head.rejection = explainMisfit(head, bytes, misfit);
   head.to = Math.min(to, from + LOGGED_BYTES_MAX);
@@ -881,7 +894,7 @@ const REASON_PHRASES = new Map(
 );
 
 const encoder = new TextEncoder();
-const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
 const CONTINUE = encoder.encode("HTTP/1.1 100 Continue\r\n\r\n");
 const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
 
@@ -936,8 +949,8 @@ export class Output {
     this.append(response.head);
     // RFC 9112 §9.6: the last answer says that the connection closes; an HTTP/1.0 client has to be told if it does not.
     this.append(this.ends[closes ? 1 : head.minorVersion === 0 ? 2 : 0] ?? NO_BYTES);
-    // RFC 9110 §9.3.2 and §15.3.5: no content in an answer to HEAD and in a 204, whatever the fields say.
-    if (head.method === "HEAD" || response.status === 204) return 0;
+    // RFC 9110 §6.4.1: no content in an answer to HEAD and in a 204 or 304, whatever the fields say.
+    if (head.method === "HEAD" || response.status === 204 || response.status === 304) return 0;
     this.append(response.content);
     return response.content.length;
   }
@@ -962,7 +975,7 @@ export function tell(line: string): void {
 
 /** A request as it was received, with an empty line after it: what the tutorial's server prints. */
 export function formatRequestLog(head: RequestHead, content: Uint8Array, contentLength: number): string {
-  const text = printable(decoder.decode(head.bytes.subarray(head.from, head.to))) + printable(decoder.decode(content));
+  const text = printable(utf8.decode(head.bytes.subarray(head.from, head.to))) + printable(utf8.decode(content));
   const more = contentLength - content.length;
   return `${text}${text.endsWith("\n") ? "" : "\n"}${more > 0 ? `(${more} more bytes)\n` : ""}`;
 }
@@ -996,14 +1009,12 @@ const RESPOND_NEEDS_CONTENT = false as boolean; // the compiler must not take it
  *     if (request.path === "/echo" && request.method === "POST")
  *       return prepareResponse(200, { "Content-Type": "application/octet-stream" }, request.content);
  *
- * It is called once the content has been read, for the methods in {@link TextSite.refuse}, and must not wait: no other
- * peer is served meanwhile. With `--root` it is not called: FileSite answers instead.
+ * It is called once the content has been read, for the methods that {@link TextSite.refuse} lets pass. It must not wait:
+ * no other peer is served meanwhile. 400, 500 and 503 close the connection. With `--root`, FileSite answers instead.
  */
 export function respond(request: RequestHead, site: TextSite): Response {
   return request.method === "OPTIONS" ? site.options : site.text;
 }
-
-const NOT_IMPLEMENTED = prepareResponse(501, TEXT_FIELDS, "no such method here\n");
 
 /** RFC 9110 §15.5.6: 405 says which methods there are. */
 const prepareNotAllowed = (allow: string) =>
@@ -1021,7 +1032,7 @@ export class TextSite implements Site {
 
   refuse({ method }: RequestHead): Response | undefined {
     if (method === "GET" || method === "HEAD" || method === "POST" || method === "OPTIONS") return undefined;
-    return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
+    return method === "" ? responseTo("method-unknown") : this.notAllowed;
   }
 
   respond(request: RequestHead): Response {
@@ -1041,9 +1052,6 @@ export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "p
   end(): void;
   readonly remoteAddress: string | undefined;
 };
-
-/** How a step ends: with bytes, FIN, room in the socket, a passed deadline, a stop of the server, or the connection. */
-export type Outcome = "bytes" | "end" | "room" | "late" | "stop" | "gone";
 
 /**
  * A socket turned into steps, for one conversation. The handlers (`on…`) take the socket's events, store what happened
@@ -1537,10 +1545,8 @@ export function parseCommandLine(args: string[], env: Record<string, string | un
   const isHostFromEnv = value("host") === undefined && Boolean(env["HOST"]);
   const host = (value("host") ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
   if (host === "") throw usageError("--host takes a name or an address");
-  const isPortFromEnv = value("port") === undefined && Boolean(env["PORT"]);
-  const [portName, portText] = isPortFromEnv
-    ? ["the environment variable PORT", env["PORT"]]
-    : ["--port", value("port")];
+  const portName = value("port") === undefined ? "the environment variable PORT" : "--port";
+  const portText = value("port") ?? (env["PORT"] || undefined);
   const port = parseNumber(portName, portText, 65_535, DEFAULTS.port);
   const reusePort = values["reuse-port"] === true;
   const help = topics.length > 0 ? HELP_LIMITS : HELP;
@@ -1600,7 +1606,7 @@ export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { l
   return { limits: { ...limits, connectionsMax: Math.max(1, Math.min(limits.connectionsMax, left)) }, reserve };
 }
 
-/** Serves until a signal: the first asks, the second insists. */
+/** Serves until SIGINT or SIGTERM; a second one exits at once. */
 function run(commandLine: CommandLine): void {
   const { host, text, root, log: logFormat, tlsFiles } = commandLine;
   const { limits, reserve } = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
@@ -1653,8 +1659,8 @@ function main(): void {
 
 // ═══ 11 Files ════════════════════════════════════════════════════════════════════════════════════
 //
-// Only for --root. Without this section, and without the line of `run` that names FileSite, the
-// rest serves a text. A request meets these, one after the other:
+// Only for --root. Without this section, and with `new TextSite(text)` in `run`, the rest serves a
+// text; the type checker names what else can go. A request meets these, one after the other:
 //
 //   parseTargetPath     its path, decoded, without dot segments
 //   FileSite.open       opens the path if it is a file or a folder below the root
@@ -1757,7 +1763,7 @@ export class FileSite implements Site {
 
   refuse({ method }: RequestHead): Response | undefined {
     if (method === "GET" || method === "HEAD" || method === "OPTIONS") return undefined;
-    return method === "" ? NOT_IMPLEMENTED : this.notAllowed;
+    return method === "" ? responseTo("method-unknown") : this.notAllowed;
   }
 
   respond(request: RequestHead): Response | Promise<Response> {
@@ -1807,9 +1813,9 @@ export class FileSite implements Site {
   }
 
   /**
-   * What is known of an open file; undefined if it is of another kind, or not below the root. Changing a link or moving a
-   * folder at this moment cannot show a file from elsewhere: the kernel tells where the open file is, or the same file in
-   * the same version, which renaming it would change, was found below this root within the last 5 seconds.
+   * What is known of an open file; undefined if it is of another kind, or not below the root. A link or a folder that is
+   * swapped now cannot show a file from elsewhere: the kernel says where the open file is, or this very version was found
+   * below this root within the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
@@ -1818,7 +1824,7 @@ export class FileSite implements Site {
     const isRecent = Math.abs(this.dateNow - (last?.foundAt ?? 0)) < FOUND_BELOW_MS; // clocks may be set back
     if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
     this.knownFiles.delete(path);
-    // Elsewhere than on Linux the path is resolved once more: a race for whoever can change links below the root.
+    // Other systems resolve the path a second time: whoever can change links below the root may win that race.
     const realPath = () => (isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path));
     if (!isFileOrFolder(stats) || !this.hasBelow(realPath())) return undefined;
     const known = isSame ? last : new KnownFile(path, stats, this.dateNow);
@@ -1833,8 +1839,7 @@ export class FileSite implements Site {
   /** Is this real path below the root? @throws SystemError if the root is not there */
   private hasBelow(realPath: string): boolean {
     const isBelow = () => this.realRoot !== "" && join(realPath, sep).startsWith(this.realRoot);
-    if (isBelow()) return true;
-    this.realRoot = join(fs.realpathSync(this.root), sep);
+    if (!isBelow()) this.realRoot = join(fs.realpathSync(this.root), sep);
     return isBelow();
   }
 
@@ -1860,9 +1865,9 @@ export class FileSite implements Site {
       return file.end(prepareResponse(416, about, "the file has none of these bytes\n"));
     }
     const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
-    const respond = () => respondContent(method, file, ranges, wantsDigest ? known.digest : undefined);
-    if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return respond();
-    return this.hashInTurns(file).then(respond);
+    const answer = () => respondContent(method, file, ranges, wantsDigest ? known.digest : undefined);
+    if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return answer();
+    return this.hashInTurns(file).then(answer);
   }
 
   /** Hashes a file until it has its digest, for as long as an answer waits. */
@@ -2149,7 +2154,7 @@ function respondContent(method: Method, file: FilePart, ranges: Ranges, digest: 
     const content = new Uint8Array(file.left);
     if (file.read(content) === "same") return file.end({ status, head, content });
   }
-  // Also if it has just changed: what has become of it shows while it is sent.
+  // A file that has just changed comes here too: sendPart finds out whether it can be sent.
   return { status, head, content: NO_BYTES, part: file };
 }
 
@@ -2172,7 +2177,7 @@ export class FilePart {
   sent = 0;
   /** Where the next one is in the file. NaN for several ranges. */
   position = 0;
-  /** CRC-32 of what was sent. It takes a while: files that have long been the same go without. */
+  /** CRC-32 of what was sent. It takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows. */
   private checksum: number | undefined;
   /** The file when it was last known to have what was sent. */
   private compared: fs.Stats;
@@ -2250,15 +2255,6 @@ export class FilePart {
   }
 }
 
-/** Waits for a response that takes time. The shared output is sent before; if the peer has gone, that shows after. */
-async function waitForResponse(connection: Connection, promise: Promise<Response>): Promise<Response> {
-  const send = async () => connection.flush() || connection.drain();
-  const [response] = await Promise.all([promise, send().catch(() => {})]);
-  if (!connection.isGone) return response;
-  if (response.part !== undefined) fs.closeSync(response.part.fd);
-  throw GONE;
-}
-
 /**
  * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. If it cannot be
  * completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that it is short.
@@ -2280,7 +2276,9 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
         found = part.read(bytes);
       }
       if (found === "longer" && bytes.length === part.left) {
-        found = (await part.hasOnlyGrown()) && part.read(bytes) !== "gone" ? "same" : "changed";
+        const isSame = await part.hasOnlyGrown();
+        await Bun.sleep(CLOCK_TICK_MS); // as above
+        found = isSame ? part.read(bytes) : "changed";
         deadline = connection.server.writeDeadline;
       }
       if (found === "changed" || found === "gone") throw new Error(`${part.known.path} has changed while it was sent`);

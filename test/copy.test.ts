@@ -76,6 +76,19 @@ test("a copy whose respond throws answers 500, tells why on its own stderr, and 
   await server.stderr.waitFor(/\nError: Error: broken on purpose\n/);
 });
 
+test("a copy may answer 304 and 204, even with a content, and the next answer is where it should be", async () => {
+  const bare = `  if (request.path === "/bare") return prepareResponse(Number(request.query), {}, "not to be sent");\n${BODY}`;
+  await using server = await startCopy({ [BODY]: bare }, ["--log", "off"]);
+  for (const status of [204, 304]) {
+    const answers = await exchange(server.port, [
+      `GET /bare?${status} HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n`,
+    ]);
+    expect(answers).toMatch(
+      /^HTTP\/1\.1 (204|304) [^\r]*\r\nDate: [^\r]*\r\n\r\nHTTP\/1\.1 200 [^]*\r\n\r\nHello, World!$/,
+    );
+  }
+});
+
 test("a copy without its chapter Files serves a text", async () => {
   const files = /^\/\/ ═══ \d+ Files ═[^]*?(?=^\/\/ ═══ \d+ Main)/m.exec(source)?.[0] ?? "";
   expect(files.split("\n").length).toBeGreaterThan(300);

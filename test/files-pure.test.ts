@@ -3,7 +3,7 @@
  * connection that sends files, to a transport that takes what the test says.
  */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { readdirSync, readlinkSync, writeFileSync } from "node:fs";
+import { appendFileSync, closeSync, openSync, readdirSync, readlinkSync, writeFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
 import {
   type ByteRange,
@@ -725,6 +725,24 @@ describe("a connection that sends files", () => {
     connection.onDeadline();
     await turns(1);
     expect(transport.calls.slice(-2)).toEqual(["shutdown", "end"]);
+  });
+
+  test("cuts off a file that has only grown if its last piece is changed while that is found out", async () => {
+    await using all = await connect(263_000); // the head and the first of two pieces
+    const { transport, connection, folder } = all;
+    connection.onData(GET_B_AND_CLOSE);
+    await turns(1);
+    appendFileSync(join(folder, "b"), "more");
+    await Bun.sleep(20); // the change after it has another time
+    transport.room = Number.POSITIVE_INFINITY;
+    connection.onDrain();
+    await turns(1); // what was sent is read once more, piece by piece
+    const fd = openSync(join(folder, "b"), "r+");
+    writeSync(fd, "c", B.length - 1);
+    closeSync(fd);
+    while (transport.calls.at(-1) !== "shutdown") await turns(1);
+    const [content = "", ...more] = contents(transport.written);
+    expect([content.length < B.length, more]).toEqual([true, []]);
   });
 
   test("closes a file that took its time to answer, though what was sent before it has failed", async () => {
