@@ -1060,8 +1060,8 @@ export class Connection {
   /** The peer has sent FIN: no more requests, but it may well wait for answers. */
   hasEnded = false;
   isGone = false;
-  /** When the step that waits is late. Before the first step: when the TLS handshake is. */
-  deadline: number;
+  /** When the step that waits is late. Over TLS, the first step waits for the handshake, too. */
+  deadline = Number.POSITIVE_INFINITY;
   /** Taken when the connection opens: a closed socket does not know it any more. */
   readonly address: string;
   readonly trace: Trace | undefined = undefined;
@@ -1079,7 +1079,6 @@ export class Connection {
     readonly server: Server,
   ) {
     this.head = new RequestHead(server.limits);
-    this.deadline = server.now + server.limits.headTimeoutMs;
     this.address = server.logFormat === "access" || server.logFormat === "wire" ? (socket.remoteAddress ?? "-") : "";
     server.connections.add(this);
     if (server.logFormat !== "wire") return;
@@ -1331,13 +1330,12 @@ function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; 
   const socket: Bun.SocketHandler<Connection> = {
     open(socket) {
       socket.data = new Connection(socket, server);
-      if (tls === undefined) void serve(socket.data);
+      void serve(socket.data);
     },
     // Without this handler `open` would wait for the handshake, and nothing would bound how long it takes.
     handshake(socket, isSecure) {
       socket.data.trace?.step("TLS", isSecure ? "agreed" : "failed");
-      if (isSecure) void serve(socket.data);
-      else socket.data.abort();
+      if (!isSecure) socket.data.abort();
     },
     data: (socket, bytes) => socket.data.onData(bytes),
     drain: (socket) => socket.data.onDrain(),
