@@ -1725,7 +1725,7 @@ const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
 const NO_FIELDS: ReadonlyMap<string, string> = new Map();
 
 const isLinux = process.platform === "linux";
-const OPEN_DESCRIPTORS = `/proc/${process.pid}/fd/`;
+const OPEN_DESCRIPTORS = "/proc/self/fd/"; // "self", since /proc may be that of an outer PID namespace
 
 /** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
 export class FileSite implements Site {
@@ -1766,17 +1766,18 @@ export class FileSite implements Site {
     const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
     const path = [this.root, ...segments].join(sep);
+    // The index comes first: a folder that may be entered, but not read, can have one.
+    const index = isFolder ? this.open(join(path, "index.html")) : "not-found";
+    if (typeof index !== "string" && index.known.isFolder) fs.closeSync(index.fd);
+    else if (index !== "not-found")
+      return typeof index === "string" ? responseTo(index) : this.respondFile(request, index);
     const found = this.open(path);
     if (typeof found === "string") return responseTo(found);
     if (!found.known.isFolder) return isFolder ? found.end(responseTo("not-found")) : this.respondFile(request, found);
-    fs.closeSync(found.fd);
+    if (isFolder) return found.end(this.list(segments, path));
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
-    if (!isFolder) return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
-    const index = this.open(join(path, "index.html"));
-    if (index === "not-found") return this.list(segments, path);
-    if (typeof index === "string") return responseTo(index);
-    return index.known.isFolder ? index.end(this.list(segments, path)) : this.respondFile(request, index);
+    return found.end(prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n"));
   }
 
   sweep(now: number): void {
@@ -1839,9 +1840,14 @@ export class FileSite implements Site {
   /** Whether what cannot be read is reported as 403, or hidden as 404 because a link leads out of the root. */
   private isKnownBelow(path: string): boolean {
     try {
+      fs.lstatSync(path);
+    } catch {
+      return path !== this.root && this.isKnownBelow(dirname(path)); // this folder may not be entered
+    }
+    try {
       return this.hasBelow(fs.realpathSync(path));
     } catch {
-      return path !== this.root && this.isKnownBelow(dirname(path));
+      return false; // a link, and a folder on its way may not be entered
     }
   }
 
