@@ -1,6 +1,7 @@
 /** server.ts from outside: the script and the binary, over real sockets, with curl, python3, ab and wrk as peers. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
 import { DEFAULTS, LIMITS } from "../server.ts";
 import {
   command,
@@ -453,6 +454,31 @@ print(s.getsockname()[1])`;
     expect(stdout).not.toMatch(/Socket errors|Non-2xx/);
   });
 });
+
+test.if(hasTool("setpriv"))(
+  "no server outlives the test process that has started it, even if that is killed",
+  async () => {
+    const code = `
+    import { test } from "bun:test";
+    import { startServer } from ${JSON.stringify(join(import.meta.dir, "harness.ts"))};
+    test("hangs", async () => {
+      const { port } = await startServer("script");
+      console.log("port " + port);
+      await new Promise(() => {});
+    }, 600_000);`;
+    await using folder = await temporaryFolder();
+    await Bun.write(join(folder.path, "hangs.test.ts"), code);
+    await using tests = await start([process.execPath, "test", "hangs"], /^port (\d+)\n/m, { cwd: folder.path });
+    const port = Number(tests.match[1]);
+    tests.child.kill("SIGKILL");
+    const accepts = async () => {
+      using peer = await Peer.connect(port).catch(() => undefined);
+      return peer !== undefined;
+    };
+    while (await accepts());
+    expect(await accepts()).toBeFalse();
+  },
+);
 
 test("without --port it listens on the tutorial's port", () => {
   expect(DEFAULTS).toMatchObject({ host: "localhost", port: 8888, text: "Hello, World!" });
