@@ -1620,12 +1620,13 @@ function run(commandLine: CommandLine): void {
   };
   process.on("SIGINT", stop).on("SIGTERM", stop);
 
-  const reload = () => {
-    if (server.isStopping) return;
+  const reload = async () => {
     try {
       const tls = readTls();
       // Certificate and key that do not fit fail here, on a free port, while the old listeners live.
       for (const listener of listen(server, { ...commandLine, port: 0, reusePort: false }, tls)) listener.stop();
+      await Bun.sleep(1); // that took a while: peers that have connected meanwhile would be reset
+      if (server.isStopping) return;
       for (const listener of listeners) listener.stop();
       listeners = listen(server, { ...commandLine, port }, tls);
       tell("Certificate and key are read again");
