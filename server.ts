@@ -1841,14 +1841,11 @@ export class FileSite implements Site {
   /** Whether what cannot be read is reported as 403, or hidden as 404 because a link leads out of the root. */
   private isKnownBelow(path: string): boolean {
     try {
-      fs.lstatSync(path);
-    } catch {
-      return path !== this.root && this.isKnownBelow(dirname(path)); // this folder may not be entered
-    }
-    try {
       return this.hasBelow(fs.realpathSync(path));
     } catch {
-      return false; // a link, and a folder on its way may not be entered
+      // If its folder may be entered, it is a link that leads into a folder that may not.
+      const folder = dirname(path);
+      return path !== this.root && !fs.existsSync(`${folder}/.`) && this.isKnownBelow(folder);
     }
   }
 
