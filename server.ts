@@ -1068,8 +1068,8 @@ export class Connection {
   /** The peer has sent FIN: no more requests, but it may well wait for answers. */
   hasEnded = false;
   isGone = false;
-  /** When the step that waits is late. Before the first step: when the TLS handshake is. */
-  deadline: number;
+  /** When the step that waits is late. Over TLS, the first step waits for the handshake, too. */
+  deadline = Number.POSITIVE_INFINITY;
   /** Taken when the connection opens: a closed socket does not know it any more. */
   readonly address: string;
   readonly trace: Trace | undefined = undefined;
@@ -1087,7 +1087,6 @@ export class Connection {
     readonly server: Server,
   ) {
     this.head = new RequestHead(server.limits);
-    this.deadline = server.now + server.limits.headTimeoutMs;
     this.address = server.logFormat === "access" || server.logFormat === "wire" ? (socket.remoteAddress ?? "-") : "";
     server.connections.add(this);
     if (server.logFormat !== "wire") return;
@@ -1339,13 +1338,12 @@ function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; 
   const socket: Bun.SocketHandler<Connection> = {
     open(socket) {
       socket.data = new Connection(socket, server);
-      if (tls === undefined) void serve(socket.data);
+      void serve(socket.data);
     },
     // Without this handler `open` would wait for the handshake, and nothing would bound how long it takes.
     handshake(socket, isSecure) {
       socket.data.trace?.step("TLS", isSecure ? "agreed" : "failed");
-      if (isSecure) void serve(socket.data);
-      else socket.data.abort();
+      if (!isSecure) socket.data.abort();
     },
     data: (socket, bytes) => socket.data.onData(bytes),
     drain: (socket) => socket.data.onDrain(),
@@ -1628,12 +1626,13 @@ function run(commandLine: CommandLine): void {
   };
   process.on("SIGINT", stop).on("SIGTERM", stop);
 
-  const reload = () => {
-    if (server.isStopping) return;
+  const reload = async () => {
     try {
       const tls = readTls();
       // Certificate and key that do not fit fail here, on a free port, while the old listeners live.
       for (const listener of listen(server, { ...commandLine, port: 0, reusePort: false }, tls)) listener.stop();
+      await Bun.sleep(1); // that took a while: peers that have connected meanwhile would be reset
+      if (server.isStopping) return;
       for (const listener of listeners) listener.stop();
       listeners = listen(server, { ...commandLine, port }, tls);
       tell("Certificate and key are read again");
@@ -1733,7 +1732,7 @@ const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
 const NO_FIELDS: ReadonlyMap<string, string> = new Map();
 
 const isLinux = process.platform === "linux";
-const OPEN_DESCRIPTORS = `/proc/${process.pid}/fd/`;
+const OPEN_DESCRIPTORS = "/proc/self/fd/"; // "self", since /proc may be that of an outer PID namespace
 
 /** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
 export class FileSite implements Site {
@@ -1774,17 +1773,18 @@ export class FileSite implements Site {
     const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
     const path = [this.root, ...segments].join(sep);
+    // The index comes first: a folder that may be entered, but not read, can have one.
+    const index = isFolder ? this.open(join(path, "index.html")) : "not-found";
+    if (typeof index !== "string" && index.known.isFolder) fs.closeSync(index.fd);
+    else if (index !== "not-found")
+      return typeof index === "string" ? responseTo(index) : this.respondFile(request, index);
     const found = this.open(path);
     if (typeof found === "string") return responseTo(found);
     if (!found.known.isFolder) return isFolder ? found.end(responseTo("not-found")) : this.respondFile(request, found);
-    fs.closeSync(found.fd);
+    if (isFolder) return found.end(this.list(segments, path));
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
-    if (!isFolder) return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
-    const index = this.open(join(path, "index.html"));
-    if (index === "not-found") return this.list(segments, path);
-    if (typeof index === "string") return responseTo(index);
-    return index.known.isFolder ? index.end(this.list(segments, path)) : this.respondFile(request, index);
+    return found.end(prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n"));
   }
 
   sweep(now: number): void {
@@ -1848,7 +1848,9 @@ export class FileSite implements Site {
     try {
       return this.hasBelow(fs.realpathSync(path));
     } catch {
-      return path !== this.root && this.isKnownBelow(dirname(path));
+      // If its folder may be entered, it is a link that leads into a folder that may not.
+      const folder = dirname(path);
+      return path !== this.root && !fs.existsSync(`${folder}/.`) && this.isKnownBelow(folder);
     }
   }
 

@@ -11,7 +11,18 @@ import { describe, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import * as fs from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
-import { command, exchange, LISTENING, Peer, run, start, startPython, temporaryFolder, VARIANTS } from "./harness.ts";
+import {
+  canMount,
+  command,
+  exchange,
+  LISTENING,
+  Peer,
+  run,
+  start,
+  startPython,
+  temporaryFolder,
+  VARIANTS,
+} from "./harness.ts";
 import { FileSite, formatListing, Server } from "../server.ts";
 import { parseVector, type Vector } from "./vector.ts";
 import { converse, FakeTransport, nextTurn } from "./transport.ts";
@@ -591,6 +602,50 @@ test("the answer does not tell which names outside of DIR are there and cannot b
   const statusOf = async (target: string) => (await exchange(server.port, [getAndClose(target)])).slice(9, 12);
   expect(await statusOf("/link-folder/nothing")).toBe("404");
   expect(await statusOf("/link-folder/unreadable.txt")).toBe("404");
+});
+
+test("a link out of DIR into a folder that may not be entered is 404, as any link out of DIR", async () => {
+  await using planted = await plantedFolder();
+  const { base, dir } = planted;
+  fs.mkdirSync(join(base, "private"));
+  fs.writeFileSync(join(base, "private", "file.txt"), SECRET);
+  fs.symlinkSync("../private/file.txt", join(dir, "link-private-file"));
+  fs.symlinkSync("../private/nothing", join(dir, "link-private-nothing"));
+  fs.symlinkSync("../private", join(dir, "link-private"));
+  fs.symlinkSync("link-private", join(dir, "link-link-private"));
+  await using server = await startServer("script", dir, WITHOUT_PRIVILEGE);
+  const statusOf = async (target: string) => (await exchange(server.port, [getAndClose(target)])).slice(9, 12);
+  const ends = ["", "/", "/file.txt", "/nothing"];
+  const targets = ["-file", "-nothing", ...ends].map((end) => `/link-private${end}`);
+  targets.push(...ends.map((end) => `/link-link-private${end}`));
+  fs.chmodSync(join(base, "private"), 0);
+  const statuses = await Promise.all(targets.map(statusOf));
+  fs.chmodSync(join(base, "private"), 0o700);
+  expect(statuses).toEqual(targets.map(() => "404"));
+});
+
+test("a folder that may be entered, but not read, has its index, and no listing", async () => {
+  await using planted = await plantedFolder();
+  const { dir } = planted;
+  for (const name of ["with", "without"]) fs.mkdirSync(join(dir, name));
+  for (const name of ["with/index.html", "without/file.txt"]) fs.writeFileSync(join(dir, name), OPEN);
+  fs.symlinkSync("with", join(dir, "link"));
+  await using server = await startServer("script", dir, WITHOUT_PRIVILEGE);
+  for (const name of ["with", "without"]) fs.chmodSync(join(dir, name), 0o311); // others: as 711
+  const targets = ["/with/", "/link/", "/with/index.html", "/without/file.txt", "/without/", "/without/nothing"];
+  const streams = await Promise.all(targets.map((target) => exchange(server.port, [getAndClose(target)])));
+  for (const name of ["with", "without"]) fs.chmodSync(join(dir, name), 0o700);
+  const answers = streams.flatMap((stream) => parseAnswers(stream));
+  expect(answers.map(({ status }) => status)).toEqual([200, 200, 200, 200, 403, 404]);
+  for (const { content } of answers.slice(0, 4)) expect(content).toBe(OPEN);
+});
+
+test.if(canMount)("in a new PID namespace that keeps the old /proc, files and listings are served", async () => {
+  await using planted = await plantedFolder();
+  const unshare = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child"];
+  await using server = await startServer("script", planted.dir, unshare);
+  await expectToServe(server.port);
+  expect(await exchange(server.port, [getAndClose("/folder/")])).toContain('<a href="file.txt">');
 });
 
 test("files that are kept open for a moment give way when no descriptor is left", async () => {

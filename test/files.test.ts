@@ -24,6 +24,7 @@ import {
   exchange,
   freePort,
   hasTool,
+  mortal,
   Peer,
   run,
   runProgram,
@@ -786,7 +787,7 @@ for part in message.get_payload():
       out,
       `http://localhost:${proxy.port}/file`,
     ];
-    await using first = Bun.spawn(argv, { stdout: "ignore", stderr: "ignore" });
+    await using first = Bun.spawn(mortal(argv), { stdout: "ignore", stderr: "ignore" });
     const keptBytes = () =>
       Math.max(0, ...readdirSync(folder.path).map((name) => statSync(join(folder.path, name)).size));
     while (keptBytes() < 600_000) await Bun.sleep(5);
@@ -945,22 +946,8 @@ for part in message.get_payload():
         "d",
       ]);
       const before = residentMiB(server.child.pid);
-      const curl = Bun.spawn(
-        [
-          "curl",
-          "-s",
-          "-o",
-          "/dev/null",
-          "-w",
-          "%{size_download}",
-          "-r",
-          "4294967200-4563402751",
-          `${server.url}/file`,
-        ],
-        {
-          stdout: "pipe",
-        },
-      );
+      const argv = ["curl", "-s", "-o", "/dev/null", "-w", "%{size_download}", "-r", "4294967200-4563402751"];
+      const curl = Bun.spawn(mortal([...argv, `${server.url}/file`]), { stdout: "pipe" });
       await using _ = curl;
       let most = 0;
       while (curl.exitCode === null) {

@@ -60,6 +60,11 @@ export const canMount = Bun.spawnSync([
   "/mnt",
 ]).success;
 
+const pdeathsig = ["setpriv", "--pdeathsig", "KILL"];
+const hasPdeathsig = Bun.which("setpriv") !== null && Bun.spawnSync([...pdeathsig, "true"]).success;
+/** The command line of a process that the kernel kills when this one ends, even if this one is killed (Linux). */
+export const mortal = (argv: readonly string[]): string[] => [...(hasPdeathsig ? pdeathsig : []), ...argv];
+
 /** Waits for what no program says: looks until it is so. */
 export async function until(isSo: () => boolean): Promise<void> {
   while (!isSo()) await Bun.sleep(5);
@@ -77,7 +82,7 @@ const environment = ({ env }: Options) => {
 export async function run(argv: string[], options: Options = {}) {
   const { cwd = ROOT, stdin = "ignore" } = options;
   const stdout = options.stdout === undefined ? "pipe" : Bun.file(options.stdout);
-  const child = Bun.spawn(argv, { cwd, env: environment(options), stdin, stdout, stderr: "pipe" });
+  const child = Bun.spawn(mortal(argv), { cwd, env: environment(options), stdin, stdout, stderr: "pipe" });
   await using _ = child;
   const text = (stream: typeof child.stdout) => (stream instanceof ReadableStream ? new Response(stream).text() : "");
   const [printed, stderr, exitCode] = await Promise.all([text(child.stdout), text(child.stderr), child.exited]);
@@ -144,7 +149,8 @@ export class Transcript {
 /** Starts a command that goes on until the test ends; `ready` is what it says on stderr or stdout first. */
 export async function start(argv: string[], ready: RegExp, options: Options = {}) {
   const { cwd = ROOT } = options;
-  const child = Bun.spawn(argv, { cwd, env: environment(options), stdin: "ignore", stdout: "pipe", stderr: "pipe" });
+  const stdio = { stdin: "ignore", stdout: "pipe", stderr: "pipe" } as const;
+  const child = Bun.spawn(mortal(argv), { cwd, env: environment(options), ...stdio });
   const stdout = new Transcript(child.stdout);
   const stderr = new Transcript(child.stderr);
   const dispose = async () => {

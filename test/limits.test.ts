@@ -1,7 +1,18 @@
 /** Every limit of server.ts: its flag, and a peer that reaches it. What the peer gets is exact; the times are not. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { LIMITS } from "../server.ts";
-import { exchange, Peer, run, startCopy, startServer, VARIANTS } from "./harness.ts";
+import {
+  exchange,
+  hasTool,
+  makeCertificate,
+  Peer,
+  run,
+  startCopy,
+  startServer,
+  temporaryFolder,
+  until,
+  VARIANTS,
+} from "./harness.ts";
 
 // What waits for a deadline waits beside the others.
 setDefaultTimeout(60_000);
@@ -174,6 +185,28 @@ test.concurrent("in a flood of connections some get 503, and the rest is disconn
   expect(statuses.filter((status) => status === 503).length).toBe(3);
   for (const peer of peers) peer[Symbol.dispose]();
 });
+
+test.concurrent.if(hasTool("openssl"))(
+  "over TLS, peers that never shake hands count as connections: in a flood they are dropped, SIGTERM waits for none",
+  async () => {
+    await using folder = await temporaryFolder();
+    const { cert, key } = await makeCertificate(folder.path);
+    const change = { "const REFUSED_CONNECTIONS_MAX = 256;": "const REFUSED_CONNECTIONS_MAX = 3;" };
+    const never = ["--head-timeout-ms", "600000", "--write-timeout-ms", "600000", "--grace-ms", "600000"];
+    const flags = ["--log", "off", "--tls-cert", cert, "--tls-key", key, "--connections-max", "2", ...never];
+    await using server = await startCopy(change, flags);
+    using _first = await Peer.connect(server.port);
+    using _second = await Peer.connect(server.port);
+    const excess = await Promise.all(Array.from({ length: 5 }, () => Peer.connect(server.port)));
+    let dropped = 0;
+    for (const peer of excess) void peer.closed.then(() => dropped++);
+    await until(() => dropped >= 2);
+    expect(dropped).toBe(2);
+    for (const peer of excess) peer[Symbol.dispose]();
+    server.child.kill("SIGTERM");
+    expect(await server.child.exited).toBe(0);
+  },
+);
 
 test.concurrent("after the last answer a peer that does not close is closed", async () => {
   await using server = await startCopy({ "const LINGER_TIMEOUT_MS = 5000;": "const LINGER_TIMEOUT_MS = 300;" }, [

@@ -1,7 +1,18 @@
 /** Servers in numbers, as docs/scaling.md has it: several on one port, in units of systemd, and behind HAProxy. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { join } from "node:path";
-import { command, hasTool, LISTENING, ROOT, run, start, startServer, temporaryFolder, VARIANTS } from "./harness.ts";
+import {
+  command,
+  hasTool,
+  LISTENING,
+  mortal,
+  ROOT,
+  run,
+  start,
+  startServer,
+  temporaryFolder,
+  VARIANTS,
+} from "./harness.ts";
 
 // On two idle cores each test takes some seconds; a busy machine may take its time.
 setDefaultTimeout(120_000);
@@ -78,7 +89,7 @@ type Haproxy = Awaited<ReturnType<typeof startHaproxy>>;
 /** Starts wrk, which goes on until it is told to say what came. */
 function startWrk(url: string, args: string[] = []) {
   const argv = ["wrk", "-t1", `-c${CONNECTIONS}`, "-d1h", "--timeout", "30s", ...args, url];
-  const child = Bun.spawn(argv, { stdin: "ignore", stdout: "pipe", stderr: "inherit" });
+  const child = Bun.spawn(mortal(argv), { stdin: "ignore", stdout: "pipe", stderr: "inherit" });
   const finish = async () => {
     child.kill("SIGINT");
     return new Response(child.stdout).text();

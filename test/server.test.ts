@@ -1,6 +1,7 @@
 /** server.ts from outside: the script and the binary, over real sockets, with curl, python3, ab and wrk as peers. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
 import { DEFAULTS, LIMITS } from "../server.ts";
 import {
   command,
@@ -397,6 +398,29 @@ print(s.getsockname()[1])`;
     expect(await server.child.exited).toBe(0);
   });
 
+  test.if(hasTool("openssl"))("SIGHUP resets no peer that has connected and waits to be accepted", async () => {
+    await using folder = await temporaryFolder();
+    const { cert, key } = await makeCertificate(folder.path);
+    await using server = await serve("--log", "off", "--tls-cert", cert, "--tls-key", key);
+    const code = `
+import socket, ssl, sys
+context = ssl.create_default_context(cafile=sys.argv[2])
+peers = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(8)]
+print("connected", flush=True)
+for peer in peers:
+    secure = context.wrap_socket(peer, server_hostname="localhost")
+    secure.sendall(b"GET / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+    print(b"".join(iter(lambda: secure.recv(1000), b"")).decode()[-13:])`;
+    for (let i = 1; i <= 2; i++) {
+      server.child.kill("SIGSTOP");
+      await using peers = await start(["python3", "-c", code, String(server.port), cert], /^connected\n/);
+      server.child.kill("SIGHUP");
+      server.child.kill("SIGCONT");
+      await peers.stdout.waitFor(/(?:Hello, World!\n){8}/);
+      await server.stderr.waitFor(new RegExp(`(?:read again\n[^]*){${i}}`));
+    }
+  });
+
   test("a certificate that cannot be read or used is one line and exit 1", async () => {
     const missing = await runProgram("server", variant, ["--tls-cert", "/nowhere", "--tls-key", "/nowhere"]);
     expect([missing.stderr, missing.exitCode]).toEqual(["Error: cannot read /nowhere: ENOENT\n", 1]);
@@ -453,6 +477,31 @@ print(s.getsockname()[1])`;
     expect(stdout).not.toMatch(/Socket errors|Non-2xx/);
   });
 });
+
+test.if(hasTool("setpriv"))(
+  "no server outlives the test process that has started it, even if that is killed",
+  async () => {
+    const code = `
+    import { test } from "bun:test";
+    import { startServer } from ${JSON.stringify(join(import.meta.dir, "harness.ts"))};
+    test("hangs", async () => {
+      const { port } = await startServer("script");
+      console.log("port " + port);
+      await new Promise(() => {});
+    }, 600_000);`;
+    await using folder = await temporaryFolder();
+    await Bun.write(join(folder.path, "hangs.test.ts"), code);
+    await using tests = await start([process.execPath, "test", "hangs"], /^port (\d+)\n/m, { cwd: folder.path });
+    const port = Number(tests.match[1]);
+    tests.child.kill("SIGKILL");
+    const accepts = async () => {
+      using peer = await Peer.connect(port).catch(() => undefined);
+      return peer !== undefined;
+    };
+    while (await accepts());
+    expect(await accepts()).toBeFalse();
+  },
+);
 
 test("without --port it listens on the tutorial's port", () => {
   expect(DEFAULTS).toMatchObject({ host: "localhost", port: 8888, text: "Hello, World!" });
