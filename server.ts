@@ -107,7 +107,7 @@ export interface Response {
   readonly head: Uint8Array;
   readonly content: Uint8Array;
   /** Content that is read while it is sent, instead of `content`. The holder must close it. */
-  readonly part?: FilePart;
+  readonly part?: OpenFile;
 }
 
 /** What a server answers with: a text, or files. */
@@ -1770,21 +1770,22 @@ export class FileSite implements Site {
     if (refusal !== undefined) return refusal;
     const target = parseTargetPath(request.requestTarget);
     if (target === undefined) return responseTo("path");
-    const { segments, isFolder, query } = target;
+    const { segments, isFolder: asksForFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
     const path = [this.root, ...segments].join(sep);
     // The index comes first: a folder that may be entered, but not read, can have one.
-    const index = isFolder ? this.open(join(path, "index.html")) : "not-found";
+    const index = asksForFolder ? this.open(join(path, "index.html")) : "not-found";
     if (typeof index !== "string" && index.known.isFolder) fs.closeSync(index.fd);
     else if (index !== "not-found")
       return typeof index === "string" ? responseTo(index) : this.respondFile(request, index);
     const found = this.open(path);
     if (typeof found === "string") return responseTo(found);
-    if (!found.known.isFolder) return isFolder ? found.end(responseTo("not-found")) : this.respondFile(request, found);
-    if (isFolder) return found.end(this.list(segments, path));
+    if (!found.known.isFolder)
+      return asksForFolder ? found.closeWith(responseTo("not-found")) : this.respondFile(request, found);
+    if (asksForFolder) return found.closeWith(this.list(segments, path));
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
-    return found.end(prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n"));
+    return found.closeWith(prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n"));
   }
 
   sweep(now: number): void {
@@ -1793,7 +1794,7 @@ export class FileSite implements Site {
   }
 
   /** Opens a path if it is a file or a folder, and is below the root when all links are followed. */
-  private open(path: string): FilePart | Rejection {
+  private open(path: string): OpenFile | Rejection {
     let fd = -1;
     let known: KnownFile | undefined;
     try {
@@ -1803,7 +1804,7 @@ export class FileSite implements Site {
       // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
       known = this.know(fd, path);
-      return known === undefined ? "not-found" : new FilePart(fd, known);
+      return known === undefined ? "not-found" : new OpenFile(fd, known);
     } catch (error) {
       const rejection = rejectionFor(error);
       return rejection === "forbidden" && !this.isKnownBelow(path) ? "not-found" : rejection;
@@ -1854,17 +1855,17 @@ export class FileSite implements Site {
     }
   }
 
-  private respondFile(request: RequestHead, file: FilePart): Response | Promise<Response> {
+  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
     const { known } = file;
     const { method } = request;
     const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
     const status = evaluateConditions(fields, known);
-    if (status === 412) return file.end(responseTo("precondition"));
-    if (status === 304) return file.end(prepareResponse(304, known.validators));
+    if (status === 412) return file.closeWith(responseTo("precondition"));
+    if (status === 304) return file.closeWith(prepareResponse(304, known.validators));
     const ranges = decideRanges(method, fields, known, Date.now());
     if (ranges === "unsatisfiable") {
       const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
-      return file.end(prepareResponse(416, about, "the file has none of these bytes\n"));
+      return file.closeWith(prepareResponse(416, about, "the file has none of these bytes\n"));
     }
     const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
     const answer = () => respondContent(method, file, ranges, wantsDigest ? known.digest : undefined);
@@ -1873,7 +1874,7 @@ export class FileSite implements Site {
   }
 
   /** Hashes a file until it has its digest, for as long as an answer waits. */
-  private async hashInTurns({ fd, known }: FilePart): Promise<void> {
+  private async hashInTurns({ fd, known }: OpenFile): Promise<void> {
     const deadline = performance.now() + DIGEST_TIMEOUT_MS;
     this.digestWaiters++;
     do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
@@ -2144,17 +2145,17 @@ function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, d
 }
 
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
-function respondContent(method: Method, file: FilePart, ranges: Ranges, digest: string | undefined): Response {
+function respondContent(method: Method, file: OpenFile, ranges: Ranges, digest: string | undefined): Response {
   const { known } = file;
   const isUsual = ranges === undefined && digest === undefined;
   const prepared = (isUsual && known.usual) || prepareContent(known, ranges, digest);
   if (isUsual) known.usual = prepared;
   const { status, head } = prepared;
-  if (method === "HEAD") return file.end({ status, head, content: NO_BYTES });
+  if (method === "HEAD") return file.closeWith({ status, head, content: NO_BYTES });
   file.start(prepared);
   if (file.left <= SMALL_FILE_BYTES_MAX) {
     const content = new Uint8Array(file.left);
-    if (file.read(content) === "same") return file.end({ status, head, content });
+    if (file.read(content) === "same") return file.closeWith({ status, head, content });
   }
   // A file that has just changed comes here too: sendPart finds out whether it can be sent.
   return { status, head, content: NO_BYTES, part: file };
@@ -2172,7 +2173,7 @@ const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
  * An open file or folder below the root, and the part of it that is sent. The holder must close it. All of a part must be
  * one version: if the file has become longer, the last piece is held back until a checksum tells that the rest is as it was.
  */
-export class FilePart {
+export class OpenFile {
   private segments: readonly Segment[] = [];
   /** How many bytes are left, and how many have been sent. */
   left = 0;
@@ -2192,7 +2193,7 @@ export class FilePart {
   }
 
   /** Closes it: nothing of it is sent, or all has been read. */
-  end<R extends Response | Promise<Response>>(response: R): R {
+  closeWith<R extends Response | Promise<Response>>(response: R): R {
     fs.closeSync(this.fd);
     return response;
   }
@@ -2261,7 +2262,7 @@ export class FilePart {
  * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. If it cannot be
  * completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that it is short.
  */
-async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: FilePart) {
+async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: OpenFile) {
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;

@@ -17,7 +17,7 @@ import { createHash } from "node:crypto";
 import { mkdirSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
-import { binaries, command, makeCertificate, temporaryFolder, VARIANTS } from "./harness.ts";
+import { binaries, command, makeCertificate, mortal, temporaryFolder, VARIANTS } from "./harness.ts";
 import { Random } from "./random.ts";
 
 const CONCURRENT = 40;
@@ -576,7 +576,7 @@ const CLIENTS: readonly Client[] = [
 const children = new Set<Bun.Subprocess>();
 
 async function spawn(argv: string[], cwd: string, timeout: number) {
-  const child = Bun.spawn(argv, { cwd, stdio: ["ignore", "ignore", "pipe"], timeout, killSignal: "SIGKILL" });
+  const child = Bun.spawn(mortal(argv), { cwd, stdio: ["ignore", "ignore", "pipe"], timeout, killSignal: "SIGKILL" });
   children.add(child);
   const [stderr, exitCode] = await Promise.all([new Response(child.stderr).text(), child.exited]);
   children.delete(child);

@@ -10,7 +10,7 @@
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { cpSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { ROOT, temporaryFolder } from "./harness.ts";
+import { mortal, ROOT, temporaryFolder } from "./harness.ts";
 
 setDefaultTimeout(60_000);
 
@@ -97,7 +97,7 @@ class Running {
     const { HOST: _host, NO_COLOR: _color, ...env } = process.env;
     const bun = `${join(process.execPath, "..")}:${env["PATH"]}`;
     const options = { cwd, env: { ...env, PATH: bun, PORT: String(port), NO_COLOR: "1" }, stdin: "ignore" } as const;
-    const argv = ["bash", "-c", `exec ${text} 2>&1`];
+    const argv = mortal(["bash", "-c", `exec ${text} 2>&1`]);
     return new Running(command, Bun.spawn(argv, { ...options, stdout: "pipe", stderr: "ignore" }));
   }
 
