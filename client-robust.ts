@@ -30,6 +30,7 @@ export const LIMITS = Object.freeze({
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
   receivedBytesMax: 1_048_576, // received and not yet processed: then we stop reading, and TCP slows the server (backpressure)
   printedBytesMax: 4096, // printed without loading node:fs: PIPE_BUF, which a full pipe takes whole or not at all
+  lastWriteMs: 100, // after --max-time, for output that is not blocked
   writeRetryMs: 10, // the wait before the next write to a full stdout that another process has made non-blocking
   backoffFirstMs: 1000, // the first retry waits about a second, the next two, then four …
   backoffMaxMs: 60_000,
@@ -250,8 +251,7 @@ function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, T
 
 /** What one attempt and the next ones share. */
 type Session = ReturnType<typeof beginSession>;
-function beginSession(job: Job, sink: Sink) {
-  const clock = new Clock(job);
+function beginSession(job: Job, sink: Sink, clock: Clock) {
   return {
     job,
     delivery: new Delivery(sink, job),
@@ -267,22 +267,26 @@ function beginSession(job: Job, sink: Sink) {
 }
 
 /** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
-async function download(job: Job, sink: Sink): Promise<number> {
-  const session = beginSession(job, sink);
+async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
+  const session = beginSession(job, sink, clock);
   const { delivery, progress } = session;
   if (job.isTraced) fs(); // loaded before the first step, which would count the time
   if (job.canStartOver) keepPartOnSignals(delivery);
   try {
-    for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
+    await clock.within(tryUntilDone(session));
     progress.finish(delivery);
     return EXIT_CODES.ok;
   } catch (error) {
     return tellFailure(error);
   } finally {
     progress.clear();
-    const advice = await delivery.sink.close(delivery.held);
+    const advice = await clock.within(delivery.sink.close(delivery.held), LIMITS.lastWriteMs).catch(() => "");
     if (advice !== "" && !job.isSilent) tell(advice);
   }
+}
+
+async function tryUntilDone(session: Session): Promise<void> {
+  for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
 }
 
 async function followRedirects(session: Session): Promise<TransferError | undefined> {
@@ -314,13 +318,11 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
     throw failure;
   }
   session.asksForWhole = decision.asksForWhole;
-  const leftMs = Math.max(0, job.maxMs - clock.elapsedMs);
+  clock.before = `; before that, ${failure.message}`;
   const seconds = (decision.afterMs / 1000).toFixed(1);
-  if (!job.isSilent && decision.afterMs < leftMs)
+  if (!job.isSilent && decision.afterMs < job.maxMs - clock.elapsedMs)
     tell(`Retry in ${seconds} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(Math.min(decision.afterMs, leftMs));
-  if (decision.afterMs < leftMs) return;
-  throw new TransferError("timeout", `not done within ${job.maxMs / 1000} s; before that, ${failure.message}`);
+  await Bun.sleep(decision.afterMs);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
@@ -1254,8 +1256,9 @@ function readAuthorities(file: string | undefined): string[] {
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
 }
 
-/** The time since the start, and timers that never go past --max-time. */
+/** The time since the start, and what may take only so long. */
 export class Clock {
+  before = ""; // how the last attempt failed, as the end of a message
   private readonly startedAt = performance.now();
 
   constructor(private readonly job: Pick<Job, "connectMs" | "stallMs" | "maxMs">) {}
@@ -1266,12 +1269,19 @@ export class Clock {
 
   /** @param what the start of the failure's message: the seconds follow @returns a function that stops the timer */
   startTimer(which: "connectMs" | "stallMs", what: string, then: (failure: TransferError) => void): () => void {
-    const { [which]: limit, maxMs } = this.job;
-    const left = Math.max(0, maxMs - this.elapsedMs);
-    const message = left < limit ? `not done within ${maxMs / 1000} s` : `${what} ${limit / 1000} s`;
-    const fail = () => then(new TransferError("timeout", message, { isFinal: left < limit }));
-    const timer = setTimeout(fail, Math.min(left, limit));
+    const limit = this.job[which];
+    const timer = setTimeout(() => then(new TransferError("timeout", `${what} ${limit / 1000} s`)), limit);
     return () => clearTimeout(timer);
+  }
+
+  /** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
+  async within<T>(step: T | Promise<T>, moreMs = 0): Promise<T> {
+    const { maxMs } = this.job;
+    if (maxMs === Number.POSITIVE_INFINITY) return step;
+    const { promise: late, reject } = Promise.withResolvers<never>();
+    const fail = () => reject(new TransferError("timeout", `not done within ${maxMs / 1000} s${this.before}`));
+    const timer = setTimeout(fail, Math.max(0, maxMs - this.elapsedMs) + moreMs);
+    return Promise.race([step, late]).finally(() => clearTimeout(timer));
   }
 }
 
@@ -1499,6 +1509,10 @@ function ignoreErrors<T>(step: () => T): T | undefined {
 /** @returns undefined if it does not exist, or cannot be reached */
 const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path));
 
+/** For a step that may block for any time: another thread takes it, and deadlines go on here. */
+const inThread = <T>(step: (done: (error: Error | null, value: T) => void) => void) =>
+  new Promise<T>((resolve, reject) => step((error, value) => (error ? reject(error) : resolve(value))));
+
 /**
  * Writes all of it. A pipe or a terminal may block for any time, so another thread writes to it, and deadlines go on
  * here; a file or a device is written at once, as that takes less time than to ask a thread.
@@ -1509,9 +1523,7 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
     const [length, at] = [bytes.length - written, position === null ? null : position + written];
     try {
       written += mayBlock
-        ? await new Promise<number>((resolve, reject) =>
-            fs().write(fd, bytes, written, length, at, (error, count) => (error ? reject(error) : resolve(count))),
-          )
+        ? await inThread<number>((done) => fs().write(fd, bytes, written, length, at, done))
         : fs().writeSync(fd, bytes, written, length, at);
     } catch (error) {
       if ((error as SystemError).code !== "EAGAIN") throw error; // node:fs throws SystemErrors
@@ -1534,19 +1546,21 @@ class StreamSink implements Sink {
   private textDecoder: TextDecoder | undefined;
   private left: number; // bytes to print before node:fs is loaded
 
-  /** @param isContentOnly only content is written, as it is; otherwise the head is too, and a terminal gets safe text */
+  /** @param job with -o, only content is written, as it is; otherwise the head is too, and a terminal gets safe text */
   constructor(
     private readonly fd: number,
-    private readonly isContentOnly: boolean,
+    private readonly job: Options,
     found: Stats,
   ) {
     this.isTerminal = isTerminal(fd, found);
     this.mayBlock = this.isTerminal || !(found.isFile() || found.isCharacterDevice());
-    this.left = !this.mayBlock || found.isFIFO() ? LIMITS.printedBytesMax : 0;
+    // Bun.write blocks if a pipe is full already, and then no timer could end it.
+    const isTimed = job.maxMs < Number.POSITIVE_INFINITY;
+    this.left = !this.mayBlock || (found.isFIFO() && !isTimed) ? LIMITS.printedBytesMax : 0;
   }
 
   start(head: ResponseHead): void {
-    this.head = this.isContentOnly ? "" : head.text;
+    this.head = this.job.keepsOnlyContent ? "" : head.text;
   }
 
   async write(content: Uint8Array): Promise<void> {
@@ -1557,8 +1571,9 @@ class StreamSink implements Sink {
 
   /** Prints the head, if it is still to be printed. */
   async finish(): Promise<string> {
-    if (this.head !== "") await this.print(toBytes(this.head));
+    const { head } = this;
     this.head = "";
+    if (head !== "") await this.print(toBytes(head));
     return "";
   }
 
@@ -1573,7 +1588,7 @@ class StreamSink implements Sink {
   }
 
   private print(bytes: Uint8Array): Promise<unknown> {
-    if (!this.isTerminal || this.isContentOnly) return this.put(bytes);
+    if (!this.isTerminal || this.job.keepsOnlyContent) return this.put(bytes);
     if (bytes.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
     this.textDecoder ??= new TextDecoder();
@@ -1800,15 +1815,15 @@ class FileSink implements Sink {
 /** @returns undefined if FILE has the SHA-256 already */
 async function openSink(job: Options): Promise<Sink | undefined> {
   const { output = "-", sha256 } = job;
-  if (output === "-") return openDescriptor(1, job.keepsOnlyContent);
+  if (output === "-") return openDescriptor(1, job);
   const { O_WRONLY, O_APPEND, W_OK, X_OK } = fs().constants;
   const path = followLinks(output);
   const old = fs().statSync(path, { throwIfNoEntry: false });
   // A descriptor that is open already, and anything but a regular file, is written to and never replaced.
   const [, owner, descriptor] = /^\/proc\/(self|\d+)\/fd\/(\d+)$/.exec(path) ?? [];
-  if (owner === "self") return openDescriptor(Number(descriptor), true);
+  if (owner === "self") return openDescriptor(Number(descriptor), job);
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
-    return openDescriptor(fs().openSync(path, O_WRONLY | O_APPEND), true);
+    return openDescriptor(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   const folder = paths().dirname(path);
   const needFolder = () => fs().accessSync(folder, W_OK | X_OK);
   if (old === undefined) needFolder();
@@ -1821,7 +1836,7 @@ async function openSink(job: Options): Promise<Sink | undefined> {
 }
 
 /** @throws TransferError "write" */
-async function openDescriptor(fd: number, isContentOnly: boolean): Promise<Sink> {
+async function openDescriptor(fd: number, job: Options): Promise<Sink> {
   const isOnLinux = fd === 1 && process.platform === "linux";
   const info = isOnLinux ? Bun.file("/proc/self/fdinfo/1").text() : "";
   const [found, text] = await Promise.all([Bun.file(fd).stat(), info]);
@@ -1829,7 +1844,7 @@ async function openDescriptor(fd: number, isContentOnly: boolean): Promise<Sink>
   // program is started with do not have O_CLOEXEC; those that Bun opens do.
   const isClosed = found.isCharacterDevice() && /^flags:\s*\d*[2367]\d{6}$/m.test(text);
   if (isClosed) throw new TransferError("write", "stdout is closed");
-  return new StreamSink(fd, isContentOnly, found);
+  return new StreamSink(fd, job, found);
 }
 
 /** Where a path leads in the end, whether that exists or not. /dev/stdout leads to /proc/self/fd/1. */
@@ -2103,11 +2118,12 @@ async function main(): Promise<number> {
     const { show, options, data } = parseCommandLine(process.argv.slice(2));
     if (show !== "") await Bun.write(Bun.stdout, show);
     if (show !== "") return EXIT_CODES.ok;
-    const request = { ...options.request, content: await readData(data) };
-    const sink = await openSink(options);
+    const clock = new Clock(options);
+    const request = { ...options.request, content: await clock.within(readData(data)) };
+    const sink = await clock.within(openSink(options));
     if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
     if (sink === undefined) return EXIT_CODES.ok;
-    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
+    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink, clock);
   } catch (error) {
     return tellFailure(error);
   }

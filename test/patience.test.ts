@@ -109,6 +109,13 @@ while True:
     except OSError: pass
     c.close()`;
 
+/** Sends content without end. */
+const ENDLESS = `
+import socket
+s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(5); print(s.getsockname()[1], flush=True)
+c, _ = s.accept(); c.recv(65536); c.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
+while True: c.sendall(bytes(1 << 20))`;
+
 /** Prints of each connection over TLS the name that was asked for, or what went wrong. */
 const TELLING_NAMES = `
 import socket, ssl, sys
@@ -210,6 +217,33 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       const { stderr, exitCode, files } = await save(origin.url, "--max-time", "3");
       expect([exitCode, origin.requests.length, files.length]).toEqual([EXIT_CODES.timeout, 1, 2]);
       expect(stderr).toMatch(/^Error: not done within 3 s\nKept 9000 bytes in /);
+    });
+
+    const ZEROS = raw(Buffer.concat([Buffer.from("HTTP/1.1 200 OK\r\n\r\n"), Buffer.alloc(3_000_000)]), "stall");
+    const HEAD = raw("HTTP/1.1 200 OK\r\n\r\n", "stall");
+    test.concurrent.each([
+      ["a stdout that nobody reads", 'exec "$@" -o - >&3', ZEROS],
+      ["a stdout that nobody reads, the head included", 'head -c 65536 /dev/zero >&3; exec "$@" >&3', HEAD],
+      ["a FIFO as FILE that nobody opens", 'exec "$@" -o other', HEAD],
+      ["data that does not come", 'exec "$@" -d @- <&3', HEAD],
+    ])("--max-time ends it whatever it waits for: %s", async (_, script, answer) => {
+      await using folder = await temporaryFolder();
+      using origin = scripted([answer]);
+      const argv = [...(await command("client-robust", variant)), "--max-time", "2", origin.url];
+      // Descriptor 3 is both ends of a FIFO, and what is started has no other.
+      const argvOfShell = ["bash", "-c", `mkfifo fifo other; exec 3<>fifo; ${script}`, "bash", ...argv];
+      const startedAt = performance.now();
+      const { stderr, exitCode } = await run(argvOfShell, { cwd: folder.path });
+      expect([exitCode, stderr]).toEqual([EXIT_CODES.timeout, "Error: not done within 2 s\n"]);
+      expect(performance.now() - startedAt).toBeGreaterThan(1900);
+    });
+
+    test.concurrent("--max-time ends content that comes as fast as it is read", async () => {
+      await using server = await startPython(ENDLESS);
+      const startedAt = performance.now();
+      const { stderr, exitCode } = await get("--max-time", "1", "-o", "/dev/null", `http://127.0.0.1:${server.port}/`);
+      expect([exitCode, stderr]).toEqual([EXIT_CODES.timeout, "Error: not done within 1 s\n"]);
+      expect(performance.now() - startedAt).toBeWithin(900, 5000);
     });
   });
 
