@@ -24,9 +24,8 @@ import type { Stats } from "node:fs";
 export const VERSION = "0.1.0";
 
 export const LIMITS = Object.freeze({
-  headBytesMax: 65_536, // the whole head: twice what servers accept in a request, as some set many large cookies
-  fieldLinesMax: 200, // twice what servers accept in a request
-  interimResponsesMax: 100, // RFC 9110 §15.2: a client reads any number of 1xx, but no server needs more than a few
+  headBytesMax: 307_200, // the head and all 1xx before it, as curl
+  fieldLinesMax: 5000, // as curl
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
   receivedBytesMax: 1_048_576, // received and not yet processed: then we stop reading, and TCP slows the server (backpressure)
   printedBytesMax: 4096, // printed without loading node:fs: PIPE_BUF, which a full pipe takes whole or not at all
@@ -688,8 +687,8 @@ export class ChunkedDecoder {
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
-    /** RFC 9112 §5.2: a user agent reads obs-fold as SP; a server refuses it. */
-    private readonly acceptsFolds: boolean,
+    /** A user agent reads obs-fold as SP (RFC 9112 §5.2), and white space behind a chunk-size; a server refuses both. */
+    private readonly isUserAgent: boolean,
   ) {}
 
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
@@ -737,7 +736,8 @@ export class ChunkedDecoder {
     this.extensionBytes += end - sizeEnd;
     const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
     const isExtended = sizeEnd < end; // most lines are a size alone, and no text is made of them
-    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, sizeEnd, end))))
+    const extension = isExtended ? latin1(bytes, sizeEnd, end) : "";
+    if (isExtended && !(fits && CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)))
       return void this.fail("chunk-extension", 0);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
@@ -747,7 +747,7 @@ export class ChunkedDecoder {
   private takeTrailerLine(line: string): void {
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
-    else if (this.acceptsFolds && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
+    else if (this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
     else {
       const name = FIELD_LINE.exec(line)?.[1];
       if (name === undefined) return void this.fail("trailer", 0);
@@ -770,34 +770,37 @@ const unparsable = (fault: string, details: ConstructorParameters<typeof Transfe
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 
+const EMPTY_LINE = /\n\r?\n/;
+
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
-  let [text, rest]: [string, Uint8Array] = ["", new Uint8Array(0)];
-  for (let interim = 0; interim <= LIMITS.interimResponsesMax;) {
-    const bytes = rest.length > 0 ? rest : await source.receive();
-    if (bytes === undefined) throw endOfHead(text, interim);
+  let [text, passed] = ["", 0]; // all that has come, and how much of it is 1xx
+  for (;;) {
+    const bytes = await source.receive();
+    if (bytes === undefined) throw endOfHead(text.slice(passed), method, passed > 0);
     const before = text.length;
-    const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax + 1 - before));
+    const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - before));
     text += piece;
-    rest = bytes.subarray(bytes.length);
-    // Parsing starts again at the head's first byte: only when a line has ended, so that a byte at a time stays cheap.
-    if (before > 7 && !piece.includes("\n") && text.length <= LIMITS.headBytesMax) continue;
-    const head = parseResponseHead(text, method);
-    if (head === undefined) continue;
-    rest = bytes.subarray(head.text.length - before);
-    // RFC 9110 §15.2.2: 101 answers an Upgrade, and we sent none.
-    if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that");
-    if (head.status >= 200) return { head, rest };
-    text = "";
-    interim++;
+    const fits = piece.length === bytes.length;
+    // Parsing starts at the head's first byte: at its start, when its first line has ended, and when an empty line has
+    // come. So a byte at a time stays cheap.
+    const isDue = () => !text.slice(passed, before).includes("\n") || EMPTY_LINE.test(text.slice(before - 2));
+    if (before - passed > 7 && fits && !(piece.includes("\n") && isDue())) continue;
+    for (let head; (head = parseResponseHead(text.slice(passed), method)) !== undefined;) {
+      passed += head.text.length;
+      // RFC 9110 §15.2.2: 101 answers an Upgrade, and we sent none.
+      if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that");
+      if (head.status >= 200) return { head, rest: bytes.subarray(passed - before) };
+    }
+    if (!fits) throw unparsable("the head is too large");
   }
-  throw unparsable("it has too many interim responses");
 }
 
 /** What the end of the connection means inside a head. A CR inside the last line makes it malformed, not merely cut. */
-function endOfHead(text: string, interim: number): TransferError {
+function endOfHead(text: string, method: string, isAfterInterim: boolean): TransferError {
+  parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
   if (text.slice(text.lastIndexOf("\n") + 1, -1).includes("\r")) return unparsable(NO_FIELD_LINE);
-  if (text === "" && interim === 0)
+  if (text === "" && !isAfterInterim)
     return new TransferError("empty", "the server closed the connection without an answer");
   return new TransferError("partial", "the response ends inside its head");
 }
@@ -805,6 +808,11 @@ function endOfHead(text: string, interim: number): TransferError {
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
 const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
+/** A field-line as some servers send it. NUL and CR stay refused: another reader may take them for an end. */
+const LOOSE_FIELD_LINE = /^([^:\0\r]*):[^\0\r]*$/;
+/** The fields that this client reads: their lines must be field-lines to the letter. */
+const READ_STRICTLY =
+  /^(content-(length|range|encoding)|transfer-encoding|etag|last-modified|date|location|retry-after|repr-digest)$/i;
 
 /**
  * Parses a response head (RFC 9112 §4 and §5) from its first character on; nothing is kept between calls.
@@ -818,7 +826,7 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   let statusLine: RegExpExecArray | null = null;
   const fields = new Map<string, string[]>();
   let [count, last]: [number, string[]] = [0, []];
-  for (let at = 0, lf = 0; isHttp && (lf = text.indexOf("\n", at)) >= 0 && lf < LIMITS.headBytesMax; at = lf + 1) {
+  for (let at = 0, lf = 0; isHttp && (lf = text.indexOf("\n", at)) >= 0; at = lf + 1) {
     // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
     const line = text.slice(at, text[lf - 1] === "\r" ? lf - 1 : lf);
     if (statusLine === null) {
@@ -831,21 +839,19 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
       const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, lf + 1) };
       return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
     }
-    const name = FIELD_LINE.exec(line)?.[1]?.toLowerCase();
-    if (name !== undefined) {
+    // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
+    const isFold = /^[ \t]/.test(line);
+    const name = isFold ? undefined : LOOSE_FIELD_LINE.exec(line)?.[1]?.toLowerCase();
+    if (isFold && count > 0 && FIELD_LINE.test(`x:${line}`)) last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
+    else if (name !== undefined && (FIELD_LINE.test(line) || !READ_STRICTLY.test(name.replace(/[^\w-]/g, "")))) {
       last = fields.get(name) ?? [];
       fields.set(name, last);
       last.push(trimOws(line.slice(name.length + 1)));
-      if (++count > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
-    }
-    // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
-    else if (count > 0 && /^[ \t]/.test(line) && FIELD_LINE.test(`x:${line}`))
-      last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
-    else throw unparsable(NO_FIELD_LINE);
+    } else throw unparsable(NO_FIELD_LINE);
+    if (++count > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   }
   if (!isHttp || (statusLine === null && text.includes("\n")))
     throw unparsable("its first line is not a status-line of HTTP/1", {});
-  if (text.length > LIMITS.headBytesMax) throw unparsable("the head is too large");
   return undefined;
 }
 
@@ -889,8 +895,8 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
     if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
     // §6.1: an HTTP/1.0 server cannot know it: its framing is faulty.
     if (isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
-    // Item 4: we asked for no coding, so there is none but chunked.
-    if (!/^chunked$/i.test(codings.join(", "))) throw unparsable("its transfer coding is not chunked");
+    // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
+    if (!/^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","))) throw unparsable("its transfer coding is not chunked");
     return "chunked";
   }
   // Item 8: no length at all: until the connection is closed.
