@@ -181,6 +181,7 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
     const { head, rest } = await receiveHead(connection, request.method);
     trace?.complete("head");
     if (head.framing !== "close") connection.stopWatching();
+    delivery.isUnchanged = head.status === 304;
     const verdict = beginResponse(head, session);
     if (verdict.action === "redirect") return verdict;
     if (verdict.action === "complete") await delivery.finish(head);
@@ -270,7 +271,7 @@ async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
   const session = beginSession(job, sink, clock);
   const { delivery, progress } = session;
   if (job.isTraced) fs(); // loaded before the first step, which would count the time
-  if (job.canStartOver) keepPartOnSignals(delivery);
+  if (job.canStartOver) keepPartOnSignals(session);
   try {
     await clock.within(tryUntilDone(session));
     progress.finish(delivery);
@@ -340,7 +341,7 @@ type Redirect = { readonly action: "redirect"; readonly status: number; readonly
 
 /** These may be gone the next time: of RFC 9110 §15, of others (425, 507), and of the proxies of large networks. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
-const REDIRECT_STATUSES = [301, 302, 303, 307, 308];
+const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
 /** RFC 9110 §9.2.2: asking twice has the effect of asking once. */
 const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 
@@ -381,7 +382,8 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean): V
     if (complete !== length)
       return new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) return tooLarge(job);
-  const version = isGet && head.status === 200 ? versionOf(head) : NOTHING;
+  const version =
+    isGet && head.status === 200 ? versionOf(head) : { ...NOTHING, lastModified: singleValue(head, "last-modified") };
   // What an earlier response said of this version still holds: its length, if this one does not tell any.
   const total = length ?? held.total;
   const isNamedSame = version.validator !== "" && version.validator === held.validator && agrees(head, held);
@@ -577,14 +579,18 @@ function toBytes(text: string): Uint8Array {
   return bytes;
 }
 
-/** Fields that only the first server may see. */
+/** Fields that only the first server may see, and fields about content that is not sent again. */
 const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i;
+const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i;
 
 /** The request that a redirect asks for (RFC 9110 §15.4). */
 function redirect(request: Request, status: number, url: URL): Request {
-  const becomesGet = request.method === "POST" ? status <= 303 : status === 303 && request.method !== "HEAD";
+  const { method } = request;
+  const becomesGet = status === 303 ? method !== "HEAD" : method === "POST" && (status === 301 || status === 302);
   const isElsewhere = url.origin !== request.url.origin;
-  const fields = request.fields.filter(([name]) => !(isElsewhere && SECRET_FIELD.test(name)));
+  const isDropped = (name: string) =>
+    (isElsewhere && SECRET_FIELD.test(name)) || (becomesGet && CONTENT_FIELD.test(name));
+  const fields = request.fields.filter(([name]) => !isDropped(name));
   const same = { ...request, url, fields };
   return becomesGet ? { ...same, method: "GET", content: [] } : same;
 }
@@ -1041,8 +1047,8 @@ class ProgressLine {
   }
 
   /** Ends the line with a summary. */
-  finish({ held, isToVerify, note }: Delivery): void {
-    if (this.isOnScreen || this.job.isVerbose) {
+  finish({ held, isToVerify, isUnchanged, note }: Delivery): void {
+    if (!isUnchanged && (this.isOnScreen || this.job.isVerbose)) {
       this.clear();
       const verified = isToVerify ? "SHA-256 verified" : "not verified";
       tell(`${formatBytes(held.bytes)} in ${(this.clock.elapsedMs / 1000).toFixed(1)} s, ${verified}`);
@@ -1401,6 +1407,7 @@ const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
 class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
+  isUnchanged = false; // the response is a 304
   /** The most that was ever held of this version: only what goes beyond it is progress. Starting over is none. */
   private best: number;
   private isJoined = false; // the content held came in several responses
@@ -1729,7 +1736,7 @@ class FileSink implements Sink {
     fs().fsyncSync(fd);
     const note = this.replaceFile(path, fd);
     const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : Number.NaN;
-    if (time) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
+    if (time >= 0) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
     this.discard();
     if (this.folder === paths().dirname(this.path))
       for (const older of findParts(this.path, this.folder))
@@ -1991,7 +1998,8 @@ export function parseCommandLine(args: readonly string[]) {
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
-  const fields = [...all("header").map(parseField), ...timeCondition(last("time-cond"))];
+  const since = last("time-cond");
+  const fields = [...all("header").map(parseField), ...timeCondition(since, since === output || values.has("silent"))];
   const request: Request = { method, url, fields, content: [] };
   const options = {
     request,
@@ -2025,12 +2033,14 @@ function remoteName(text: string, url: URL): string {
   const name = path.slice(path.lastIndexOf("/") + 1);
   const isName = !url.pathname.endsWith("/") && !/^\.{0,2}$|[\\\0]/.test(name);
   check(isName, `--remote-name finds no name of a file in ${JSON.stringify(text)}`);
-  return name;
+  return name === "-" ? "./-" : name;
 }
 
-/** The condition of -z: changed since FILE was (RFC 9110 §13.1.3). None if there is no FILE. */
-function timeCondition(file: string | undefined): [name: string, value: string][] {
+/** The condition of -z: changed since FILE was (RFC 9110 §13.1.3). None if there is no FILE, as in a mirror's first run. */
+function timeCondition(file: string | undefined, mayBeMissing: boolean): [name: string, value: string][] {
   const found = file === undefined ? undefined : ignoreErrors(() => fs().statSync(file));
+  if (file !== undefined && found === undefined && !mayBeMissing)
+    tell(`No condition is sent: there is no file ${file}`);
   return found === undefined ? [] : [["If-Modified-Since", found.mtime.toUTCString()]];
 }
 
@@ -2107,15 +2117,21 @@ async function openData(path: string): Promise<Blob> {
 }
 
 /** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
-function keepPartOnSignals(delivery: Delivery): void {
-  for (const signal of ["SIGINT", "SIGTERM"] as const)
-    process.once(signal, () => {
-      const advice = delivery.sink.close(delivery.held);
-      tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
-      // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
-      process.kill(process.pid, signal);
-      process.exit(signal === "SIGINT" ? 130 : 143);
-    });
+function keepPartOnSignals({ delivery, progress }: Session): void {
+  // A signal that is ignored from the start, as by nohup, stays so: bit 0 is signal 1. Only Linux tells; elsewhere SIGHUP
+  // is left alone.
+  const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
+  const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
+  for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
+    if (((ignored >> (number - 1)) & 1) === 0)
+      process.once(signal, () => {
+        progress.clear();
+        const advice = delivery.sink.close(delivery.held);
+        tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
+        // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
+        process.kill(process.pid, signal);
+        process.exit(128 + number);
+      });
 }
 
 /** @returns the exit code */
