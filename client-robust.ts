@@ -36,6 +36,7 @@ export const LIMITS = Object.freeze({
   retryAfterMaxMs: 3_600_000, // if a server asks for a longer wait, give up, unless --retry-max-time allows it
   strongDateAgeMs: 60_000, // RFC 9110 §8.8.2.2: a date names one version if it is this much older than the response
   heldDataBytesMax: 67_108_864, // content to send from stdin or a pipe: it is kept in memory so that it can be sent again
+  idlePartMs: 1000, // another run that has taken our part over and writes nothing for so long loses it
   syncEveryBytes: 67_108_864, // start writing to the disk each time that so much has come
   redirectsMax: 50, // as curl
   progressAfterMs: 1000, // short transfers get no progress line …
@@ -90,7 +91,7 @@ interface Sink {
   /** Called last, whatever happened. @returns how to continue, or "" */
   close(held: Held): string | Promise<string>;
   start?(head: ResponseHead): void; // the content of this response follows, from its first byte on
-  digest?(held: Held): string; // SHA-256 in hex of all that was written, if it can be read again
+  digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
@@ -1467,7 +1468,7 @@ class Delivery {
     if (this.skip > 0) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
     if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: true });
-    if (this.isToVerify) this.verify();
+    if (this.isToVerify) await this.verify();
     this.note = await this.sink.finish(this.held);
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
     const codings = fieldValues(head, "content-encoding").join(", ");
@@ -1480,8 +1481,8 @@ class Delivery {
     return this.job.sha256 !== "" || this.expectedDigest !== "";
   }
 
-  private verify(): void {
-    const found = this.hash?.digest("hex") ?? this.sink.digest?.(this.held);
+  private async verify(): Promise<void> {
+    const found = this.hash?.digest("hex") ?? (await this.sink.digest?.(this.held));
     this.hash = undefined;
     const message = "the first part of the content is not at hand to be verified";
     if (found === undefined) throw new TransferError("digest", message, { isFinal: true });
@@ -1717,7 +1718,7 @@ class FileSink implements Sink {
   }
 
   async write(content: Uint8Array, held: Held): Promise<void> {
-    const { fd } = this.ready(held);
+    const { fd } = await this.ready(held);
     await writeAll(fd, content, false, held.bytes);
     // The disk begins to write while the network goes on: all of it at the end would take as long again. If this
     // fails, the sync at the end will too.
@@ -1725,12 +1726,12 @@ class FileSink implements Sink {
     if (content.length >= left) fs().fdatasync(fd, () => {});
   }
 
-  digest(held: Held): string {
-    return sha256Of(this.ready(held).fd);
+  async digest(held: Held): Promise<string> {
+    return sha256Of((await this.ready(held)).fd);
   }
 
   async finish(held: Held): Promise<string> {
-    const { path, fd } = this.ready(held);
+    const { path, fd } = await this.ready(held);
     if (fs().fstatSync(fd).size !== held.bytes) throw changed(path);
     this.keepOwnerAndMode(fd);
     fs().fsyncSync(fd);
@@ -1764,16 +1765,36 @@ class FileSink implements Sink {
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
-  private ready(held: Held): NonNullable<FileSink["part"]> {
-    if (this.part === undefined || held.bytes === 0) {
-      const next = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
-      this.discard();
-      this.part = next;
+  private async ready(held: Held): Promise<NonNullable<FileSink["part"]>> {
+    let { part } = this;
+    if (part === undefined || held.bytes === 0)
+      part = this.replacePart(held, held.bytes === 0 ? undefined : this.leftover);
+    if (statOf(part.path)?.ino !== part.inode) part = this.replacePart(held, await this.findAgain(part));
+    if ((statOf(part.path)?.size ?? 0) < held.bytes) throw changed(part.path);
+    return part;
+  }
+
+  private replacePart(held: Held, leftover: FoundPart | undefined): NonNullable<FileSink["part"]> {
+    const next = this.begin(held, leftover);
+    this.discard();
+    this.part = next;
+    return next;
+  }
+
+  /**
+   * Another run has taken the part over. If that run has died, nobody writes to the part any more, and it can be taken
+   * back. @throws TransferError if that run goes on or the part is gone
+   */
+  private async findAgain({ path, fd, inode }: NonNullable<FileSink["part"]>): Promise<FoundPart> {
+    for (let waitedMs = 0; waitedMs < this.job.stallMs; waitedMs += LIMITS.idlePartMs) {
+      const { mtimeMs } = fs().fstatSync(fd);
+      await Bun.sleep(LIMITS.idlePartMs);
+      if (fs().fstatSync(fd).mtimeMs !== mtimeMs) continue;
+      for (const part of findParts(this.path, this.folder))
+        if (statOf(part.path)?.ino === inode && part.label.sha256 === this.job.sha256) return part;
+      break;
     }
-    const found = statOf(this.part.path);
-    if (found?.ino !== this.part.inode) throw takenOver(this.part.path);
-    if (found.size < held.bytes) throw changed(this.part.path);
-    return this.part;
+    throw takenOver(path);
   }
 
   /** Gives a part a name of its own, be it new or of an earlier run. The label comes first. */
