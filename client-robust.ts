@@ -1767,18 +1767,10 @@ class FileSink implements Sink {
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
   private async ready(held: Held): Promise<NonNullable<FileSink["part"]>> {
     let { part } = this;
-    if (part === undefined || held.bytes === 0)
-      part = this.replacePart(held, held.bytes === 0 ? undefined : this.leftover);
-    if (statOf(part.path)?.ino !== part.inode) part = this.replacePart(held, await this.findAgain(part));
+    if (part === undefined || held.bytes === 0) part = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
+    if (statOf(part.path)?.ino !== part.inode) part = this.begin(held, await this.findAgain(part));
     if ((statOf(part.path)?.size ?? 0) < held.bytes) throw changed(part.path);
     return part;
-  }
-
-  private replacePart(held: Held, leftover: FoundPart | undefined): NonNullable<FileSink["part"]> {
-    const next = this.begin(held, leftover);
-    this.discard();
-    this.part = next;
-    return next;
   }
 
   /**
@@ -1812,7 +1804,8 @@ class FileSink implements Sink {
       const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
-      return { path, fd, inode, canBeContinued: this.canContinue && validator + sha256 !== "" };
+      this.discard();
+      return (this.part = { path, fd, inode, canBeContinued: this.canContinue && validator + sha256 !== "" });
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
