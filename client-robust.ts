@@ -278,6 +278,8 @@ async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
     progress.finish(delivery);
     return EXIT_CODES.ok;
   } catch (error) {
+    const { outcome, isFinal, message } = asTransferError(error);
+    if (outcome === "timeout" && isFinal) session.trace?.step("deadline", message);
     return tellFailure(error);
   } finally {
     progress.clear();
@@ -1211,14 +1213,9 @@ export class Connection implements Source {
   private event(): Promise<void> {
     this.trace?.flush();
     return new Promise((resolve) => {
-      const cancel = this.clock.startTimer("stallMs", "no byte for", (failure) => {
-        this.failure = failure;
-        resolve();
-      });
-      this.wake = () => {
-        cancel();
-        resolve();
-      };
+      const fail = (failure: TransferError) => resolve(void (this.failure = failure));
+      const cancel = this.clock.startTimer("stallMs", "no byte for", fail);
+      this.wake = () => resolve(cancel());
     });
   }
 }
@@ -1292,7 +1289,8 @@ export class Clock {
     const { maxMs } = this.job;
     if (maxMs === Number.POSITIVE_INFINITY) return step;
     const { promise: late, reject } = Promise.withResolvers<never>();
-    const fail = () => reject(new TransferError("timeout", `not done within ${maxMs / 1000} s${this.before}`));
+    const fail = () =>
+      reject(new TransferError("timeout", `not done within ${maxMs / 1000} s${this.before}`, { isFinal: true }));
     const timer = setTimeout(fail, Math.max(0, maxMs - this.elapsedMs) + moreMs);
     return Promise.race([step, late]).finally(() => clearTimeout(timer));
   }
