@@ -253,10 +253,10 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
     const ZEROS = raw(Buffer.concat([Buffer.from("HTTP/1.1 200 OK\r\n\r\n"), Buffer.alloc(3_000_000)]), "stall");
     const HEAD = raw("HTTP/1.1 200 OK\r\n\r\n", "stall");
     test.concurrent.each([
-      ["a stdout that nobody reads", 'exec "$@" -o - >&3', ZEROS],
-      ["a stdout that nobody reads, the head included", 'head -c 65536 /dev/zero >&3; exec "$@" >&3', HEAD],
-      ["a FIFO as FILE that nobody opens", 'exec "$@" -o other', HEAD],
-      ["data that does not come", 'exec "$@" -d @- <&3', HEAD],
+      ["a stdout that nobody reads", 'exec timeout 20 "$@" -o - >&3', ZEROS],
+      ["a stdout that nobody reads, the head included", 'head -c 65536 /dev/zero >&3; exec timeout 20 "$@" >&3', HEAD],
+      ["a FIFO as FILE that nobody opens", 'exec timeout 20 "$@" -o other', HEAD],
+      ["data that does not come", 'exec timeout 20 "$@" -d @- <&3', HEAD],
     ])("--max-time ends it whatever it waits for: %s", async (_, script, answer) => {
       await using folder = await temporaryFolder();
       using origin = scripted([answer]);
