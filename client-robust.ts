@@ -24,18 +24,19 @@ import type { Stats } from "node:fs";
 export const VERSION = "0.1.0";
 
 export const LIMITS = Object.freeze({
-  headBytesMax: 65_536, // the whole head: twice what servers accept in a request, as some set many large cookies
-  fieldLinesMax: 200, // twice what servers accept in a request
-  interimResponsesMax: 100, // RFC 9110 §15.2: a client reads any number of 1xx, but no server needs more than a few
+  headBytesMax: 307_200, // the head and all 1xx before it, as curl
+  fieldLinesMax: 5000, // as curl
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
   receivedBytesMax: 1_048_576, // received and not yet processed: then we stop reading, and TCP slows the server (backpressure)
   printedBytesMax: 4096, // printed without loading node:fs: PIPE_BUF, which a full pipe takes whole or not at all
+  lastWriteMs: 100, // after --max-time, for output that is not blocked
   writeRetryMs: 10, // the wait before the next write to a full stdout that another process has made non-blocking
   backoffFirstMs: 1000, // the first retry waits about a second, the next two, then four …
   backoffMaxMs: 60_000,
   retryAfterMaxMs: 3_600_000, // if a server asks for a longer wait, give up, unless --retry-max-time allows it
   strongDateAgeMs: 60_000, // RFC 9110 §8.8.2.2: a date names one version if it is this much older than the response
   heldDataBytesMax: 67_108_864, // content to send from stdin or a pipe: it is kept in memory so that it can be sent again
+  idlePartMs: 1000, // another run that has taken our part over and writes nothing for so long loses it
   syncEveryBytes: 67_108_864, // start writing to the disk each time that so much has come
   redirectsMax: 50, // as curl
   progressAfterMs: 1000, // short transfers get no progress line …
@@ -90,7 +91,7 @@ interface Sink {
   /** Called last, whatever happened. @returns how to continue, or "" */
   close(held: Held): string | Promise<string>;
   start?(head: ResponseHead): void; // the content of this response follows, from its first byte on
-  digest?(held: Held): string; // SHA-256 in hex of all that was written, if it can be read again
+  digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
@@ -181,6 +182,7 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
     const { head, rest } = await receiveHead(connection, request.method);
     trace?.complete("head");
     if (head.framing !== "close") connection.stopWatching();
+    delivery.isUnchanged = head.status === 304;
     const verdict = beginResponse(head, session);
     if (verdict.action === "redirect") return verdict;
     if (verdict.action === "complete") await delivery.finish(head);
@@ -250,8 +252,7 @@ function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, T
 
 /** What one attempt and the next ones share. */
 type Session = ReturnType<typeof beginSession>;
-function beginSession(job: Job, sink: Sink) {
-  const clock = new Clock(job);
+function beginSession(job: Job, sink: Sink, clock: Clock) {
   return {
     job,
     delivery: new Delivery(sink, job),
@@ -267,22 +268,28 @@ function beginSession(job: Job, sink: Sink) {
 }
 
 /** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
-async function download(job: Job, sink: Sink): Promise<number> {
-  const session = beginSession(job, sink);
+async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
+  const session = beginSession(job, sink, clock);
   const { delivery, progress } = session;
   if (job.isTraced) fs(); // loaded before the first step, which would count the time
-  if (job.canStartOver) keepPartOnSignals(delivery);
+  if (job.canStartOver) keepPartOnSignals(session);
   try {
-    for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
+    await clock.within(tryUntilDone(session));
     progress.finish(delivery);
     return EXIT_CODES.ok;
   } catch (error) {
+    const { outcome, isFinal, message } = asTransferError(error);
+    if (outcome === "timeout" && isFinal) session.trace?.step("deadline", message);
     return tellFailure(error);
   } finally {
     progress.clear();
-    const advice = await delivery.sink.close(delivery.held);
+    const advice = await clock.within(delivery.sink.close(delivery.held), LIMITS.lastWriteMs).catch(() => "");
     if (advice !== "" && !job.isSilent) tell(advice);
   }
+}
+
+async function tryUntilDone(session: Session): Promise<void> {
+  for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
 }
 
 async function followRedirects(session: Session): Promise<TransferError | undefined> {
@@ -314,13 +321,11 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
     throw failure;
   }
   session.asksForWhole = decision.asksForWhole;
-  const leftMs = Math.max(0, job.maxMs - clock.elapsedMs);
+  clock.before = `; before that, ${failure.message}`;
   const seconds = (decision.afterMs / 1000).toFixed(1);
-  if (!job.isSilent && decision.afterMs < leftMs)
+  if (!job.isSilent && decision.afterMs < job.maxMs - clock.elapsedMs)
     tell(`Retry in ${seconds} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(Math.min(decision.afterMs, leftMs));
-  if (decision.afterMs < leftMs) return;
-  throw new TransferError("timeout", `not done within ${job.maxMs / 1000} s; before that, ${failure.message}`);
+  await Bun.sleep(decision.afterMs);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
@@ -339,7 +344,7 @@ type Redirect = { readonly action: "redirect"; readonly status: number; readonly
 
 /** These may be gone the next time: of RFC 9110 §15, of others (425, 507), and of the proxies of large networks. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
-const REDIRECT_STATUSES = [301, 302, 303, 307, 308];
+const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
 /** RFC 9110 §9.2.2: asking twice has the effect of asking once. */
 const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 
@@ -380,7 +385,8 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean): V
     if (complete !== length)
       return new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) return tooLarge(job);
-  const version = isGet && head.status === 200 ? versionOf(head) : NOTHING;
+  const version =
+    isGet && head.status === 200 ? versionOf(head) : { ...NOTHING, lastModified: singleValue(head, "last-modified") };
   // What an earlier response said of this version still holds: its length, if this one does not tell any.
   const total = length ?? held.total;
   const isNamedSame = version.validator !== "" && version.validator === held.validator && agrees(head, held);
@@ -576,14 +582,18 @@ function toBytes(text: string): Uint8Array {
   return bytes;
 }
 
-/** Fields that only the first server may see. */
+/** Fields that only the first server may see, and fields about content that is not sent again. */
 const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i;
+const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i;
 
 /** The request that a redirect asks for (RFC 9110 §15.4). */
 function redirect(request: Request, status: number, url: URL): Request {
-  const becomesGet = request.method === "POST" ? status <= 303 : status === 303 && request.method !== "HEAD";
+  const { method } = request;
+  const becomesGet = status === 303 ? method !== "HEAD" : method === "POST" && (status === 301 || status === 302);
   const isElsewhere = url.origin !== request.url.origin;
-  const fields = request.fields.filter(([name]) => !(isElsewhere && SECRET_FIELD.test(name)));
+  const isDropped = (name: string) =>
+    (isElsewhere && SECRET_FIELD.test(name)) || (becomesGet && CONTENT_FIELD.test(name));
+  const fields = request.fields.filter(([name]) => !isDropped(name));
   const same = { ...request, url, fields };
   return becomesGet ? { ...same, method: "GET", content: [] } : same;
 }
@@ -686,8 +696,8 @@ export class ChunkedDecoder {
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
-    /** RFC 9112 §5.2: a user agent reads obs-fold as SP; a server refuses it. */
-    private readonly acceptsFolds: boolean,
+    /** A user agent reads obs-fold as SP (RFC 9112 §5.2), and white space behind a chunk-size; a server refuses both. */
+    private readonly isUserAgent: boolean,
   ) {}
 
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
@@ -735,7 +745,8 @@ export class ChunkedDecoder {
     this.extensionBytes += end - sizeEnd;
     const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
     const isExtended = sizeEnd < end; // most lines are a size alone, and no text is made of them
-    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, sizeEnd, end))))
+    const extension = isExtended ? latin1(bytes, sizeEnd, end) : "";
+    if (isExtended && !(fits && CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)))
       return void this.fail("chunk-extension", 0);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
@@ -745,7 +756,7 @@ export class ChunkedDecoder {
   private takeTrailerLine(line: string): void {
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
-    else if (this.acceptsFolds && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
+    else if (this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
     else {
       const name = FIELD_LINE.exec(line)?.[1];
       if (name === undefined) return void this.fail("trailer", 0);
@@ -768,34 +779,37 @@ const unparsable = (fault: string, details: ConstructorParameters<typeof Transfe
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 
+const EMPTY_LINE = /\n\r?\n/;
+
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
-  let [text, rest]: [string, Uint8Array] = ["", new Uint8Array(0)];
-  for (let interim = 0; interim <= LIMITS.interimResponsesMax;) {
-    const bytes = rest.length > 0 ? rest : await source.receive();
-    if (bytes === undefined) throw endOfHead(text, interim);
+  let [text, passed] = ["", 0]; // all that has come, and how much of it is 1xx
+  for (;;) {
+    const bytes = await source.receive();
+    if (bytes === undefined) throw endOfHead(text.slice(passed), method, passed > 0);
     const before = text.length;
-    const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax + 1 - before));
+    const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - before));
     text += piece;
-    rest = bytes.subarray(bytes.length);
-    // Parsing starts again at the head's first byte: only when a line has ended, so that a byte at a time stays cheap.
-    if (before > 7 && !piece.includes("\n") && text.length <= LIMITS.headBytesMax) continue;
-    const head = parseResponseHead(text, method);
-    if (head === undefined) continue;
-    rest = bytes.subarray(head.text.length - before);
-    // RFC 9110 §15.2.2: 101 answers an Upgrade, and we sent none.
-    if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that");
-    if (head.status >= 200) return { head, rest };
-    text = "";
-    interim++;
+    const fits = piece.length === bytes.length;
+    // Parsing starts at the head's first byte: at its start, when its first line has ended, and when an empty line has
+    // come. So a byte at a time stays cheap.
+    const isDue = () => !text.slice(passed, before).includes("\n") || EMPTY_LINE.test(text.slice(before - 2));
+    if (before - passed > 7 && fits && !(piece.includes("\n") && isDue())) continue;
+    for (let head; (head = parseResponseHead(text.slice(passed), method)) !== undefined;) {
+      passed += head.text.length;
+      // RFC 9110 §15.2.2: 101 answers an Upgrade, and we sent none.
+      if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that");
+      if (head.status >= 200) return { head, rest: bytes.subarray(passed - before) };
+    }
+    if (!fits) throw unparsable("the head is too large");
   }
-  throw unparsable("it has too many interim responses");
 }
 
 /** What the end of the connection means inside a head. A CR inside the last line makes it malformed, not merely cut. */
-function endOfHead(text: string, interim: number): TransferError {
+function endOfHead(text: string, method: string, isAfterInterim: boolean): TransferError {
+  parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
   if (text.slice(text.lastIndexOf("\n") + 1, -1).includes("\r")) return unparsable(NO_FIELD_LINE);
-  if (text === "" && interim === 0)
+  if (text === "" && !isAfterInterim)
     return new TransferError("empty", "the server closed the connection without an answer");
   return new TransferError("partial", "the response ends inside its head");
 }
@@ -803,6 +817,11 @@ function endOfHead(text: string, interim: number): TransferError {
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
 const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
+/** A field-line as some servers send it. NUL and CR stay refused: another reader may take them for an end. */
+const LOOSE_FIELD_LINE = /^([^:\0\r]*):[^\0\r]*$/;
+/** The fields that this client reads: their lines must be field-lines to the letter. */
+const READ_STRICTLY =
+  /^(content-(length|range|encoding)|transfer-encoding|etag|last-modified|date|location|retry-after|repr-digest)$/i;
 
 /**
  * Parses a response head (RFC 9112 §4 and §5) from its first character on; nothing is kept between calls.
@@ -816,7 +835,7 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   let statusLine: RegExpExecArray | null = null;
   const fields = new Map<string, string[]>();
   let [count, last]: [number, string[]] = [0, []];
-  for (let at = 0, lf = 0; isHttp && (lf = text.indexOf("\n", at)) >= 0 && lf < LIMITS.headBytesMax; at = lf + 1) {
+  for (let at = 0, lf = 0; isHttp && (lf = text.indexOf("\n", at)) >= 0; at = lf + 1) {
     // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
     const line = text.slice(at, text[lf - 1] === "\r" ? lf - 1 : lf);
     if (statusLine === null) {
@@ -829,21 +848,19 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
       const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, lf + 1) };
       return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
     }
-    const name = FIELD_LINE.exec(line)?.[1]?.toLowerCase();
-    if (name !== undefined) {
+    // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
+    const isFold = /^[ \t]/.test(line);
+    const name = isFold ? undefined : LOOSE_FIELD_LINE.exec(line)?.[1]?.toLowerCase();
+    if (isFold && count > 0 && FIELD_LINE.test(`x:${line}`)) last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
+    else if (name !== undefined && (FIELD_LINE.test(line) || !READ_STRICTLY.test(name.replace(/[^\w-]/g, "")))) {
       last = fields.get(name) ?? [];
       fields.set(name, last);
       last.push(trimOws(line.slice(name.length + 1)));
-      if (++count > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
-    }
-    // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
-    else if (count > 0 && /^[ \t]/.test(line) && FIELD_LINE.test(`x:${line}`))
-      last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
-    else throw unparsable(NO_FIELD_LINE);
+    } else throw unparsable(NO_FIELD_LINE);
+    if (++count > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   }
   if (!isHttp || (statusLine === null && text.includes("\n")))
     throw unparsable("its first line is not a status-line of HTTP/1", {});
-  if (text.length > LIMITS.headBytesMax) throw unparsable("the head is too large");
   return undefined;
 }
 
@@ -887,8 +904,8 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
     if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
     // §6.1: an HTTP/1.0 server cannot know it: its framing is faulty.
     if (isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
-    // Item 4: we asked for no coding, so there is none but chunked.
-    if (!/^chunked$/i.test(codings.join(", "))) throw unparsable("its transfer coding is not chunked");
+    // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
+    if (!/^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","))) throw unparsable("its transfer coding is not chunked");
     return "chunked";
   }
   // Item 8: no length at all: until the connection is closed.
@@ -1033,8 +1050,8 @@ class ProgressLine {
   }
 
   /** Ends the line with a summary. */
-  finish({ held, isToVerify, note }: Delivery): void {
-    if (this.isOnScreen || this.job.isVerbose) {
+  finish({ held, isToVerify, isUnchanged, note }: Delivery): void {
+    if (!isUnchanged && (this.isOnScreen || this.job.isVerbose)) {
       this.clear();
       const verified = isToVerify ? "SHA-256 verified" : "not verified";
       tell(`${formatBytes(held.bytes)} in ${(this.clock.elapsedMs / 1000).toFixed(1)} s, ${verified}`);
@@ -1196,14 +1213,9 @@ export class Connection implements Source {
   private event(): Promise<void> {
     this.trace?.flush();
     return new Promise((resolve) => {
-      const cancel = this.clock.startTimer("stallMs", "no byte for", (failure) => {
-        this.failure = failure;
-        resolve();
-      });
-      this.wake = () => {
-        cancel();
-        resolve();
-      };
+      const fail = (failure: TransferError) => resolve(void (this.failure = failure));
+      const cancel = this.clock.startTimer("stallMs", "no byte for", fail);
+      this.wake = () => resolve(cancel());
     });
   }
 }
@@ -1254,8 +1266,9 @@ function readAuthorities(file: string | undefined): string[] {
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
 }
 
-/** The time since the start, and timers that never go past --max-time. */
+/** The time since the start, and what may take only so long. */
 export class Clock {
+  before = ""; // how the last attempt failed, as the end of a message
   private readonly startedAt = performance.now();
 
   constructor(private readonly job: Pick<Job, "connectMs" | "stallMs" | "maxMs">) {}
@@ -1266,12 +1279,20 @@ export class Clock {
 
   /** @param what the start of the failure's message: the seconds follow @returns a function that stops the timer */
   startTimer(which: "connectMs" | "stallMs", what: string, then: (failure: TransferError) => void): () => void {
-    const { [which]: limit, maxMs } = this.job;
-    const left = Math.max(0, maxMs - this.elapsedMs);
-    const message = left < limit ? `not done within ${maxMs / 1000} s` : `${what} ${limit / 1000} s`;
-    const fail = () => then(new TransferError("timeout", message, { isFinal: left < limit }));
-    const timer = setTimeout(fail, Math.min(left, limit));
+    const limit = this.job[which];
+    const timer = setTimeout(() => then(new TransferError("timeout", `${what} ${limit / 1000} s`)), limit);
     return () => clearTimeout(timer);
+  }
+
+  /** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
+  async within<T>(step: T | Promise<T>, moreMs = 0): Promise<T> {
+    const { maxMs } = this.job;
+    if (maxMs === Number.POSITIVE_INFINITY) return step;
+    const { promise: late, reject } = Promise.withResolvers<never>();
+    const fail = () =>
+      reject(new TransferError("timeout", `not done within ${maxMs / 1000} s${this.before}`, { isFinal: true }));
+    const timer = setTimeout(fail, Math.max(0, maxMs - this.elapsedMs) + moreMs);
+    return Promise.race([step, late]).finally(() => clearTimeout(timer));
   }
 }
 
@@ -1385,6 +1406,7 @@ const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
 class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
+  isUnchanged = false; // the response is a 304
   /** The most that was ever held of this version: only what goes beyond it is progress. Starting over is none. */
   private best: number;
   private isJoined = false; // the content held came in several responses
@@ -1444,7 +1466,7 @@ class Delivery {
     if (this.skip > 0) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
     if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: true });
-    if (this.isToVerify) this.verify();
+    if (this.isToVerify) await this.verify();
     this.note = await this.sink.finish(this.held);
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
     const codings = fieldValues(head, "content-encoding").join(", ");
@@ -1457,8 +1479,8 @@ class Delivery {
     return this.job.sha256 !== "" || this.expectedDigest !== "";
   }
 
-  private verify(): void {
-    const found = this.hash?.digest("hex") ?? this.sink.digest?.(this.held);
+  private async verify(): Promise<void> {
+    const found = this.hash?.digest("hex") ?? (await this.sink.digest?.(this.held));
     this.hash = undefined;
     const message = "the first part of the content is not at hand to be verified";
     if (found === undefined) throw new TransferError("digest", message, { isFinal: true });
@@ -1499,6 +1521,10 @@ function ignoreErrors<T>(step: () => T): T | undefined {
 /** @returns undefined if it does not exist, or cannot be reached */
 const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path));
 
+/** For a step that may block for any time: another thread takes it, and deadlines go on here. */
+const inThread = <T>(step: (done: (error: Error | null, value: T) => void) => void) =>
+  new Promise<T>((resolve, reject) => step((error, value) => (error ? reject(error) : resolve(value))));
+
 /**
  * Writes all of it. A pipe or a terminal may block for any time, so another thread writes to it, and deadlines go on
  * here; a file or a device is written at once, as that takes less time than to ask a thread.
@@ -1509,9 +1535,7 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
     const [length, at] = [bytes.length - written, position === null ? null : position + written];
     try {
       written += mayBlock
-        ? await new Promise<number>((resolve, reject) =>
-            fs().write(fd, bytes, written, length, at, (error, count) => (error ? reject(error) : resolve(count))),
-          )
+        ? await inThread<number>((done) => fs().write(fd, bytes, written, length, at, done))
         : fs().writeSync(fd, bytes, written, length, at);
     } catch (error) {
       if ((error as SystemError).code !== "EAGAIN") throw error; // node:fs throws SystemErrors
@@ -1534,19 +1558,21 @@ class StreamSink implements Sink {
   private textDecoder: TextDecoder | undefined;
   private left: number; // bytes to print before node:fs is loaded
 
-  /** @param isContentOnly only content is written, as it is; otherwise the head is too, and a terminal gets safe text */
+  /** @param job with -o, only content is written, as it is; otherwise the head is too, and a terminal gets safe text */
   constructor(
     private readonly fd: number,
-    private readonly isContentOnly: boolean,
+    private readonly job: Options,
     found: Stats,
   ) {
     this.isTerminal = isTerminal(fd, found);
     this.mayBlock = this.isTerminal || !(found.isFile() || found.isCharacterDevice());
-    this.left = !this.mayBlock || found.isFIFO() ? LIMITS.printedBytesMax : 0;
+    // Bun.write blocks if a pipe is full already, and then no timer could end it.
+    const isTimed = job.maxMs < Number.POSITIVE_INFINITY;
+    this.left = !this.mayBlock || (found.isFIFO() && !isTimed) ? LIMITS.printedBytesMax : 0;
   }
 
   start(head: ResponseHead): void {
-    this.head = this.isContentOnly ? "" : head.text;
+    this.head = this.job.keepsOnlyContent ? "" : head.text;
   }
 
   async write(content: Uint8Array): Promise<void> {
@@ -1557,8 +1583,9 @@ class StreamSink implements Sink {
 
   /** Prints the head, if it is still to be printed. */
   async finish(): Promise<string> {
-    if (this.head !== "") await this.print(toBytes(this.head));
+    const { head } = this;
     this.head = "";
+    if (head !== "") await this.print(toBytes(head));
     return "";
   }
 
@@ -1573,7 +1600,7 @@ class StreamSink implements Sink {
   }
 
   private print(bytes: Uint8Array): Promise<unknown> {
-    if (!this.isTerminal || this.isContentOnly) return this.put(bytes);
+    if (!this.isTerminal || this.job.keepsOnlyContent) return this.put(bytes);
     if (bytes.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
     this.textDecoder ??= new TextDecoder();
@@ -1689,7 +1716,7 @@ class FileSink implements Sink {
   }
 
   async write(content: Uint8Array, held: Held): Promise<void> {
-    const { fd } = this.ready(held);
+    const { fd } = await this.ready(held);
     await writeAll(fd, content, false, held.bytes);
     // The disk begins to write while the network goes on: all of it at the end would take as long again. If this
     // fails, the sync at the end will too.
@@ -1697,18 +1724,18 @@ class FileSink implements Sink {
     if (content.length >= left) fs().fdatasync(fd, () => {});
   }
 
-  digest(held: Held): string {
-    return sha256Of(this.ready(held).fd);
+  async digest(held: Held): Promise<string> {
+    return sha256Of((await this.ready(held)).fd);
   }
 
   async finish(held: Held): Promise<string> {
-    const { path, fd } = this.ready(held);
+    const { path, fd } = await this.ready(held);
     if (fs().fstatSync(fd).size !== held.bytes) throw changed(path);
     this.keepOwnerAndMode(fd);
     fs().fsyncSync(fd);
     const note = this.replaceFile(path, fd);
     const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : Number.NaN;
-    if (time) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
+    if (time >= 0) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
     this.discard();
     if (this.folder === paths().dirname(this.path))
       for (const older of findParts(this.path, this.folder))
@@ -1736,16 +1763,28 @@ class FileSink implements Sink {
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
-  private ready(held: Held): NonNullable<FileSink["part"]> {
-    if (this.part === undefined || held.bytes === 0) {
-      const next = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
-      this.discard();
-      this.part = next;
+  private async ready(held: Held): Promise<NonNullable<FileSink["part"]>> {
+    let { part } = this;
+    if (part === undefined || held.bytes === 0) part = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
+    if (statOf(part.path)?.ino !== part.inode) part = this.begin(held, await this.findAgain(part));
+    if ((statOf(part.path)?.size ?? 0) < held.bytes) throw changed(part.path);
+    return part;
+  }
+
+  /**
+   * Another run has taken the part over. If that run has died, nobody writes to the part any more, and it can be taken
+   * back. @throws TransferError if that run goes on or the part is gone
+   */
+  private async findAgain({ path, fd, inode }: NonNullable<FileSink["part"]>): Promise<FoundPart> {
+    for (let waitedMs = 0; waitedMs < this.job.stallMs; waitedMs += LIMITS.idlePartMs) {
+      const { mtimeMs } = fs().fstatSync(fd);
+      await Bun.sleep(LIMITS.idlePartMs);
+      if (fs().fstatSync(fd).mtimeMs !== mtimeMs) continue;
+      for (const part of findParts(this.path, this.folder))
+        if (statOf(part.path)?.ino === inode && part.label.sha256 === this.job.sha256) return part;
+      break;
     }
-    const found = statOf(this.part.path);
-    if (found?.ino !== this.part.inode) throw takenOver(this.part.path);
-    if (found.size < held.bytes) throw changed(this.part.path);
-    return this.part;
+    throw takenOver(path);
   }
 
   /** Gives a part a name of its own, be it new or of an earlier run. The label comes first. */
@@ -1763,7 +1802,8 @@ class FileSink implements Sink {
       const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
-      return { path, fd, inode, canBeContinued: this.canContinue && validator + sha256 !== "" };
+      this.discard();
+      return (this.part = { path, fd, inode, canBeContinued: this.canContinue && validator + sha256 !== "" });
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
@@ -1800,15 +1840,15 @@ class FileSink implements Sink {
 /** @returns undefined if FILE has the SHA-256 already */
 async function openSink(job: Options): Promise<Sink | undefined> {
   const { output = "-", sha256 } = job;
-  if (output === "-") return openDescriptor(1, job.keepsOnlyContent);
+  if (output === "-") return openDescriptor(1, job);
   const { O_WRONLY, O_APPEND, W_OK, X_OK } = fs().constants;
   const path = followLinks(output);
   const old = fs().statSync(path, { throwIfNoEntry: false });
   // A descriptor that is open already, and anything but a regular file, is written to and never replaced.
   const [, owner, descriptor] = /^\/proc\/(self|\d+)\/fd\/(\d+)$/.exec(path) ?? [];
-  if (owner === "self") return openDescriptor(Number(descriptor), true);
+  if (owner === "self") return openDescriptor(Number(descriptor), job);
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
-    return openDescriptor(fs().openSync(path, O_WRONLY | O_APPEND), true);
+    return openDescriptor(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   const folder = paths().dirname(path);
   const needFolder = () => fs().accessSync(folder, W_OK | X_OK);
   if (old === undefined) needFolder();
@@ -1821,7 +1861,7 @@ async function openSink(job: Options): Promise<Sink | undefined> {
 }
 
 /** @throws TransferError "write" */
-async function openDescriptor(fd: number, isContentOnly: boolean): Promise<Sink> {
+async function openDescriptor(fd: number, job: Options): Promise<Sink> {
   const isOnLinux = fd === 1 && process.platform === "linux";
   const info = isOnLinux ? Bun.file("/proc/self/fdinfo/1").text() : "";
   const [found, text] = await Promise.all([Bun.file(fd).stat(), info]);
@@ -1829,7 +1869,7 @@ async function openDescriptor(fd: number, isContentOnly: boolean): Promise<Sink>
   // program is started with do not have O_CLOEXEC; those that Bun opens do.
   const isClosed = found.isCharacterDevice() && /^flags:\s*\d*[2367]\d{6}$/m.test(text);
   if (isClosed) throw new TransferError("write", "stdout is closed");
-  return new StreamSink(fd, isContentOnly, found);
+  return new StreamSink(fd, job, found);
 }
 
 /** Where a path leads in the end, whether that exists or not. /dev/stdout leads to /proc/self/fd/1. */
@@ -1970,7 +2010,8 @@ export function parseCommandLine(args: readonly string[]) {
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
-  const fields = [...all("header").map(parseField), ...timeCondition(last("time-cond"))];
+  const since = last("time-cond");
+  const fields = [...all("header").map(parseField), ...timeCondition(since, since === output || values.has("silent"))];
   const request: Request = { method, url, fields, content: [] };
   const options = {
     request,
@@ -2004,12 +2045,14 @@ function remoteName(text: string, url: URL): string {
   const name = path.slice(path.lastIndexOf("/") + 1);
   const isName = !url.pathname.endsWith("/") && !/^\.{0,2}$|[\\\0]/.test(name);
   check(isName, `--remote-name finds no name of a file in ${JSON.stringify(text)}`);
-  return name;
+  return name === "-" ? "./-" : name;
 }
 
-/** The condition of -z: changed since FILE was (RFC 9110 §13.1.3). None if there is no FILE. */
-function timeCondition(file: string | undefined): [name: string, value: string][] {
+/** The condition of -z: changed since FILE was (RFC 9110 §13.1.3). None if there is no FILE, as in a mirror's first run. */
+function timeCondition(file: string | undefined, mayBeMissing: boolean): [name: string, value: string][] {
   const found = file === undefined ? undefined : ignoreErrors(() => fs().statSync(file));
+  if (file !== undefined && found === undefined && !mayBeMissing)
+    tell(`No condition is sent: there is no file ${file}`);
   return found === undefined ? [] : [["If-Modified-Since", found.mtime.toUTCString()]];
 }
 
@@ -2086,15 +2129,21 @@ async function openData(path: string): Promise<Blob> {
 }
 
 /** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
-function keepPartOnSignals(delivery: Delivery): void {
-  for (const signal of ["SIGINT", "SIGTERM"] as const)
-    process.once(signal, () => {
-      const advice = delivery.sink.close(delivery.held);
-      tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
-      // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
-      process.kill(process.pid, signal);
-      process.exit(signal === "SIGINT" ? 130 : 143);
-    });
+function keepPartOnSignals({ delivery, progress }: Session): void {
+  // A signal that is ignored from the start, as by nohup, stays so: bit 0 is signal 1. Only Linux tells; elsewhere SIGHUP
+  // is left alone.
+  const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
+  const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
+  for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
+    if (((ignored >> (number - 1)) & 1) === 0)
+      process.once(signal, () => {
+        progress.clear();
+        const advice = delivery.sink.close(delivery.held);
+        tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
+        // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
+        process.kill(process.pid, signal);
+        process.exit(128 + number);
+      });
 }
 
 /** @returns the exit code */
@@ -2103,11 +2152,12 @@ async function main(): Promise<number> {
     const { show, options, data } = parseCommandLine(process.argv.slice(2));
     if (show !== "") await Bun.write(Bun.stdout, show);
     if (show !== "") return EXIT_CODES.ok;
-    const request = { ...options.request, content: await readData(data) };
-    const sink = await openSink(options);
+    const clock = new Clock(options);
+    const request = { ...options.request, content: await clock.within(readData(data)) };
+    const sink = await clock.within(openSink(options));
     if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
     if (sink === undefined) return EXIT_CODES.ok;
-    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
+    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink, clock);
   } catch (error) {
     return tellFailure(error);
   }

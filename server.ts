@@ -703,8 +703,8 @@ export class ChunkedDecoder {
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
-    /** RFC 9112 §5.2: a user agent reads obs-fold as SP; a server refuses it. */
-    private readonly acceptsFolds: boolean,
+    /** A user agent reads obs-fold as SP (RFC 9112 §5.2), and white space behind a chunk-size; a server refuses both. */
+    private readonly isUserAgent: boolean,
   ) {}
 
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
@@ -752,7 +752,8 @@ export class ChunkedDecoder {
     this.extensionBytes += end - sizeEnd;
     const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
     const isExtended = sizeEnd < end; // most lines are a size alone, and no text is made of them
-    if (isExtended && !(fits && CHUNK_EXT.test(latin1(bytes, sizeEnd, end))))
+    const extension = isExtended ? latin1(bytes, sizeEnd, end) : "";
+    if (isExtended && !(fits && CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)))
       return void this.fail("chunk-extension", 0);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
@@ -762,7 +763,7 @@ export class ChunkedDecoder {
   private takeTrailerLine(line: string): void {
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
-    else if (this.acceptsFolds && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
+    else if (this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
     else {
       const name = FIELD_LINE.exec(line)?.[1];
       if (name === undefined) return void this.fail("trailer", 0);

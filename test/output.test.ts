@@ -2193,3 +2193,74 @@ describe("two processes and one FILE", () => {
     },
   );
 });
+
+describe("a run whose part another run has taken over", () => {
+  /** The first run has half of the content, the second has taken that over and waits inside its answer. */
+  async function makePair(place: Place, ...args: string[]) {
+    const gates = [Promise.withResolvers<void>(), Promise.withResolvers<void>()] as const;
+    const [first, second] = [
+      pausing(serving(), HALF, () => gates[0].promise),
+      pausing(serving(), 100, () => gates[1].promise),
+    ];
+    const origin = scripted([first, second]);
+    const older = await launch(place, ["-s", ...args, origin.url]);
+    await until(() => place.kept() === HALF);
+    const newer = await launch(place, ["-s", origin.url]);
+    await until(() => place.kept() > HALF);
+    return { origin, older, newer, goOn: (run: 0 | 1) => gates[run].resolve() };
+  }
+
+  /** Writes to it, as far as its time tells: a process of its own, which no other test holds up. */
+  const touch = (path: string) => Bun.spawn(["bash", "-c", 'while touch -c "$0"; do sleep 0.05; done', path]);
+
+  test.concurrent.each(["SIGKILL", "SIGTERM"] as const)(
+    "takes it back if that run dies of %s, and loses nothing",
+    async (signal) => {
+      await using place = await makePlace(OLD);
+      const { origin, older, newer, goOn } = await makePair(place);
+      using _origin = origin;
+      await using _newer = newer;
+      await using _older = older;
+      newer.child.kill(signal);
+      await newer.ended();
+      goOn(0);
+      const { exitCode, stderr } = await older.ended();
+      expect([exitCode, stderr, origin.requests.length]).toEqual([EXIT_CODES.ok, "", 2]);
+      expectWhole(place);
+    },
+  );
+
+  test.concurrent("takes it back even if that run dies later", async () => {
+    await using place = await makePlace(OLD);
+    const { origin, older, newer, goOn } = await makePair(place);
+    using _origin = origin;
+    await using _newer = newer;
+    await using _older = older;
+    const writing = touch(place.part());
+    await using _writing = writing;
+    goOn(0);
+    await Bun.sleep(1500); // longer than a part may be idle
+    expect(older.child.exitCode).toBeNull();
+    newer.child.kill("SIGKILL");
+    writing.kill();
+    expect((await older.ended()).exitCode).toBe(EXIT_CODES.ok);
+    expectWhole(place);
+  });
+
+  test.concurrent("leaves it alone as long as that run writes, and says why it ends", async () => {
+    await using place = await makePlace(OLD);
+    const { origin, older, newer, goOn } = await makePair(place, "--stall-timeout", "2");
+    using _origin = origin;
+    await using _newer = newer;
+    await using _older = older;
+    const writing = touch(place.part());
+    await using _writing = writing;
+    goOn(0);
+    const { exitCode, stderr } = await older.ended();
+    expect([exitCode, place.text()]).toEqual([EXIT_CODES.write, OLD]);
+    expect(stderr).toMatch(/^Error: [^\n]+ is gone: another run has taken it over[^\n]*\n$/);
+    goOn(1);
+    expect((await newer.ended()).exitCode).toBe(EXIT_CODES.ok);
+    expectWhole(place);
+  });
+});

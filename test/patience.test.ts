@@ -31,9 +31,21 @@ import {
   start,
   startPython,
   temporaryFolder,
+  until,
   VARIANTS,
 } from "./harness.ts";
-import { CONTENT, rangeOf, raw, response, scripted, type Script, serving, sha256 } from "./origin.ts";
+import {
+  type Answer,
+  CONTENT,
+  pausing,
+  rangeOf,
+  raw,
+  response,
+  scripted,
+  type Script,
+  serving,
+  sha256,
+} from "./origin.ts";
 
 // Most of the time nothing happens here: what waits for its retry waits beside the others.
 setDefaultTimeout(60_000);
@@ -108,6 +120,29 @@ while True:
     try: c.sendall(b"HTTP/1.1 %s X\\r\\nContent-Length: 0\\r\\n\\r\\n" % status.encode())
     except OSError: pass
     c.close()`;
+
+/** Starts what its arguments say in a terminal, types Ctrl-C when the progress line has come, and prints all that is seen. */
+const INTERRUPTING = `
+import os, pty, sys
+pid, terminal = pty.fork()
+if pid == 0: os.execvp(sys.argv[1], sys.argv[1:])
+seen = b""
+try:
+    while piece := os.read(terminal, 65536):
+        if b" s left" in piece and b" s left" not in seen: os.write(terminal, b"\\x03")
+        seen += piece
+except OSError: pass # the terminal is closed
+os.waitpid(pid, 0); sys.stdout.buffer.write(seen)`;
+
+/** Sends content without end, and prints for how many seconds it was taken. */
+const ENDLESS = `
+import socket, time
+s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(5); print(s.getsockname()[1], flush=True)
+c, _ = s.accept(); began = time.monotonic(); c.recv(65536); c.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
+try:
+    while True: c.sendall(bytes(1 << 20))
+except OSError: print("taken for", time.monotonic() - began, flush=True)
+s.accept()`;
 
 /** Prints of each connection over TLS the name that was asked for, or what went wrong. */
 const TELLING_NAMES = `
@@ -210,6 +245,36 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       const { stderr, exitCode, files } = await save(origin.url, "--max-time", "3");
       expect([exitCode, origin.requests.length, files.length]).toEqual([EXIT_CODES.timeout, 1, 2]);
       expect(stderr).toMatch(/^Error: not done within 3 s\nKept 9000 bytes in /);
+      expect((await save(origin.url, "--max-time", "1", "--trace")).stderr).toMatch(
+        /^#1 +[\d.]+ ms +deadline not done within 1 s\nError: /m,
+      );
+    });
+
+    const ZEROS = raw(Buffer.concat([Buffer.from("HTTP/1.1 200 OK\r\n\r\n"), Buffer.alloc(3_000_000)]), "stall");
+    const HEAD = raw("HTTP/1.1 200 OK\r\n\r\n", "stall");
+    test.concurrent.each([
+      ["a stdout that nobody reads", 'exec timeout 20 "$@" -o - >&3', ZEROS],
+      ["a stdout that nobody reads, the head included", 'head -c 65536 /dev/zero >&3; exec timeout 20 "$@" >&3', HEAD],
+      ["a FIFO as FILE that nobody opens", 'exec timeout 20 "$@" -o other', HEAD],
+      ["data that does not come", 'exec timeout 20 "$@" -d @- <&3', HEAD],
+    ])("--max-time ends it whatever it waits for: %s", async (_, script, answer) => {
+      await using folder = await temporaryFolder();
+      using origin = scripted([answer]);
+      const argv = [...(await command("client-robust", variant)), "--max-time", "2", origin.url];
+      // Descriptor 3 is both ends of a FIFO, and what is started has no other.
+      const argvOfShell = ["bash", "-c", `mkfifo fifo other; exec 3<>fifo; ${script}`, "bash", ...argv];
+      const startedAt = performance.now();
+      const { stderr, exitCode } = await run(argvOfShell, { cwd: folder.path });
+      expect([exitCode, stderr]).toEqual([EXIT_CODES.timeout, "Error: not done within 2 s\n"]);
+      expect(performance.now() - startedAt).toBeGreaterThan(1900);
+    });
+
+    test.concurrent("--max-time ends content that comes as fast as it is read", async () => {
+      await using server = await startPython(ENDLESS);
+      const { stderr, exitCode } = await get("--max-time", "1", "-o", "/dev/null", `http://127.0.0.1:${server.port}/`);
+      expect([exitCode, stderr]).toEqual([EXIT_CODES.timeout, "Error: not done within 1 s\n"]);
+      const [, seconds] = await server.stdout.waitFor(/taken for (.+)\n/);
+      expect(Number(seconds)).toBeLessThan(2);
     });
   });
 
@@ -767,6 +832,61 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       expect([origin.requests.length, readdirSync(folder.path)]).toEqual([0, []]);
     });
 
+    test.concurrent("-O of a URL that ends in - is a file of that name", async () => {
+      await using folder = await temporaryFolder();
+      using origin = scripted([serving()]);
+      const argv = [...(await command("client-robust", variant)), "-O", `http://127.0.0.1:${origin.port}/-`];
+      const { stdout, exitCode } = await run(argv, { cwd: folder.path });
+      expect([stdout, exitCode, readdirSync(folder.path)]).toEqual(["", EXIT_CODES.ok, ["-"]]);
+    });
+
+    test.concurrent("-R takes any date since 1970, of any status that has content, and of any method", async () => {
+      await using folder = await temporaryFolder();
+      const [file, now] = [`${folder.path}/file`, Date.now() - 60_000];
+      for (const [status, args, seconds] of [
+        ["203 Changed", [], 1_000_000_000],
+        ["200 OK", ["-d", "x"], 1_000_000_000],
+        ["201 Made", ["-X", "PUT", "-d", "x"], 1_000_000_000],
+        ["200 OK", [], 0],
+      ] as const) {
+        using origin = scripted([response(status, "x", `Last-Modified: ${new Date(seconds * 1000).toUTCString()}`)]);
+        expect((await get("-R", ...args, "-o", file, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+        expect([status, statSync(file).mtimeMs]).toEqual([status, seconds * 1000]);
+      }
+      using origin = scripted([response("200 OK", "x", "Last-Modified: Wed, 31 Dec 1969 23:59:58 GMT")]);
+      expect((await get("-R", "-o", file, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+      expect(statSync(file).mtimeMs).toBeGreaterThan(now);
+    });
+
+    test.concurrent("-z with something that is no file and not -o's says so, unless -s", async () => {
+      await using folder = await temporaryFolder();
+      using origin = scripted([serving()]);
+      const get = async (...args: string[]) =>
+        run([...(await command("client-robust", variant)), ...args, "-o", "file", origin.url], { cwd: folder.path });
+      expect(await get("-z", "22 Nov 2026")).toEqual({
+        stdout: "",
+        stderr: "No condition is sent: there is no file 22 Nov 2026\n",
+        exitCode: EXIT_CODES.ok,
+      });
+      expect((await get("-s", "-z", "22 Nov 2026")).stderr).toBe("");
+      expect((await get("-z", "file")).stderr).toBe("");
+      expect(origin.requests.map((request) => fieldOf(request, "If-Modified-Since") === undefined)).toEqual([
+        true,
+        true,
+        false,
+      ]);
+    });
+
+    test.concurrent("-v says nothing of content that has not changed", async () => {
+      await using place = await makeFile("as it was", MINUTE_BEFORE);
+      using origin = scripted([NOT_MODIFIED]);
+      for (const args of [["-o", place.file], []]) {
+        const { stderr, exitCode } = await get("-v", "-z", place.file, ...args, origin.url);
+        expect(exitCode).toBe(EXIT_CODES.ok);
+        expect(stderr).toEndWith("\n< HTTP/1.1 304 Not Modified\n");
+      }
+    });
+
     test.concurrent("what hands type is understood: -fsSL, -fsSLo FILE, -fsSLO", async () => {
       await using folder = await temporaryFolder();
       using origin = scripted([]);
@@ -788,6 +908,37 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
         [],
       ]);
       expect((await get("-fsS", origin.url)).exitCode).toBe(EXIT_CODES.status);
+    });
+  });
+
+  describe("signals", () => {
+    const SIGNALS = ["SIGHUP", "SIGINT", "SIGTERM"] as const;
+
+    test.concurrent.each(SIGNALS)("%s takes away what no later run can continue", async (signal) => {
+      await using folder = await temporaryFolder();
+      using origin = scripted([serving({ etag: "", cut: HALF, end: "stall" })]);
+      const argv = [...(await command("client-robust", variant)), "-s", "-o", "file", origin.url];
+      await using child = Bun.spawn(argv, { cwd: folder.path, stdio: ["ignore", "ignore", "ignore"] });
+      await until(() => readdirSync(folder.path).some((name) => statSync(`${folder.path}/${name}`).size === HALF));
+      child.kill(signal);
+      await child.exited;
+      expect([child.signalCode, readdirSync(folder.path)]).toEqual([signal, []]);
+    });
+
+    test.concurrent.each(SIGNALS)("%s stays ignored if it was so at the start, as by nohup", async (signal) => {
+      await using folder = await temporaryFolder();
+      const { promise: killed, resolve } = Promise.withResolvers<void>();
+      using origin = scripted([pausing(serving(), HALF, () => killed)]);
+      const argv = [...(await command("client-robust", variant)), "-s", "-o", "file", origin.url];
+      const ignoring = ["bash", "-c", `trap "" ${signal}; exec "$@"`, "bash", ...argv];
+      await using child = Bun.spawn(ignoring, { cwd: folder.path, stdio: ["ignore", "ignore", "ignore"] });
+      await until(() => readdirSync(folder.path).length === 2);
+      child.kill(signal);
+      // If it is not ignored, this is time to die.
+      await Promise.race([child.exited, Bun.sleep(500)]);
+      resolve();
+      expect([await child.exited, child.signalCode]).toEqual([EXIT_CODES.ok, null]);
+      expect(readFileSync(`${folder.path}/file`).equals(CONTENT)).toBeTrue();
     });
   });
 
@@ -840,7 +991,7 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
     });
 
     test.concurrent("with -o and without -L, the message names -L", async () => {
-      for (const status of ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"]) {
+      for (const status of ["300 Choices", "301 Moved", "302 Found", "303 Other", "307 Temporary", "308 Permanent"]) {
         using origin = scripted([redirectTo("/next", status)]);
         const { exitCode, stderr } = await save(origin.url);
         expect([exitCode, origin.requests.length]).toEqual([EXIT_CODES.status, 1]);
@@ -869,6 +1020,25 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
         for (const request of origin.requests.slice(1)) expect(request).not.toMatch(/x=1|Content-(Length|Type)/);
       },
     );
+
+    test.concurrent("POST becomes GET at 301 to 303, and what was about its content goes", async () => {
+      for (const [status, method] of [
+        ["300 Choices", "POST"],
+        ["301 Moved", "GET"],
+        ["302 Found", "GET"],
+        ["303 Other", "GET"],
+        ["307 Temporary", "POST"],
+      ] as const) {
+        using origin = scripted([redirectTo("/next", status), serving()]);
+        const fields = ["Content-Type: text/x", "Content-Language: de", "Repr-Digest: sha-256=:x:", "X-Mine: y"];
+        const { exitCode } = await save(origin.url, "-L", "-d", "x=1", ...fields.flatMap((field) => ["-H", field]));
+        const [, next] = origin.requests;
+        expect([status, exitCode, requestLine(next)]).toEqual([status, EXIT_CODES.ok, `${method} /next HTTP/1.1`]);
+        expect(fieldOf(next, "X-Mine")).toBe("y");
+        expect([status, fieldOf(next, "Content-Type")]).toEqual([status, method === "POST" ? "text/x" : undefined]);
+        if (method === "GET") expect(next).not.toMatch(/x=1|\r\n(Content-|Repr-)/);
+      }
+    });
 
     test.concurrent("where it leads after a POST may be closed for a while", async () => {
       await using late = await startPython(LATE);
@@ -1180,6 +1350,20 @@ print("read", n, flush=True)`;
       expect(await seenOnTerminal("-o", "-", ...QUICK, origin.url)).toMatch(
         /^Hello\nRetry in 0\.1 s: [^\n]+\n, World!$/,
       );
+    });
+
+    test.concurrent("Ctrl-C ends the progress line before something else is said", async () => {
+      await using folder = await temporaryFolder();
+      const slow = (): Answer => ({
+        bytes: `HTTP/1.1 200 OK\r\nETag: "a"\r\nContent-Length: ${CONTENT.length}\r\n\r\nabc`,
+        pause: () => Bun.sleep(1500), // the progress line comes after a second
+        rest: "def",
+        end: "stall",
+      });
+      using origin = scripted([slow]);
+      const argv = [...(await command("client-robust", variant)), "-o", `${folder.path}/file`, origin.url];
+      const { stdout } = await run(["python3", "-c", INTERRUPTING, ...argv]);
+      expect(stdout).toMatch(/ s left\x1b\[K(\^C)?\r\x1b\[KKept 6 bytes in [^\r\n]+\r\n$/);
     });
 
     test.concurrent("what is not a terminal gets no byte that is not content", async () => {

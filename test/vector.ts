@@ -35,7 +35,7 @@ export function parseMessage(text: string): Buffer {
     pieces.map((piece) => {
       if (!piece.startsWith("\\")) return Buffer.from(piece);
       const repeat = /^\\\{(.*)\*(\d+)\}$/s.exec(piece);
-      if (repeat) return Buffer.alloc(Number(repeat[2]) * Buffer.byteLength(repeat[1] ?? ""), repeat[1] ?? "");
+      if (repeat) return parseMessage((repeat[1] ?? "").repeat(Number(repeat[2])));
       if (piece.startsWith("\\x")) return Buffer.from([Number.parseInt(piece.slice(2), 16)]);
       const escaped = ESCAPES[piece.slice(1)];
       if (escaped === undefined) throw new Error(`unknown escape ${piece}`);
