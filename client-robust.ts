@@ -359,7 +359,9 @@ export function judgeHead(
   asked: { method: string; hasRange: boolean; isLastTry: boolean },
 ): Verdict {
   const { status } = head;
-  const location = REDIRECT_STATUSES.includes(status) ? asText(fieldValues(head, "location")[0] ?? "") : "";
+  const [place = ""] = REDIRECT_STATUSES.includes(status) ? fieldValues(head, "location") : [];
+  // Not every server encodes what is not ASCII. Its bytes are sent back as they came, whatever their charset.
+  const location = place.replace(/[\x80-\xff]/g, (byte) => `%${byte.charCodeAt(0).toString(16).toUpperCase()}`);
   if (job.followsRedirects && location !== "") return { action: "redirect", status, location };
   if (status === 304 && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
   const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
@@ -1008,7 +1010,7 @@ function formatBytes(bytes: number): string {
 }
 // ── end shared ──
 
-/** A field value or reason phrase for people, or as part of a URL: UTF-8 if it is that, otherwise ISO 8859-1. */
+/** A head or a reason phrase for people: UTF-8 if it is that, otherwise ISO 8859-1. */
 function asText(latin1Text: string): string {
   const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
   return ignoreErrors(() => utf8.decode(toBytes(latin1Text))) ?? latin1Text;
@@ -2003,6 +2005,7 @@ export function parseCommandLine(args: readonly string[]) {
   check(!isRemoteName || !values.has("output"), "--remote-name goes with no --output");
   const output = isRemoteName ? remoteName(text, url) : last("output");
   check(output !== "", "--output takes a file or -");
+  check(!output?.includes("\ufffd"), "--output takes a name in UTF-8"); // others come to us as another name
   check(!isHead || (output === undefined && data.length === 0), "--head goes with neither --output nor --data");
   const method = last("request") ?? (isHead ? "HEAD" : data.length > 0 ? "POST" : "GET");
   const isMethod = !values.has("request") || (method !== "CONNECT" && new RegExp(`^${TOKEN}$`).test(method));

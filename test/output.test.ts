@@ -2264,3 +2264,14 @@ describe("a run whose part another run has taken over", () => {
     expectWhole(place);
   });
 });
+
+test.concurrent.each(VARIANTS)(
+  "a FILE whose name is not UTF-8 is refused, and no other one written (%s)",
+  async (variant) => {
+    await using folder = await temporaryFolder();
+    const argv = [...(await command("client-robust", variant)), "http://127.0.0.1:1/"];
+    const { stderr, exitCode } = await run(["bash", "-c", `cd "$0" && "$@" -o $'sch\\xf6n'`, folder.path, ...argv]);
+    expect(stderr).toBe("Error: --output takes a name in UTF-8 (see client-robust --help)\n");
+    expect([exitCode, readdirSync(folder.path)]).toEqual([EXIT_CODES.usage, []]);
+  },
+);

@@ -945,7 +945,7 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
   describe("redirects", () => {
     test.concurrent.each([
       ["UTF-8", Buffer.from("/dl/schön.iso"), "/dl/sch%C3%B6n.iso"],
-      ["ISO 8859-1", Buffer.from("/dl/sch\xf6n.iso", "latin1"), "/dl/sch%C3%B6n.iso"],
+      ["ISO 8859-1", Buffer.from("/dl/sch\xf6n.iso", "latin1"), "/dl/sch%F6n.iso"],
       [
         "UTF-8 in path and query",
         Buffer.from("/下载/文件.zip?n=文"),
@@ -953,6 +953,7 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       ],
       ["four bytes a character", Buffer.from("/💾"), "/%F0%9F%92%BE"],
       ["encoded", Buffer.from("/a%2Fb%20c%C3%B6"), "/a%2Fb%20c%C3%B6"],
+      ["neither", Buffer.from("/\xff\xfe", "latin1"), "/%FF%FE"],
       ["a space", Buffer.from("/a b.iso"), "/a%20b.iso"],
       ["relative", Buffer.from("next.iso"), "/dir/next.iso"],
       ["a query alone", Buffer.from("?v=2"), "/dir/start?v=2"],
@@ -970,7 +971,7 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
         ]);
         expect((await save(origin.url)).stderr).toBe("Error: the server answered 404 Straße gesperrt\n");
         origin.answerAnew(redirectTo(Buffer.from("/schön", encoding)));
-        expect((await save(origin.url)).stderr).toMatch(/ \/sch(ö|%C3%B6)n\n$/);
+        expect((await save(origin.url)).stderr).toEndWith(encoding === "utf8" ? " /sch%C3%B6n\n" : " /sch%F6n\n");
       }
     });
 
