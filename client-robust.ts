@@ -76,10 +76,13 @@ export interface Held {
   readonly validator: string; // for If-Range: a strong entity-tag or a strong date, which names exactly these bytes; or ""
   readonly etag: string; // the fields as the server sent them, weak or strong; "" without one
   readonly lastModified: string;
+  readonly coding: string; // Content-Encoding: each coding has other bytes
+  readonly resource: string; // the resource that the validator is of, see resourceOf
   readonly total: number | undefined; // the length of the whole, if a response has told it
 }
 
-export const NOTHING: Held = Object.freeze({ bytes: 0, validator: "", etag: "", lastModified: "", total: undefined });
+const NAMELESS = { validator: "", etag: "", lastModified: "", coding: "", resource: "" };
+export const NOTHING: Held = Object.freeze({ bytes: 0, ...NAMELESS, total: undefined });
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
@@ -207,7 +210,7 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
 /** @throws TransferError */
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
   const { job, delivery, request } = session;
-  const head = formatRequest(request, session.asksForWhole ? NOTHING : delivery.held);
+  const head = formatRequest(request, isForRest(session) ? delivery.held : NOTHING);
   if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
   let [unsent, left]: [Uint8Array, number] = [head, contentLength(request)];
@@ -229,14 +232,18 @@ async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
   }
 }
 
+/** Does the request ask for the rest? A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another. */
+const isForRest = ({ job, delivery: { held }, request, asksForWhole }: Session) =>
+  held.bytes > 0 && !asksForWhole && (job.isVerified || held.resource === resourceOf(request.url));
+
 /** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
 function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, TransferError> {
   const { job, delivery, request } = session;
   const { held } = delivery;
   if (job.isVerbose) tellHead("< ", head.text);
   const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
-  const hasRange = held.bytes > 0 && !session.asksForWhole;
-  const verdict = judgeHead(head, held, job, { method: request.method, hasRange, isLastTry });
+  const asked = { method: request.method, resource: resourceOf(request.url), hasRange: isForRest(session), isLastTry };
+  const verdict = judgeHead(head, held, job, asked);
   if (verdict instanceof TransferError) throw verdict;
   if (verdict.action !== "deliver") return verdict;
   if (held.bytes > 0 && verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
@@ -351,7 +358,7 @@ export function judgeHead(
   head: ResponseHead,
   held: Held,
   job: Job,
-  asked: { method: string; hasRange: boolean; isLastTry: boolean },
+  asked: { method: string; resource: string; hasRange: boolean; isLastTry: boolean },
 ): Verdict {
   const { status } = head;
   const location = REDIRECT_STATUSES.includes(status) ? asText(fieldValues(head, "location")[0] ?? "") : "";
@@ -361,33 +368,36 @@ export function judgeHead(
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
   if (status === 206 && asked.hasRange) return judgePart(head, held, job);
   if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  if (status === 206 && onlyContentCounts)
+  const isGet = asked.method === "GET";
+  if (status === 206 && onlyContentCounts && !(isGet && rangesOfWhole(head).length > 0))
     return new TransferError("range", "the server sent a part of the content, unasked");
-  const isPending = status === 202 && onlyContentCounts && asked.method === "GET";
+  const isPending = status === 202 && onlyContentCounts && isGet;
   if ((isPending || TRANSIENT_STATUSES.includes(status)) && !asked.isLastTry)
     return new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
   if (onlyContentCounts && !hasContent(head, asked.method))
     return new TransferError("status", describeStatus(head) + advice, { isFinal: true });
-  return judgeWhole(head, held, job, asked.method === "GET");
+  return judgeWhole(head, held, job, isGet, asked.resource);
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean): Verdict {
+function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean, resource: string): Verdict {
   const stated = isGet && (job.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
   const length = typeof head.framing === "number" ? head.framing : stated[0];
   for (const complete of stated)
     if (complete !== length)
       return new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) return tooLarge(job);
-  const version = isGet && head.status === 200 ? versionOf(head) : NOTHING;
+  const isNamed = isGet && (head.status === 200 || (head.status === 206 && stated.length > 0));
+  const version = { ...versionOf(head), resource, ...(isNamed ? {} : { validator: "" }) };
   // What an earlier response said of this version still holds: its length, if this one does not tell any.
   const total = length ?? held.total;
-  const isNamedSame = version.validator !== "" && version.validator === held.validator && agrees(head, held);
+  const isSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
+  const isNamedSame = isSame && agrees(head, held);
   if (held.bytes > 0 && (isNamedSame || job.isVerified) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
   if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", CHANGED, { isFinal: true });
-  const fresh = { ...NOTHING, ...version, bytes: 0, total: isNamedSame ? total : length };
+  const fresh = { ...version, bytes: 0, total: isNamedSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
 
@@ -461,18 +471,32 @@ function rangesOfWhole(head: ResponseHead): number[] {
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]*"$/;
 
 /** What names the version that a whole response to a GET is of. */
-export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified"> {
-  const [etag, lastModified] = [singleValue(head, "etag"), singleValue(head, "last-modified")];
-  if (STRONG_ETAG.test(etag)) return { etag, lastModified, validator: etag };
+export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
+  const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
+  if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
   // RFC 9110 §13.1.5 wants a date only from a server without entity-tags. But many send weak ones and a date, which is
   // strong all the same if nothing can have changed within its second (§8.8.2.2).
-  // The time 0 is that of every version, where images are reproducible.
-  const age = parseHttpDate(singleValue(head, "date")) - (parseHttpDate(lastModified) || Number.NaN);
-  return { etag, lastModified, validator: age >= LIMITS.strongDateAgeMs ? lastModified : "" };
+  // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
+  const changed = parseHttpDate(lastModified);
+  const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0;
+  const isStrong = !isConstant && parseHttpDate(singleValue(head, "date")) - changed >= LIMITS.strongDateAgeMs;
+  return { etag, lastModified, coding, validator: isStrong ? lastModified : "" };
 }
 
-/** No field of the response contradicts the version held. */
-const agrees = (head: ResponseHead, { etag, lastModified }: Held) =>
+/** Content-Encoding; "" for none. */
+const codingOf = (head: ResponseHead) => `${fieldValues(head, "content-encoding")}`.replace(/^(identity|[, ])*$/i, "");
+
+/** Parameters that sign a query, at the large clouds: they are new each time, and name nothing. */
+const SIGNATURE = /&((sig|se|skt|ske|jwt|Expires|Signature|Policy|Key-Pair-Id|X-(Amz|Goog)-[\w-]+)=[^&]*|$)/g;
+const digestOf = (text: string) => new Bun.CryptoHasher("sha256").update(text).digest("hex");
+
+/** What a URL names, as a digest, since a query may be a secret. Its host is left out: a redirect may choose a mirror. */
+export const resourceOf = ({ pathname, search }: URL) =>
+  digestOf(pathname + `&${search.slice(1)}`.replace(SIGNATURE, ""));
+
+/** No field of the response contradicts the version held. A 206 need not repeat the coding (RFC 9110 §15.3.7). */
+const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
+  (codingOf(head) === coding || (head.status === 206 && codingOf(head) === "")) &&
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
   fieldValues(head, "last-modified").every((value) => lastModified === "" || value === lastModified);
 
@@ -1447,9 +1471,8 @@ class Delivery {
     if (this.isToVerify) this.verify();
     this.note = await this.sink.finish(this.held);
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
-    const codings = fieldValues(head, "content-encoding").join(", ");
-    if (this.note === "" && this.job.keepsOnlyContent && !/^(identity|[, ])*$/i.test(codings))
-      this.note = `The content is saved as it comes, with Content-Encoding: ${codings}`;
+    if (this.note === "" && this.job.keepsOnlyContent && this.held.coding !== "")
+      this.note = `The content is saved as it comes, with Content-Encoding: ${this.held.coding}`;
   }
 
   /** The user or the server has said what the SHA-256 of the content is. */
@@ -1594,7 +1617,7 @@ class StreamSink implements Sink {
 /** What a part is a part of: written once, before the part's first byte, into a file of the part's name and ".json". */
 interface Label extends Omit<Held, "bytes"> {
   readonly file: string; // the name of FILE; the name of a part has only the start of it
-  readonly url: string; // origin and path. A query may be a signature that is new each time, and a secret
+  readonly request: string; // a digest of the URL and the fields that the user gave, which may be secrets
   readonly sha256: string; // the --sha256 of the run, which joins pieces whatever their validators say
 }
 
@@ -1629,19 +1652,19 @@ function* findParts(file: string, folder: string): Generator<FoundPart> {
 /** @returns undefined if it is no label, or is gone. A label with other values than strings fits nothing. */
 const readLabel = (path: string, size: number): Label | undefined =>
   ignoreErrors(() => {
-    const blank = { ...NOTHING, file: "", url: "", sha256: "" };
+    const blank = { ...NOTHING, file: "", request: "", sha256: "" };
     const label: Label = { ...blank, ...(size === 0 ? {} : JSON.parse(fs().readFileSync(path, "utf8"))) };
     const isValidator = STRONG_ETAG.test(label.validator) || Boolean(parseHttpDate(label.validator));
     return size > LIMITS.headBytesMax ? undefined : { ...label, validator: isValidator ? label.validator : "" };
   });
 
 /** The part of an earlier run that is worth most: of the version that was seen last, the longest. */
-function findLeftover(file: string, folder: string, url: string, sha256: string): FoundPart | undefined {
+function findLeftover(file: string, folder: string, request: string, sha256: string): FoundPart | undefined {
   let best: FoundPart | undefined;
   for (const part of findParts(file, folder)) {
     const { label, bytes, labelledAt } = part;
     const isVouched = sha256 === "" ? label.validator !== "" : label.sha256 === "" || label.sha256 === sha256;
-    if (bytes === 0 || bytes > (label.total ?? bytes) || label.url !== url || !isVouched) continue;
+    if (bytes === 0 || bytes > (label.total ?? bytes) || label.request !== request || !isVouched) continue;
     const isSame = label.validator === best?.label.validator;
     if (best === undefined || (isSame ? bytes > best.bytes : labelledAt > best.labelledAt)) best = part;
   }
@@ -1669,7 +1692,7 @@ class FileSink implements Sink {
   readonly found: Held = NOTHING;
   private readonly leftover: FoundPart | undefined;
   private readonly startedAt = Date.now();
-  private readonly url: string;
+  private readonly request: string;
   /** The part that this run writes. Its inode tells whether the name is still its own. */
   private part: { path: string; fd: number; inode: number; canBeContinued: boolean } | undefined;
 
@@ -1681,11 +1704,10 @@ class FileSink implements Sink {
     private readonly canContinue: boolean,
     private readonly job: Options,
   ) {
-    this.url = job.request.url.origin + job.request.url.pathname;
-    if (canContinue) this.leftover = findLeftover(path, folder, this.url, job.sha256);
-    if (this.leftover === undefined) return;
-    const { validator, etag, lastModified, total } = this.leftover.label;
-    this.found = { bytes: this.leftover.bytes, validator, etag, lastModified, total };
+    const { url, fields } = job.request;
+    this.request = digestOf([url.origin, resourceOf(url), ...fields].join("\n"));
+    if (canContinue) this.leftover = findLeftover(path, folder, this.request, job.sha256);
+    if (this.leftover !== undefined) this.found = { ...this.leftover.label, bytes: this.leftover.bytes };
   }
 
   async write(content: Uint8Array, held: Held): Promise<void> {
@@ -1708,7 +1730,7 @@ class FileSink implements Sink {
     fs().fsyncSync(fd);
     const note = this.replaceFile(path, fd);
     const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : Number.NaN;
-    if (time) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
+    if (!Number.isNaN(time)) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
     this.discard();
     if (this.folder === paths().dirname(this.path))
       for (const older of findParts(this.path, this.folder))
@@ -1754,7 +1776,7 @@ class FileSink implements Sink {
     const path = paths().join(this.folder, `${stemOf(this.path)}.${crypto.randomUUID().slice(-12)}.part`);
     const { sha256 } = this.job;
     const validator = sha256 === "" ? version.validator : "";
-    const label: Label = { file: paths().basename(this.path), url: this.url, sha256, ...version, validator };
+    const label: Label = { ...version, file: paths().basename(this.path), request: this.request, sha256, validator };
     const flags = O_RDWR | O_NOFOLLOW | (leftover === undefined ? O_CREAT | O_EXCL : 0);
     try {
       fs().writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
@@ -1817,7 +1839,8 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   const isBeside = ignoreErrors(() => (needFolder(), true)) ?? false;
   const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
   // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
-  return new FileSink(path, old, parts, isBeside && job.request.method === "GET", job);
+  const { method, content } = job.request;
+  return new FileSink(path, old, parts, isBeside && method === "GET" && content.length === 0, job);
 }
 
 /** @throws TransferError "write" */
@@ -2104,7 +2127,7 @@ async function main(): Promise<number> {
     if (show !== "") await Bun.write(Bun.stdout, show);
     if (show !== "") return EXIT_CODES.ok;
     const request = { ...options.request, content: await readData(data) };
-    const sink = await openSink(options);
+    const sink = await openSink({ ...options, request });
     if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
     if (sink === undefined) return EXIT_CODES.ok;
     return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);

@@ -610,6 +610,7 @@ describe("a response that contradicts itself, or what was asked for", () => {
       "206 with the start, unasked",
       response("206 Partial Content", CONTENT.subarray(0, HALF), TAG, range(0, HALF - 1)),
     ],
+    ["206 with less than the range of the whole", response("206 Partial Content", rest, TAG, range(0, N - 1))],
     ["206 without a Content-Range, unasked", response("206 Partial Content", rest, TAG)],
     [
       "206 multipart, unasked",
@@ -634,6 +635,8 @@ describe("a response that contradicts itself, or what was asked for", () => {
   test.concurrent.each<[name: string, script: Script]>([
     ["200 with the range of the whole", response("200 OK", CONTENT, TAG, range(0, N - 1))],
     ["200 in chunks with the range of the whole", chunked("200 OK", CONTENT, TAG, range(0, N - 1))],
+    ["206 with the range of the whole, unasked", response("206 Partial Content", CONTENT, TAG, range(0, N - 1))],
+    ["206 in chunks with the range of the whole", chunked("206 Partial Content", CONTENT, range(0, N - 1))],
   ])("this one does not: %s", async (_, script) => {
     await using place = await makePlace(OLD);
     using origin = scripted([script]);
@@ -670,6 +673,10 @@ describe("a response that contradicts itself, or what was asked for", () => {
     ["206 of a longer version", response("206 Partial Content", changed, TAG, range(HALF, N - 1, N + 1))],
     ["206 of another version", response("206 Partial Content", changed, 'ETag: "b"', range(HALF, N - 1))],
     ["206 with a weak tag", response("206 Partial Content", changed, 'ETag: W/"a"', range(HALF, N - 1))],
+    [
+      "206 in another coding",
+      response("206 Partial Content", changed, TAG, "Content-Encoding: gzip", range(HALF, N - 1)),
+    ],
     ["206 with two tags", response("206 Partial Content", changed, TAG, 'ETag: "b"', range(HALF, N - 1))],
     ["206 without a Content-Range", response("206 Partial Content", changed, TAG)],
     ["206 with two Content-Ranges", response("206 Partial Content", changed, TAG, range(HALF, N - 1), range(0, N - 1))],
@@ -870,7 +877,10 @@ describe("a run that achieves nothing takes nothing away", () => {
     for (const [kept, fresh] of [
       ["?sig=old", "?sig=new"],
       ["?sig=old", ""],
-      ["", "?sig=new&x=1"],
+      ["?x=1", "?sig=new&x=1"],
+      ["?X-Amz-Date=1&X-Amz-Signature=old&x=1", "?X-Amz-Date=2&X-Amz-Signature=new&x=1"],
+      ["?Expires=1&Signature=old&Key-Pair-Id=K", "?Expires=2&Signature=new&Key-Pair-Id=L"],
+      ["?sp=r&se=1&skt=1&ske=1&sig=old&jwt=old", "?sp=r&se=2&skt=2&ske=2&sig=new&jwt=new"],
     ]) {
       await using place = await makePlace(OLD);
       using origin = scripted([serving({ cut: HALF })]);
@@ -890,6 +900,88 @@ describe("a run that achieves nothing takes nothing away", () => {
     origin.answerAnew(serving({ etag: '"b"', content: OTHER }));
     expect((await save(place, `${origin.url}?v=2`)).exitCode).toBe(EXIT_CODES.ok);
     expectWhole(place, OTHER);
+  });
+
+  test.concurrent("another query, field or data with the same tag or date is other content", async () => {
+    for (const validator of [{}, { etag: "", lastModified: "Wed, 01 Jan 2020 12:00:01 GMT" }])
+      for (const [first, second] of [
+        [["?id=1"], ["?id=2"]],
+        [["?id=1"], [""]],
+        [["?id=1&sig=a"], ["?id=2&sig=b"]],
+        [["?mysig=1"], ["?mysig=2"]],
+        [["?policy=1"], ["?policy=2"]],
+        [
+          ["", "-H", "Authorization: 1"],
+          ["", "-H", "Authorization: 2"],
+        ],
+        [
+          ["", "-X", "GET", "-d", "id=1"],
+          ["", "-X", "GET", "-d", "id=2"],
+        ],
+      ] as const) {
+        await using place = await makePlace(OLD);
+        using origin = scripted([serving({ ...validator, cut: HALF })]);
+        const [query, ...args] = first;
+        const broken = await save(place, `${origin.url}${query}`, "--retry", "0", ...args);
+        expect(broken.exitCode).toBe(EXIT_CODES.partial);
+        origin.answerAnew(serving({ ...validator, content: OTHER }));
+        const [other, ...others] = second;
+        expect((await save(place, `${origin.url}${other}`, ...others)).exitCode).toBe(EXIT_CODES.ok);
+        expect([second, ...origin.requests.map(rangeOf)]).toEqual([second, undefined]);
+        expectWhole(place, OTHER);
+      }
+  });
+
+  test.concurrent("a query and a field may be secrets: nothing that is kept tells them", async () => {
+    await using place = await makePlace(OLD);
+    using origin = scripted([serving({ cut: HALF })]);
+    await save(place, `${origin.url}?key=secret1`, "--retry", "0", "-H", "Authorization: secret2");
+    expect(place.kept()).toBe(HALF);
+    for (const path of place.beside()) expect(readFileSync(path, "latin1")).not.toMatch(/secret|U0VD/i);
+  });
+
+  test.concurrent("a redirect that leads to another path at the next attempt leads to other content", async () => {
+    const redirecting = (to: string, script: Script): Script => {
+      const redirect = response("302 Found", "", `Location: ${to}`);
+      return (request) => (request.startsWith("GET /file ") ? redirect : script)(request);
+    };
+    const first = redirecting("/1", serving({ cut: HALF }));
+    for (const [to, isSame] of [
+      ["/2", false],
+      ["/1?id=2", false],
+      ["/1?sig=2", true],
+    ] as const) {
+      const second = redirecting(to, serving(isSame ? {} : { content: OTHER }));
+      const scripts = [first, first, second];
+      const ranges = [undefined, undefined, undefined, isSame ? HALF : undefined];
+      await using place = await makePlace(OLD);
+      using origin = scripted(scripts);
+      expect((await save(place, origin.url, "-L", "--retry-delay", "0.1")).exitCode).toBe(EXIT_CODES.ok);
+      expect(origin.requests.map(rangeOf)).toEqual(ranges);
+      expectWhole(place, isSame ? CONTENT : OTHER);
+      // The same in two runs.
+      origin.answerAnew(...scripts);
+      expect((await save(place, origin.url, "-L", "--retry", "0")).exitCode).toBe(EXIT_CODES.partial);
+      expect((await save(place, origin.url, "-L")).exitCode).toBe(EXIT_CODES.ok);
+      expect(origin.requests.map(rangeOf)).toEqual(ranges);
+      expectWhole(place, isSame ? CONTENT : OTHER);
+      // What is printed cannot be taken back.
+      origin.answerAnew(...scripts);
+      const args = ["-s", "-L", "-o", "-", "--retry-delay", "0.1", origin.url];
+      const { exitCode, stdout } = await runProgram("client-robust", "binary", args);
+      expect(exitCode).toBe(isSame ? EXIT_CODES.ok : EXIT_CODES.partial);
+      expect(stdout === (isSame ? CONTENT : CONTENT.subarray(0, HALF)).toString()).toBeTrue();
+    }
+  });
+
+  test.concurrent("a redirect to a mirror, with the same path and tag, goes on there", async () => {
+    await using place = await makePlace(OLD);
+    using mirror = scripted([serving()]);
+    const redirect = response("302 Found", "", `Location: ${mirror.url}`);
+    using origin = scripted([serving({ cut: HALF }), redirect]);
+    expect((await save(place, origin.url, "-L", "--retry-delay", "0.1")).exitCode).toBe(EXIT_CODES.ok);
+    expect(mirror.requests.map(rangeOf)).toEqual([HALF]);
+    expectWhole(place);
   });
 
   test.concurrent("another path, host, port or scheme with the same tag is other content", async () => {
