@@ -311,7 +311,7 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
   const { job, delivery, clock, progress, wasSent, request } = session;
-  session.failures = delivery.takeProgress() ? 1 : session.failures + 1;
+  session.failures = delivery.takeProgress() ? Number(!failure.isPart) : session.failures + 1;
   const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
   const decision = decideNext(attempt, delivery.held, job, Math.random);
   progress.clear();
@@ -530,16 +530,18 @@ const backoffMs = (failures: number, random: () => number) =>
  *
  * | the failure | then |
  * | --- | --- |
+ * | is none: the response was complete, but only a part of the missing bytes | ask for the next part at once |
  * | is permanent (a certificate, 404, conflicting lengths, disk full) | give up |
  * | the method is not idempotent, and the request was sent | give up |
  * | no retries are left, or no time, or Retry-After is too long | give up |
- * | the response was complete, but only a part of the missing bytes | ask for the next part at once |
  * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
  * | anything else | continue after the bytes held |
  */
 export function decideNext(attempt: Attempt, held: Held, job: Job, random: () => number) {
   const { failure, failures } = attempt;
   const giveUp = (why: string) => ({ action: "give-up", why }) as const;
+  // RFC 9110 §15.3.7 allows it. If parts bring nothing new, it is a failure.
+  if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
   if (attempt.wasSent && !IDEMPOTENT_METHODS.includes(attempt.method)) return giveUp("");
   if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
@@ -550,9 +552,7 @@ export function decideNext(attempt: Attempt, held: Held, job: Job, random: () =>
     return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
   const isNameless = held.bytes > 0 && held.validator === "" && !job.isVerified;
   if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
-  // RFC 9110 §15.3.7: a part may be less than what was asked for. That is no fault, so the next is asked for at once.
-  const wait = failure.isPart && failures === 1 ? 0 : (job.retryDelayMs ?? backoffMs(failures, random));
-  const afterMs = Math.max(retryAfterMs, Math.min(wait, leftMs));
+  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs(failures, random), leftMs));
   return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" } as const;
 }
 
@@ -1467,7 +1467,7 @@ class Delivery {
     const cut = `the response is not complete: ${this.skip} of ${bytes} bytes held are missing`;
     if (this.skip > 0) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
-    if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: true });
+    if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: bytes === this.end });
     if (this.isToVerify) this.verify();
     this.note = await this.sink.finish(this.held);
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.

@@ -794,6 +794,49 @@ describe("a response that contradicts itself, or what was asked for", () => {
   });
 });
 
+describe("a server that answers with less than it was asked for", () => {
+  const PIECE = 4000;
+  /** A piece of what is asked for, or of its start. */
+  const piece: Script = (request) => {
+    const from = rangeOf(request) ?? 0;
+    const part = CONTENT.subarray(from, from + PIECE);
+    const range = `Content-Range: bytes ${from}-${from + part.length - 1}/${CONTENT.length}`;
+    return response("206 Partial Content", part, 'ETag: "a"', range)(request);
+  };
+  const busy = response("503 Busy");
+
+  test.concurrent("is asked for the next piece, which is no retry", async () => {
+    await using place = await makePlace(OLD);
+    using origin = await keepHalf(place);
+    origin.answerAnew(piece);
+    expect((await save(place, origin.url, "--retry", "0")).exitCode).toBe(EXIT_CODES.ok);
+    expect(origin.requests.map(rangeOf)).toEqual([9000, 13_000, 17_000, 21_000]);
+    expectWhole(place);
+  });
+
+  test.concurrent("has all retries left when it fails after a piece", async () => {
+    await using place = await makePlace(OLD);
+    using origin = await keepHalf(place);
+    origin.answerAnew(piece, busy, piece, piece, piece);
+    expect((await save(place, origin.url, "--retry", "1", "--retry-delay", "0.1")).exitCode).toBe(EXIT_CODES.ok);
+    expectWhole(place);
+    origin.answerAnew(serving({ cut: HALF }), piece, busy, piece);
+    const { exitCode } = await save(place, origin.url, "--retry", "1", "--retry-delay", "0.1");
+    expect([exitCode, origin.requests.length]).toEqual([EXIT_CODES.ok, 6]);
+  });
+
+  test.concurrent("a piece that is cut is a failure", async () => {
+    await using place = await makePlace(OLD);
+    using origin = await keepHalf(place);
+    const range = `Content-Range: bytes ${HALF}-${CONTENT.length - 1}/${CONTENT.length}`;
+    origin.answerAnew(
+      raw(`HTTP/1.1 206 Partial Content\r\nETag: "a"\r\n${range}\r\n\r\n${CONTENT.subarray(HALF, HALF + 9)}`),
+    );
+    expect((await save(place, origin.url, "--retry", "0")).exitCode).toBe(EXIT_CODES.partial);
+    expect([origin.requests.length, place.kept()]).toEqual([1, HALF + 9]);
+  });
+});
+
 describe("several runs were killed", () => {
   test.concurrent.each([
     ["of one version the longest part is gone on with", false],

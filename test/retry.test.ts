@@ -280,6 +280,7 @@ describe("decideNext", () => {
     const failure = new TransferError("partial", "", { isPart: true });
     expect(decide("partial", HELD, { failure })).toBe("go on within 0");
     expect(decide("partial", HELD, { failure, failures: 2 })).toBe("go on within 2000");
+    expect(decide("partial", HELD, { failure, failures: 0 }, { retries: 0, retryDelayMs: 9 })).toBe("go on within 0");
   });
 
   test("waits a second, then two, four …, and a minute at the most: half of it fixed, half random", () => {
