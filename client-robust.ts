@@ -1696,10 +1696,10 @@ class FileSink implements Sink {
   /** The part that this run writes. Its inode tells whether the name is still its own. */
   private part: { path: string; fd: number; inode: number; canBeContinued: boolean } | undefined;
 
-  /** @param old FILE as it was, if it existed; @param folder of the parts */
+  /** @param old FILE as it is, if it exists; @param folder of the parts */
   constructor(
-    private readonly path: string,
-    private readonly old: Stats | undefined,
+    private path: string,
+    private old: Stats | undefined,
     private readonly folder: string,
     private readonly canContinue: boolean,
     private readonly job: Options,
@@ -1726,7 +1726,11 @@ class FileSink implements Sink {
   async finish(held: Held): Promise<string> {
     const { path, fd } = this.ready(held);
     if (fs().fstatSync(fd).size !== held.bytes) throw changed(path);
-    this.keepOwnerAndMode(fd);
+    // Meanwhile FILE may have got another mode, or have become a link.
+    this.path = followLinks(this.path);
+    this.old = fs().statSync(this.path, { throwIfNoEntry: false });
+    if (this.old?.isFile() === false) throw changed(this.path);
+    if (this.old !== undefined) keepOwnerAndMode(fd, this.old);
     fs().fsyncSync(fd);
     const note = this.replaceFile(path, fd);
     const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : Number.NaN;
@@ -1751,7 +1755,8 @@ class FileSink implements Sink {
     const { path, fd, inode, canBeContinued } = this.part;
     const found = statOf(path); // its size counts what a full disk has taken of a piece, too
     const isWhole = found?.ino === inode && found.size >= held.bytes && statOf(`${path}.json`) !== undefined;
-    const isKept = canBeContinued && isWhole && found.size > 0;
+    const isTooLong = held.bytes > 0 && (found?.size ?? 0) > (held.total ?? Number.POSITIVE_INFINITY);
+    const isKept = canBeContinued && isWhole && found.size > 0 && !isTooLong;
     if (isKept) fs().closeSync(fd);
     else this.discard();
     return isKept ? `Kept ${found.size} bytes in ${path}: the same command continues from there` : "";
@@ -1781,7 +1786,8 @@ class FileSink implements Sink {
     try {
       fs().writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
       // A file that replaces a private FILE is private from its first byte on.
-      const fd = fs().openSync(leftover?.path ?? path, flags, this.old === undefined ? 0o666 : 0o600);
+      const mode = 0o600 | (forAnyGroup(this.old?.mode ?? 0o666) & 0o066);
+      const fd = fs().openSync(leftover?.path ?? path, flags, mode);
       const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
@@ -1790,14 +1796,6 @@ class FileSink implements Sink {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
     }
-  }
-
-  /** FILE stays as private, as executable and whose it was. Only root may give files away; some disks know no modes. */
-  private keepOwnerAndMode(fd: number): void {
-    const { mode = 0o666 & ~process.umask(), uid = -1, gid = -1 } = this.old ?? {};
-    const isGiven = this.old === undefined || ignoreErrors(() => (fs().fchownSync(fd, uid, gid), true));
-    // Not set-user-ID for another owner.
-    ignoreErrors(() => fs().fchmodSync(fd, mode & (isGiven ? 0o7777 : 0o777)));
   }
 
   /** @returns what the user should know, or "" */
@@ -1809,14 +1807,33 @@ class FileSink implements Sink {
       const { code = "" } = error as SystemError; // node:fs throws SystemErrors
       // A mount point, a folder in which nothing may be renamed, a part on another disk.
       if (this.old === undefined || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS)$/.test(code)) throw error;
-      withFile(this.path, fs().constants.O_WRONLY | fs().constants.O_TRUNC, (file) => {
-        for (const piece of piecesOf(fd))
-          for (let written = 0; written < piece.length;) written += fs().writeSync(file, piece, written);
-        fs().fsyncSync(file);
+      withFile(this.path, fs().constants.O_WRONLY, (file) => {
+        const { size } = fs().fstatSync(file);
+        try {
+          copy(fd, file, size); // what goes beyond the old content comes first: is there room for it?
+        } catch (error) {
+          fs().ftruncateSync(file, size);
+          throw error;
+        }
+        fs().ftruncateSync(file, fs().fstatSync(fd).size);
+        copy(fd, file, 0);
       });
       return `${this.path} was overwritten in place, since it cannot be replaced (${code})`;
     }
   }
+}
+
+/** What of a mode is good for any group: it may do no more than all others. */
+const forAnyGroup = (mode: number) => (mode & 0o707) | (mode & (mode << 3) & 0o070);
+
+/** FILE stays as private, as executable and whose it was. Only root may give files away; some disks know no modes. */
+function keepOwnerAndMode(fd: number, { mode, uid, gid }: Stats): void {
+  ignoreErrors(() => fs().fchownSync(fd, -1, gid)); // as a member of the group may
+  ignoreErrors(() => fs().fchownSync(fd, uid, -1));
+  const now = fs().fstatSync(fd);
+  const kept = now.gid === gid ? mode : forAnyGroup(mode);
+  // Not set-user-ID for another owner.
+  ignoreErrors(() => fs().fchmodSync(fd, kept & (now.uid === uid ? 0o7777 : 0o777)));
 }
 
 /** @returns undefined if FILE has the SHA-256 already */
@@ -1835,7 +1852,8 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   const needFolder = () => fs().accessSync(folder, W_OK | X_OK);
   if (old === undefined) needFolder();
   else fs().accessSync(path, W_OK);
-  if (old !== undefined && sha256 !== "" && withFile(path, "r", sha256Of) === sha256) return undefined;
+  if (old !== undefined && sha256 !== "" && ignoreErrors(() => withFile(path, "r", sha256Of)) === sha256)
+    return undefined;
   const isBeside = ignoreErrors(() => (needFolder(), true)) ?? false;
   const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
   // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
@@ -1876,16 +1894,24 @@ function withFile<T>(path: string, flags: number | "r", step: (fd: number) => T)
   }
 }
 
-function* piecesOf(fd: number): Generator<Uint8Array> {
+function* piecesOf(fd: number, from = 0): Generator<[piece: Uint8Array, at: number]> {
   const buffer = new Uint8Array(1_048_576);
-  for (let at = 0, length = 0; (length = fs().readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
-    yield buffer.subarray(0, length);
+  for (let at = from, length = 0; (length = fs().readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
+    yield [buffer.subarray(0, length), at];
+}
+
+/** Copies all that follows a byte to the same place in another file, and onto its disk. */
+function copy(source: number, target: number, from: number): void {
+  for (const [piece, at] of piecesOf(source, from))
+    for (let written = 0; written < piece.length;)
+      written += fs().writeSync(target, piece, written, piece.length - written, at + written);
+  fs().fsyncSync(target);
 }
 
 /** SHA-256 in hex of all that a descriptor reads. */
 function sha256Of(fd: number): string {
   const hash = new Bun.CryptoHasher("sha256");
-  for (const piece of piecesOf(fd)) hash.update(piece);
+  for (const [piece] of piecesOf(fd)) hash.update(piece);
   return hash.digest("hex");
 }
 

@@ -1307,6 +1307,127 @@ describe("FILE as it was", () => {
     },
   );
 
+  test.concurrent.if(isRoot)("a group keeps its FILE, and another group gets no more than all others", async () => {
+    const GROUP = 5678;
+    for (const [groups, mode, expected] of [
+      [`${GROUP}`, 0o660, [NOBODY, GROUP, 0o660]],
+      [`${GROUP}`, 0o2775, [NOBODY, GROUP, 0o775]],
+      ["1", 0o662, [NOBODY, NOBODY, 0o622]],
+      ["1", 0o6757, [NOBODY, NOBODY, 0o757]],
+      ["1", 0o677, [NOBODY, NOBODY, 0o677]],
+    ] as const) {
+      await using place = await makePlace(OLD);
+      chmodSync(place.folder, 0o777);
+      chownSync(place.file, 1234, GROUP);
+      chmodSync(place.file, mode);
+      let during = 0o777;
+      using origin = scripted([
+        pausing(serving(), HALF, async () => {
+          await until(() => place.kept() >= HALF);
+          during = lstatSync(place.part()).mode & 0o077;
+        }),
+      ]);
+      const other = ["setpriv", `--reuid=${NOBODY}`, `--regid=${NOBODY}`, `--groups=${groups}`];
+      const argv = [...other, ...(await command("client-robust", "binary")), "-o", place.file, origin.url];
+      expect((await run(argv)).exitCode).toBe(EXIT_CODES.ok);
+      const { uid, gid, mode: now } = lstatSync(place.file);
+      expect([mode, uid, gid, now & 0o7777]).toEqual([mode, ...expected]);
+      expect(during & 0o070 & ~(mode << 3)).toBe(0);
+      expect(during & 0o007 & ~mode).toBe(0);
+    }
+  });
+
+  /** The folder's default: all for its owner, nothing for anybody else. */
+  const setDefaultAcl = (folder: string) => {
+    const code = `
+import os, struct, sys
+entries = ((1, 7), (4, 0), (32, 0))
+acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, may, 0xffffffff) for tag, may in entries)
+os.setxattr(sys.argv[1], "system.posix_acl_default", acl)`;
+    return Bun.spawnSync(["python3", "-c", code, folder]).success;
+  };
+  const probe = mkdtempSync(join(tmpdir(), "http-over-tcp-"));
+  const hasAcl = setDefaultAcl(probe);
+  rmSync(probe, { recursive: true });
+  test.concurrent.if(hasAcl)("a new FILE is as private as its folder's default ACL makes it", async () => {
+    await using place = await makePlace();
+    expect(setDefaultAcl(place.folder)).toBeTrue();
+    using origin = scripted([serving({ cut: HALF }), serving()]);
+    expect((await save(place, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+    expect(lstatSync(place.file).mode & 0o077).toBe(0);
+    expectWhole(place);
+  });
+
+  test.concurrent("a FILE that has changed during the transfer stays what it has become", async () => {
+    const target = (place: Place) => join(place.top, "target");
+    for (const [old, change, expected] of [
+      [OLD, ({ file }) => chmodSync(file, 0o600), "600"],
+      [OLD, ({ file }) => chmodSync(file, 0o757), "757"],
+      [undefined, ({ file }) => writeFileSync(file, "", { mode: 0o600 }), "600"],
+      [undefined, (place) => symlinkSync(target(place), place.file), "link"],
+      [OLD, (place) => (rmSync(place.file), symlinkSync("../target", place.file)), "link"],
+    ] as [string | undefined, (place: Place) => void, string][]) {
+      await using place = await makePlace(old);
+      const act = async () => {
+        await until(() => place.kept() >= HALF);
+        change(place);
+      };
+      using origin = scripted([pausing(serving(), HALF, act)]);
+      const { exitCode, stderr } = await save(place, origin.url);
+      expect([exitCode, stderr]).toEqual([EXIT_CODES.ok, ""]);
+      const found = lstatSync(place.file);
+      expect(found.isSymbolicLink() ? "link" : (found.mode & 0o777).toString(8)).toBe(expected);
+      if (expected === "link") expect(lstatSync(target(place)).isFile()).toBeTrue();
+      expectWhole(place);
+    }
+    // A pipe cannot be replaced by a file.
+    await using place = await makePlace(OLD);
+    const becomePipe = async () => {
+      await until(() => place.kept() >= HALF);
+      rmSync(place.file);
+      expect((await run(["mkfifo", place.file])).exitCode).toBe(0);
+    };
+    using origin = scripted([pausing(serving(), HALF, becomePipe)]);
+    const { exitCode, stderr } = await save(place, origin.url);
+    expect([exitCode, lstatSync(place.file).isFIFO()]).toEqual([EXIT_CODES.write, true]);
+    expect(stderr).toMatch(ONE_LINE);
+  });
+
+  test.concurrent("-R gives FILE the time of any response that it is made of, the first second too", async () => {
+    for (const [status, seconds, ...args] of [
+      ["203 Odd", 1e9],
+      ["201 Created", 1e9, "-d", "x"],
+      ["200 OK", 0],
+    ] as const) {
+      await using place = await makePlace(OLD);
+      const date = new Date(seconds * 1000).toUTCString();
+      using origin = scripted([response(status, CONTENT, `Last-Modified: ${date}`)]);
+      expect((await save(place, origin.url, "-R", ...args)).exitCode).toBe(EXIT_CODES.ok);
+      expect([status, lstatSync(place.file).mtimeMs]).toEqual([status, seconds * 1000]);
+      expectWhole(place);
+    }
+  });
+
+  test.concurrent("a FILE that is removed between two runs comes back with its mode", async () => {
+    await using place = await makePlace(OLD);
+    chmodSync(place.file, 0o604);
+    using origin = await keepHalf(place);
+    rmSync(place.file);
+    origin.answerAnew(serving());
+    expect((await save(place, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+    expect(origin.requests.map(rangeOf)).toEqual([HALF]);
+    expect(lstatSync(place.file).mode & 0o777).toBe(0o604 & ~process.umask());
+    expectWhole(place);
+  });
+
+  test.concurrent("a FILE that may not be read is written to with --sha256, too", async () => {
+    await using place = await makeTheirPlace(0o200);
+    using origin = scripted([serving()]);
+    expect((await saveUnprivileged(place, origin.url, ...SHA256)).exitCode).toBe(EXIT_CODES.ok);
+    chmodSync(place.file, 0o644);
+    expectWhole(place);
+  });
+
   test.concurrent("a FILE that may not be written to is refused before a request", async () => {
     for (const [mode, folderMode] of [
       [0o444, 0o755],
@@ -1440,12 +1561,12 @@ describe("FILE as it was", () => {
       await using place = await makePlace(OLD);
       await using elsewhere = await temporaryFolder();
       const steps =
-        'mount -t tmpfs -o size=16k tmpfs "$0" && echo old >"$0/x" && mount --bind "$0/x" "$1" && shift && exec "$@"';
+        'mount -t tmpfs -o size=16k tmpfs "$0" && echo old >"$0/x" && mount --bind "$0/x" "$1" && shift && { "$@"; code=$?; cat "$0/x"; exit $code; }';
       using origin = scripted([serving()]);
       const argv = [...(await command("client-robust", "binary")), "-s", "-o", place.file, origin.url];
       const prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c", steps, elsewhere.path, place.file];
-      const { exitCode, stderr } = await run([...prefix, ...argv]);
-      expect(exitCode).toBe(EXIT_CODES.write);
+      const { exitCode, stderr, stdout } = await run([...prefix, ...argv]);
+      expect([exitCode, stdout]).toEqual([EXIT_CODES.write, "old\n"]);
       expect(stderr).toMatch(ONE_LINE);
       expect([place.kept(), place.text()]).toEqual([CONTENT.length, OLD]);
       origin.answerAnew(serving());
@@ -1598,6 +1719,20 @@ describe("files that others remove or replace during a run", () => {
       const moved = join(place.top, "folder.moved", "file");
       if (existsSync(moved)) expect([OLD, CONTENT.toString()]).toContain(readFileSync(moved, "latin1"));
     });
+  });
+
+  test.concurrent("a part that has grown beyond the end is of no use: no line says to go on from it", async () => {
+    await using place = await makePlace(OLD);
+    const grow = async () => {
+      await until(() => place.kept() >= HALF);
+      appendFileSync(place.part(), CONTENT);
+    };
+    using origin = scripted([pausing(serving({ cut: HALF + 1 }), HALF, grow)]);
+    const argv = [...(await command("client-robust", "binary")), "-o", place.file, "--retry", "0", origin.url];
+    const { exitCode, stderr } = await run(argv);
+    expect(exitCode).toBe(EXIT_CODES.partial);
+    expect(stderr).toMatch(ONE_LINE);
+    expect([place.text(), place.names()]).toEqual([OLD, ["file"]]);
   });
 
   test.concurrent.each(ACTIONS.slice(0, 15))("%s before a run that goes on: it gets the whole", async (name, act) => {
