@@ -1663,9 +1663,11 @@ function findLeftover(file: string, folder: string, request: string, sha256: str
   let best: FoundPart | undefined;
   for (const part of findParts(file, folder)) {
     const { label, bytes, labelledAt } = part;
-    const isVouched = sha256 === "" ? label.validator !== "" : label.sha256 === "" || label.sha256 === sha256;
-    if (bytes === 0 || bytes > (label.total ?? bytes) || label.request !== request || !isVouched) continue;
-    const isSame = label.validator === best?.label.validator;
+    // The same digest is the same content, whatever the request was.
+    const isNamed = label.request === request && (sha256 === "" ? label.validator !== "" : label.sha256 === "");
+    const isVouched = isNamed || (sha256 !== "" && label.sha256 === sha256);
+    if (bytes === 0 || bytes > (label.total ?? bytes) || !isVouched) continue;
+    const isSame = label.validator === best?.label.validator && label.resource === best.label.resource;
     if (best === undefined || (isSame ? bytes > best.bytes : labelledAt > best.labelledAt)) best = part;
   }
   return best;

@@ -936,6 +936,19 @@ describe("a run that achieves nothing takes nothing away", () => {
     }
   });
 
+  test.concurrent("what --sha256 names goes on from any URL and server, and is no other content", async () => {
+    for (const digest of [SHA256, ["--sha256", sha256(OTHER)]]) {
+      await using place = await makePlace(OLD);
+      using first = await keepHalf(place, serving({ cut: HALF, etag: "" }), ...SHA256);
+      using second = scripted([serving({ etag: "", content: digest === SHA256 ? CONTENT : OTHER })]);
+      expect(first.requests.length).toBe(1);
+      const { exitCode } = await save(place, `${second.url}/other?token=new`, ...digest, "-H", "Authorization: new");
+      expect(exitCode).toBe(EXIT_CODES.ok);
+      expect(second.requests.map(rangeOf)).toEqual([digest === SHA256 ? HALF : undefined]);
+      expectWhole(place, digest === SHA256 ? CONTENT : OTHER);
+    }
+  });
+
   test.concurrent("a fresh query that leads to another version gets that one", async () => {
     await using place = await makePlace(OLD);
     using origin = scripted([serving({ cut: HALF })]);

@@ -110,6 +110,7 @@ describe("judgeHead", () => {
     expect(slice).toMatchObject({ held: { validator: "" } }); // the rest of a slice cannot be asked for
     const whole = { ...PART, "Content-Range": "bytes 0-59/60" };
     expect(judge(head(206, whole))).toBe("deliver from 0");
+    expect(judgeHead(head(206, whole), NOTHING, JOB, printed)).toMatchObject({ held: { validator: '"a"' } });
     expect(judge(head(206, whole), HELD, {}, { hasRange: false })).toBe("start over");
     expect(judge(head(206, { ...whole, "Content-Length": "59" }))).toBe("range");
     expect(judge(head(206, { ...whole, "Content-Range": "bytes 0-59/*" }))).toBe("range");
@@ -194,6 +195,12 @@ describe("judgeHead", () => {
     expect(judge(head(200, { ETag: '"a"' }), encoded)).toBe("start over");
     expect(judge(head(200, { ETag: '"a"', ...gzip }), encoded)).toBe("deliver from 0");
     expect(judge(head(206, { ...PART, ...gzip }), HELD, { isVerified: true })).toBe("deliver from 40");
+    for (const fields of [{ ETag: '"a"' }, { "Last-Modified": "Wed, 01 Jan 2020 12:00:01 GMT" }]) {
+      const asked = { method: "GET", resource: RESOURCE, hasRange: false, isLastTry: false };
+      expect(judgeHead(head(200, { ...fields, ...gzip }), NOTHING, JOB, asked)).toMatchObject({
+        held: { coding: "gzip" },
+      });
+    }
   });
 
   test("remembers what an earlier response said of the same version", () => {
