@@ -1736,7 +1736,7 @@ class FileSink implements Sink {
     fs().fsyncSync(fd);
     const note = this.replaceFile(path, fd);
     const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : Number.NaN;
-    if (!Number.isNaN(time)) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
+    if (time >= 0) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
     this.discard();
     if (this.folder === paths().dirname(this.path))
       for (const older of findParts(this.path, this.folder))
