@@ -368,21 +368,19 @@ export function judgeHead(
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
   if (status === 206 && asked.hasRange) return judgePart(head, held, job);
   if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  const isGet = asked.method === "GET";
-  if (status === 206 && onlyContentCounts && !(isGet && rangesOfWhole(head).length > 0))
-    return new TransferError("range", "the server sent a part of the content, unasked");
-  const isPending = status === 202 && onlyContentCounts && isGet;
+  const isPending = status === 202 && onlyContentCounts && asked.method === "GET";
   if ((isPending || TRANSIENT_STATUSES.includes(status)) && !asked.isLastTry)
     return new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
   if (onlyContentCounts && !hasContent(head, asked.method))
     return new TransferError("status", describeStatus(head) + advice, { isFinal: true });
-  return judgeWhole(head, held, job, isGet, asked.resource);
+  return judgeWhole(head, held, job, asked.method === "GET", asked.resource);
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
 function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean, resource: string): Verdict {
-  const stated = isGet && (job.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
+  const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
+  const stated = onlyContentCounts && (isGet || head.status === 206) ? rangesOfWhole(head) : [];
   const length = typeof head.framing === "number" ? head.framing : stated[0];
   for (const complete of stated)
     if (complete !== length)
@@ -456,8 +454,8 @@ function parseContentRange(value: string): { first: number; last: number; comple
 
 /**
  * Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
- * so, and their content is the part that the field says.
- * @returns for each range the length of the whole, or NaN if it is not the range of a whole
+ * so, and their content is the part that the field says; others send 206 unasked.
+ * @returns for each range the length of the whole, or NaN if it is not the range of a whole, or a 206 has none
  */
 function rangesOfWhole(head: ResponseHead): number[] {
   const lengths: number[] = [];
@@ -465,7 +463,7 @@ function rangesOfWhole(head: ResponseHead): number[] {
     const { first, last, complete } = parseContentRange(value);
     if (/^bytes\b/i.test(value)) lengths.push(first === 0 && last + 1 === complete ? complete : Number.NaN);
   }
-  return lengths;
+  return lengths.length === 0 && head.status === 206 ? [Number.NaN] : lengths;
 }
 
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]*"$/;

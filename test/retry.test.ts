@@ -114,7 +114,9 @@ describe("judgeHead", () => {
     expect(judge(head(206, whole), HELD, {}, { hasRange: false })).toBe("start over");
     expect(judge(head(206, { ...whole, "Content-Length": "59" }))).toBe("range");
     expect(judge(head(206, { ...whole, "Content-Range": "bytes 0-59/*" }))).toBe("range");
-    expect(judge(head(206, whole), NOTHING, {}, { method: "POST" })).toBe("range");
+    expect(judge(head(206, whole), NOTHING, {}, { method: "POST" })).toBe("deliver from 0");
+    expect(judge(head(206, PART), NOTHING, {}, { method: "POST" })).toBe("range");
+    expect(judge(head(206), NOTHING, {}, { method: "POST" })).toBe("range");
   });
 
   test("uses a part that begins before what is missing, and passes over what it has", () => {
