@@ -492,13 +492,13 @@ export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" |
 const codingOf = (head: ResponseHead) => `${fieldValues(head, "content-encoding")}`.replace(/^(identity|[, ])*$/i, "");
 
 /** Parameters that sign a query, at the large clouds: they are new each time, and name nothing. */
-const SIGNATURE = /&((sig|se|skt|ske|jwt|Expires|Signature|Policy|Key-Pair-Id|X-(Amz|Goog)-[\w-]+)=[^&]*|$)/g;
+const SIGNATURE = /&((sig|se|skt|ske|jwt|Expires|Signature|Policy|Key-Pair-Id|X-(Amz|Goog)-[\w-]+)=[^&]*)/g;
 /** For what may be a secret. "" for "", as the first digest of a run takes a twentieth of the time of a small transfer. */
 const digestOf = (text: string) => text && new Bun.CryptoHasher("sha256").update(text).digest("hex");
 
 /** What a URL names: its path, and a digest of its query. Its host is left out: a redirect may choose a mirror. */
 export const resourceOf = ({ pathname, search }: URL) =>
-  `${pathname}?${digestOf(`&${search.slice(1)}`.replace(SIGNATURE, ""))}`;
+  `${pathname}?${digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
 
 /** No field of the response contradicts the version held. A 206 need not repeat the coding (RFC 9110 §15.3.7). */
 const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
