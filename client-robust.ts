@@ -177,7 +177,7 @@ function tellFailure(error: unknown): number {
  * @returns nothing if the response is whole and delivered, the redirect that it is, or why the transfer failed
  */
 export async function transfer(session: Session): Promise<undefined | Redirect | TransferError> {
-  const { job, delivery, request, trace } = session;
+  const { delivery, request, trace } = session;
   let connection: Connection | undefined;
   try {
     connection = await connect(request.url, session);
@@ -196,9 +196,9 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
       session.progress.show(delivery.held);
     }
     trace?.complete("content complete");
-    // An error page has been printed by now, and is a failure all the same.
     if (request.method !== "HEAD") await delivery.finish(head);
-    requireSuccess(head, job.keepsOnlyContent, request.method);
+    // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
+    if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
     return undefined;
   } catch (error) {
     const failure = asTransferError(error);
@@ -209,7 +209,6 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
   }
 }
 
-/** @throws TransferError */
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
   const { job, delivery, request } = session;
   const head = formatRequest(request, isForRest(session) ? delivery.held : NOTHING);
@@ -236,7 +235,7 @@ async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
 
 /** Does the request ask for the rest? A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another. */
 const isForRest = ({ job, delivery: { held }, request, asksForWhole }: Session) =>
-  held.bytes > 0 && !asksForWhole && (job.isVerified || held.resource === resourceOf(request.url));
+  held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
 
 /** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
 function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, TransferError> {
@@ -295,6 +294,24 @@ async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
   }
 }
 
+/** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
+function keepPartOnSignals({ delivery, progress }: Session): void {
+  // A signal that is ignored from the start, as by nohup, stays so: bit 0 is signal 1. Only Linux tells; elsewhere SIGHUP
+  // is left alone.
+  const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
+  const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
+  for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
+    if (((ignored >> (number - 1)) & 1) === 0)
+      process.once(signal, () => {
+        progress.clear();
+        const advice = delivery.sink.close(delivery.held);
+        tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
+        // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
+        process.kill(process.pid, signal);
+        process.exit(128 + number);
+      });
+}
+
 async function tryUntilDone(session: Session): Promise<void> {
   for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
 }
@@ -339,7 +356,6 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
 // Two pure functions: `judgeHead` says what to do with a response once its head is here, `decideNext`
 // what to do after an attempt has failed.
 
-/** What to do with a response whose head is here. */
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
@@ -349,7 +365,7 @@ export type Verdict =
   | TransferError;
 type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
 
-/** These may be gone the next time: of RFC 9110 §15, of others (425, 507), and of the proxies of large networks. */
+/** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
 const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
 /** RFC 9110 §9.2.2: asking twice has the effect of asking once. */
@@ -357,7 +373,7 @@ const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 
 /**
  * What to do with a response, where `held` is what we have.
- * @param asked whether the request had Range, for the rest of `held`; after the last try, an error page is shown
+ * @param asked `hasRange`: for the rest of `held`; `isLastTry`: an error page is shown instead of another try
  */
 export function judgeHead(
   head: ResponseHead,
@@ -399,14 +415,13 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean, re
   const total = length ?? held.total;
   const isSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
   const isNamedSame = isSame && agrees(head, held);
-  if (held.bytes > 0 && (isNamedSame || job.isVerified) && total === (held.total ?? total))
+  if (held.bytes > 0 && (isNamedSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
-  if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", CHANGED, { isFinal: true });
+  const changed = "the content has changed since its first part was printed, which cannot be taken back";
+  if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", changed, { isFinal: true });
   const fresh = { ...version, bytes: 0, total: isNamedSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
-
-const CHANGED = "the content has changed since its first part was printed, which cannot be taken back";
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
@@ -421,7 +436,7 @@ function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
     last < total &&
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === length) &&
-    (job.isVerified || agrees(head, held));
+    (job.hasSha256 || agrees(head, held));
   if (!fits) return new TransferError("range", "the server sent another part than the one that is missing");
   if (total > job.sizeMax) return tooLarge(job);
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
@@ -447,13 +462,7 @@ const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
 const hasContent = ({ status }: ResponseHead, method: string) =>
   method === "GET" ? status === 200 || status === 203 || status === 206 : status >= 200 && status < 300;
 
-/** A complete response can still be a failure: checks its status. @throws TransferError "status" */
-export function requireSuccess(head: ResponseHead, keepsOnlyContent: boolean, method: string): void {
-  if (!(keepsOnlyContent ? hasContent(head, method) : head.status < 400))
-    throw new TransferError("status", describeStatus(head), { isFinal: true });
-}
-
-/** RFC 9110 §14.4: Content-Range = "bytes" SP first "-" last "/" complete-length; "*" if that is not known. */
+/** RFC 9110 §14.4: bytes first-last/complete. `complete` is undefined for "*"; what does not match is NaN, which fits nothing. */
 function parseContentRange(value: string): { first: number; last: number; complete: number | undefined } {
   const [, first, last, complete] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
   return { first: Number(first), last: Number(last), complete: complete === "*" ? undefined : Number(complete) };
@@ -522,8 +531,8 @@ export interface Attempt {
 }
 
 /**
- * The next attempt may well succeed. Names of containers appear late; "unparsable" may be a server that is just
- * starting; "tls" is a connection that was lost during the handshake.
+ * The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
+ * just starting. "tls": the connection was lost during the handshake.
  */
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
@@ -556,7 +565,7 @@ export function decideNext(attempt: Attempt, held: Held, job: Job, random: () =>
   const { retryAfterMs } = failure;
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
     return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
-  const isNameless = held.bytes > 0 && held.validator === "" && !job.isVerified;
+  const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
   if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
   const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs(failures, random), leftMs));
   return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" } as const;
@@ -565,8 +574,8 @@ export function decideNext(attempt: Attempt, held: Held, job: Job, random: () =>
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
 
 /**
- * The byte to continue from. If the end may have been reached already, that is the last byte held: a range past the
- * end gets 416, which need not name the version.
+ * The first byte to ask for. If all may be held already, it is the last byte held: past the end a server answers 416,
+ * which need not name the version.
  */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
 const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
@@ -609,6 +618,8 @@ function toBytes(text: string): Uint8Array {
 /** Fields that only the first server may see, and fields about content that is not sent again. */
 const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i;
 const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i;
+
+const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
 
 /** The request that a redirect asks for (RFC 9110 §15.4). */
 function redirect(request: Request, status: number, url: URL): Request {
@@ -888,7 +899,6 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   return undefined;
 }
 
-/** All values of a field, by its name in lower case. */
 const fieldValues = ({ fields }: Pick<ResponseHead, "fields">, name: string) => fields.get(name) ?? [];
 
 /** The value of a field that may appear once; "" without it, or if it appears more often. */
@@ -1032,6 +1042,15 @@ function formatBytes(bytes: number): string {
 }
 // ── end shared ──
 
+/** For steps whose failure changes nothing. */
+function ignoreErrors<T>(step: () => T): T | undefined {
+  try {
+    return step();
+  } catch {
+    return undefined;
+  }
+}
+
 /** A head or a reason phrase for people: UTF-8 if it is that, otherwise ISO 8859-1. */
 function asText(latin1Text: string): string {
   const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
@@ -1164,7 +1183,7 @@ export class Connection implements Source {
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
-      // Not a certificate that is not trusted, but a peer that speaks no TLS, or not ours.
+      // A fault: the peer speaks no TLS, or not ours. Otherwise only its certificate is not trusted.
       const isFault = error === null || /^(EPROTO|ECONN|ERR_SSL)/.test(error.code ?? "");
       if (isTrusted || (isInsecure && !isFault)) return resolve();
       if (!isFault) return fail("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`);
@@ -1433,7 +1452,7 @@ class Delivery {
   isUnchanged = false; // the response is a 304
   /** The most that was ever held of this version: only what goes beyond it is progress. Starting over is none. */
   private best: number;
-  private isJoined = false; // the content held came in several responses
+  private isJoined: boolean; // the content held came in several responses
   private hash: Bun.CryptoHasher | undefined;
   private skip = 0; // bytes of the response under way that are held already
   private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
@@ -1445,11 +1464,13 @@ class Delivery {
   ) {
     this.held = sink.found;
     this.best = this.held.bytes;
+    this.isJoined = this.best > 0;
   }
 
-  /** True once if more is held than ever before. */
+  /** A response has ended. @returns true once if more is held than ever before */
   takeProgress(): boolean {
     const { best, held } = this;
+    this.skip = 0;
     this.best = best === Number.POSITIVE_INFINITY ? held.bytes : Math.max(best, held.bytes);
     return held.bytes > best;
   }
@@ -1531,15 +1552,6 @@ class Delivery {
 const fs = (): typeof import("node:fs") => require("node:fs");
 const paths = (): typeof import("node:path") => require("node:path");
 const tty = (): typeof import("node:tty") => require("node:tty");
-
-/** For steps whose failure changes nothing. */
-function ignoreErrors<T>(step: () => T): T | undefined {
-  try {
-    return step();
-  } catch {
-    return undefined;
-  }
-}
 
 /** @returns undefined if it does not exist, or cannot be reached */
 const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path));
@@ -1926,7 +1938,6 @@ function followLinks(path: string): string {
   return path;
 }
 
-/** Runs a step with a descriptor that is closed whatever happens. */
 function withFile<T>(path: string, flags: number | "r", step: (fd: number) => T): T {
   const fd = fs().openSync(path, flags);
   try {
@@ -2069,7 +2080,7 @@ export function parseCommandLine(args: readonly string[]) {
     request,
     output, // undefined: print the whole response
     keepsOnlyContent: output !== undefined, // the page of an error or of a redirect must not pass for content
-    isVerified: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
+    hasSha256: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
     followsRedirects: values.has("location"),
     // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
@@ -2133,8 +2144,6 @@ function parseField(line: string): [name: string, value: string] {
   return [name, trimOws(bytes.slice(name.length + 1))];
 }
 
-const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
-
 /** As in curl, "http://" may be left out. @throws TransferError "url" */
 export function parseUrl(text: string): URL {
   const withScheme = /^[a-z][a-z0-9+.-]*:\/\//i.test(text) ? text : `http://${text}`;
@@ -2180,30 +2189,11 @@ async function openData(path: string): Promise<Blob> {
   }
 }
 
-/** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
-function keepPartOnSignals({ delivery, progress }: Session): void {
-  // A signal that is ignored from the start, as by nohup, stays so: bit 0 is signal 1. Only Linux tells; elsewhere SIGHUP
-  // is left alone.
-  const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
-  const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
-  for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
-    if (((ignored >> (number - 1)) & 1) === 0)
-      process.once(signal, () => {
-        progress.clear();
-        const advice = delivery.sink.close(delivery.held);
-        tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
-        // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
-        process.kill(process.pid, signal);
-        process.exit(128 + number);
-      });
-}
-
 /** @returns the exit code */
 async function main(): Promise<number> {
   try {
     const { show, options, data } = parseCommandLine(process.argv.slice(2));
-    if (show !== "") await Bun.write(Bun.stdout, show);
-    if (show !== "") return EXIT_CODES.ok;
+    if (show !== "") return await Bun.write(Bun.stdout, show).then(() => EXIT_CODES.ok);
     const clock = new Clock(options);
     const request = { ...options.request, content: await clock.within(readData(data)) };
     const sink = await clock.within(openSink({ ...options, request }));

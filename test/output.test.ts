@@ -771,6 +771,35 @@ describe("a response that contradicts itself, or what was asked for", () => {
     expectWhole(place, CONTENT.subarray(0, HALF));
   });
 
+  const unended = (content: Buffer) =>
+    raw(`HTTP/1.1 200 OK\r\n${TAG}\r\nTransfer-Encoding: chunked\r\n\r\n${content.length.toString(16)}\r\n${content}`);
+  const isAll = response("416 No", "", TAG, `Content-Range: bytes */${N}`);
+
+  test.concurrent(
+    "a 416 of exactly what is held ends it, though the response before it was passed over in part",
+    async () => {
+      await using place = await makePlace(OLD);
+      const passedOver: Script = () => serving({ cut: HALF })(""); // it answers no Range
+      using origin = scripted([unended(CONTENT), passedOver, isAll]);
+      expect((await save(place, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+      expect(origin.requests.length).toBe(3);
+      expectWhole(place);
+    },
+  );
+
+  test.concurrent(
+    "a 416 of exactly what an earlier run has kept is no proof of its digest: the whole is asked for",
+    async () => {
+      await using place = await makePlace(OLD);
+      using origin = scripted([unended(OTHER)]);
+      expect((await save(place, origin.url, "--retry", "0")).exitCode).toBe(EXIT_CODES.partial);
+      origin.answerAnew(isAll, serving());
+      expect((await save(place, origin.url, "--sha256", sha256(CONTENT))).exitCode).toBe(EXIT_CODES.ok);
+      expect(origin.requests.map(rangeOf)).toEqual([N - 1, undefined]);
+      expectWhole(place);
+    },
+  );
+
   const BLOCK = 4096;
   test.concurrent.each<[name: string, first: (from: number) => number, past: (from: number) => number]>([
     ["from the start of a block", (from) => from - (from % BLOCK), () => N],

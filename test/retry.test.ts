@@ -151,7 +151,7 @@ describe("judgeHead", () => {
   });
 
   test("joins pieces whatever their validators say where the end is verified, unless the lengths differ", () => {
-    const verified = { isVerified: true };
+    const verified = { hasSha256: true };
     expect(judge(head(206, { ...PART, ETag: '"b"' }), HELD, verified)).toBe("deliver from 40");
     expect(judge(head(206, { ...PART, "Content-Range": "bytes 40-99/101" }), HELD, verified)).toBe("range");
     expect(judge(head(200, { ETag: '"b"', "Content-Length": "100" }), HELD, verified)).toBe("deliver from 0");
@@ -177,7 +177,7 @@ describe("judgeHead", () => {
     const elsewhere = { resource: "another" };
     expect(judge(head(200, { ETag: '"a"', "Content-Length": "100" }), HELD, {}, elsewhere)).toBe("start over");
     expect(judge(head(200, { ETag: '"a"' }), HELD, { canStartOver: false }, elsewhere)).toBe("final partial");
-    expect(judge(head(200, { ETag: '"a"' }), HELD, { isVerified: true }, elsewhere)).toBe("deliver from 0");
+    expect(judge(head(200, { ETag: '"a"' }), HELD, { hasSha256: true }, elsewhere)).toBe("deliver from 0");
     const fresh = judgeHead(head(200, { ETag: '"a"' }), HELD, JOB, {
       ...{ method: "GET", isLastTry: false, hasRange: false },
       ...elsewhere,
@@ -196,7 +196,7 @@ describe("judgeHead", () => {
     expect(judge(head(200, { ETag: '"a"', ...gzip }), HELD)).toBe("start over");
     expect(judge(head(200, { ETag: '"a"' }), encoded)).toBe("start over");
     expect(judge(head(200, { ETag: '"a"', ...gzip }), encoded)).toBe("deliver from 0");
-    expect(judge(head(206, { ...PART, ...gzip }), HELD, { isVerified: true })).toBe("deliver from 40");
+    expect(judge(head(206, { ...PART, ...gzip }), HELD, { hasSha256: true })).toBe("deliver from 40");
     for (const fields of [{ ETag: '"a"' }, { "Last-Modified": "Wed, 01 Jan 2020 12:00:01 GMT" }]) {
       const asked = { method: "GET", resource: RESOURCE, hasRange: false, isLastTry: false };
       expect(judgeHead(head(200, { ...fields, ...gzip }), NOTHING, JOB, asked)).toMatchObject({
@@ -365,7 +365,7 @@ describe("decideNext", () => {
     expect(decide("partial", HELD)).toBe("go on within 1000");
     expect(decide("partial", nameless)).toBe("ask for the whole within 1000");
     expect(decide("partial", nameless, {}, { canStartOver: false })).toBe("give up");
-    expect(decide("partial", nameless, {}, { isVerified: true })).toBe("go on within 1000");
+    expect(decide("partial", nameless, {}, { hasSha256: true })).toBe("go on within 1000");
     expect(decide("range", HELD, { failures: 2 })).toBe("ask for the whole within 2000");
     expect(decide("range", HELD, {}, { canStartOver: false })).toBe("ask for the whole within 1000");
     expect(decide("digest")).toBe("go on within 1000");
