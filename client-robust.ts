@@ -1814,7 +1814,7 @@ class FileSink implements Sink {
 
   /**
    * Another run has taken the part over. If that run has died, nobody writes to the part any more, and it can be taken
-   * back. @throws TransferError if that run goes on or the part is gone
+   * back; with --sha256 it may have joined other bytes. @throws TransferError if that run goes on or the part is gone
    */
   private async findAgain({ path, fd, inode }: NonNullable<FileSink["part"]>): Promise<FoundPart> {
     for (let waitedMs = 0; waitedMs < this.job.stallMs; waitedMs += LIMITS.idlePartMs) {
@@ -1822,7 +1822,7 @@ class FileSink implements Sink {
       await Bun.sleep(LIMITS.idlePartMs);
       if (fs().fstatSync(fd).mtimeMs !== mtimeMs) continue;
       for (const part of findParts(this.path, this.folder))
-        if (statOf(part.path)?.ino === inode && part.label.sha256 === this.job.sha256) return part;
+        if (statOf(part.path)?.ino === inode && part.label.sha256 + this.job.sha256 === "") return part;
       break;
     }
     throw takenOver(path);

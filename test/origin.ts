@@ -10,7 +10,7 @@ export const reprDigest = (content: Buffer) =>
 export interface Answer {
   readonly bytes: string | Buffer;
   readonly pause?: () => unknown;
-  readonly rest?: string | Buffer;
+  readonly rest?: string | Buffer | Answer;
   readonly end?: "fin" | "reset" | "stall";
 }
 export type Script = (request: string) => Answer;
@@ -34,6 +34,7 @@ async function send(socket: Bun.Socket<Line>, piece: string | Buffer): Promise<v
 async function play(socket: Bun.Socket<Line>, { bytes, pause, rest, end }: Answer): Promise<void> {
   await send(socket, bytes);
   await pause?.();
+  if (typeof rest === "object" && "bytes" in rest) return play(socket, rest);
   if (rest !== undefined) await send(socket, rest);
   if (end === "reset") setTimeout(() => socket.terminate(), 50);
   else if (end !== "stall") socket.shutdown();

@@ -40,6 +40,7 @@ import {
   VARIANTS,
 } from "./harness.ts";
 import {
+  type Answer,
   CONTENT,
   pausing,
   raw,
@@ -2574,6 +2575,33 @@ describe("a run whose part another run has taken over", () => {
     goOn(1);
     expect((await newer.ended()).exitCode).toBe(EXIT_CODES.ok);
     expectWhole(place);
+  });
+
+  test.concurrent("leaves it alone with --sha256, as that run may have joined other bytes", async () => {
+    await using place = await makePlace(OLD);
+    const steps = Array.from({ length: 3 }, () => Promise.withResolvers<void>());
+    const all = Buffer.from(serving()("").bytes);
+    const [half, more] = [all.length - CONTENT.length + HALF, all.length - CONTENT.length + HALF + 1000];
+    const last: Answer = { bytes: all.subarray(half, more), pause: () => steps[2]?.promise, rest: all.subarray(more) };
+    // The second run asks for what follows the first half. Before it gets that, the first one writes more.
+    using origin = scripted([
+      () => ({ bytes: all.subarray(0, half), pause: () => steps[0]?.promise, rest: last }),
+      pausing(serving({ etag: "", content: OTHER, cut: 2000, end: "stall" }), 0, () => steps[1]?.promise),
+    ]);
+    const args = ["-s", "--retry", "0", ...SHA256, origin.url];
+    await using older = await launch(place, args);
+    await until(() => place.kept() === HALF);
+    await using newer = await launch(place, args);
+    await until(() => origin.requests.length === 2);
+    steps[0]?.resolve();
+    await until(() => place.kept() === HALF + 1000);
+    steps[1]?.resolve();
+    await until(() => place.kept() === HALF + 2000);
+    newer.child.kill("SIGKILL");
+    await newer.ended();
+    steps[2]?.resolve();
+    expect((await older.ended()).exitCode).toBe(EXIT_CODES.write);
+    expect(place.text()).toBe(OLD);
   });
 });
 
