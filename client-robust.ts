@@ -2173,11 +2173,12 @@ async function readData(data: readonly string[]): Promise<Blob[]> {
 
 async function openData(path: string): Promise<Blob> {
   try {
-    const [source, found] = path === "-" ? [Bun.stdin, undefined] : [Bun.file(path), fs().statSync(path)];
-    if (found?.isFile()) return source.slice(0, found.size);
+    const found = path === "-" ? undefined : fs().statSync(path);
+    if (found?.isFile() && found.size > 0) return Bun.file(path).slice(0, found.size); // in /proc, files tell no size
     const pieces: Uint8Array<ArrayBuffer>[] = [];
     let left = LIMITS.heldDataBytesMax;
-    for await (const piece of source.stream()) {
+    // Bun.file reads no device.
+    for await (const piece of found === undefined ? Bun.stdin.stream() : fs().createReadStream(path)) {
       pieces.push(piece);
       left -= piece.length;
       if (left < 0) throw new Error(`a pipe may have ${formatBytes(LIMITS.heldDataBytesMax)}, a file (@FILE) any size`);

@@ -1294,6 +1294,17 @@ while True:
       await server.stdout.waitFor(/got 0 of 0 /);
     });
 
+    test.concurrent("a device is read, and a file of /proc, which tells no size", async () => {
+      await using server = await startPython(RECEIVING, ["", "200"]);
+      const version = "/proc/sys/kernel/version";
+      for (const path of ["/dev/null", version]) {
+        const content = path === version ? readFileSync(path) : Buffer.of();
+        const { exitCode } = await get("-d", `@${path}`, `http://127.0.0.1:${server.port}/`);
+        expect([path, exitCode]).toEqual([path, EXIT_CODES.ok]);
+        await server.stdout.waitFor(new RegExp(`got ${content.length} of ${content.length} ${sha256(content)}\n`));
+      }
+    });
+
     test.concurrent("what cannot be read is one line, and nothing is asked", async () => {
       await using folder = await temporaryFolder();
       using origin = scripted([response("200 OK")]);
