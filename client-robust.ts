@@ -1323,7 +1323,9 @@ export class Clock {
   /** @param what the start of the failure's message: the seconds follow @returns a function that stops the timer */
   startTimer(which: "connectMs" | "stallMs", what: string, then: (failure: TransferError) => void): () => void {
     const limit = this.job[which];
-    const timer = setTimeout(() => then(new TransferError("timeout", `${what} ${limit / 1000} s`)), limit);
+    const fail = () => then(new TransferError("timeout", `${what} ${limit / 1000} s`));
+    // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may be there already: first it looks.
+    let timer = setTimeout(() => (timer = setTimeout(fail, 1)), limit);
     return () => clearTimeout(timer);
   }
 

@@ -31,6 +31,7 @@ import {
   start,
   startPython,
   temporaryFolder,
+  Transcript,
   until,
   VARIANTS,
 } from "./harness.ts";
@@ -267,6 +268,22 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       const { stderr, exitCode } = await run(argvOfShell, { cwd: folder.path });
       expect([exitCode, stderr]).toEqual([EXIT_CODES.timeout, "Error: not done within 2 s\n"]);
       expect(performance.now() - startedAt).toBeGreaterThan(1900);
+    });
+
+    test.concurrent("bytes that came while it was stopped count, however long that was", async () => {
+      const stopped = Promise.withResolvers<void>();
+      using origin = scripted([pausing(serving(), HALF, () => stopped.promise)]);
+      const argv = [...(await command("client-robust", variant)), "--retry", "0", "--stall-timeout", "3", "-o", "-"];
+      await using child = Bun.spawn([...argv, origin.url], { stdio: ["ignore", "pipe", "pipe"] });
+      const stdout = new Transcript(child.stdout);
+      await stdout.waitFor(new RegExp(`^[^]{${HALF}}`));
+      await Bun.sleep(500); // by then it waits for more
+      child.kill("SIGSTOP");
+      stopped.resolve();
+      await Bun.sleep(3500);
+      child.kill("SIGCONT");
+      await child.exited;
+      expect([await new Response(child.stderr).text(), child.exitCode]).toEqual(["", EXIT_CODES.ok]);
     });
 
     test.concurrent("--max-time ends content that comes as fast as it is read", async () => {
