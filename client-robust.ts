@@ -1214,15 +1214,21 @@ export class Connection implements Source {
 
   /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
   async send(bytes: Uint8Array): Promise<boolean> {
-    for (let sent = 0; sent < bytes.length && this.received.length === 0;) {
+    for (let sent = 0; sent < bytes.length && !this.isAnswered;) {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
       if (written < 0) throw new TransferError("send", "the connection was lost while the request was sent");
       this.trace?.step("send", `${written} of ${bytes.length - sent} B`);
       sent += written;
       if (sent < bytes.length) await this.event();
-      if (this.received.length === 0) this.throwFailure();
+      if (!this.isAnswered) this.throwFailure();
     }
-    return this.received.length === 0;
+    return !this.isAnswered;
+  }
+
+  /** More has come than interim responses, which may come at any time (RFC 9110 §15.2). */
+  private get isAnswered(): boolean {
+    const text = latin1(Buffer.concat(this.received), 0, this.receivedBytes);
+    return /^(?!HTTP\/1\.\d 1)[^]|\nHTTP\/1\.\d [2-9]/.test(text);
   }
 
   async receive(): Promise<Uint8Array | undefined> {

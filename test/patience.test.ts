@@ -110,6 +110,7 @@ while True:
     c, _ = s.accept(); data = b""
     while b"\\r\\n\\r\\n" not in data: data += c.recv(65536)
     if waits: print("waiting", flush=True); signal.sigwait({signal.SIGUSR1}); waits = False
+    if sys.argv[1] == "interim": c.sendall(b"HTTP/1.1 100 Continue\\r\\n\\r\\nHTTP/1.1 103 Hints\\r\\nLink: </a>\\r\\n\\r\\n")
     head, _, content = data.partition(b"\\r\\n\\r\\n")
     length = int(re.search(rb"(?i)content-length: (\\d+)", head)[1])
     digest, count = hashlib.sha256(content), len(content)
@@ -1333,27 +1334,43 @@ while True:
       expect(origin.connections()).toBe(0);
     });
 
-    test.concurrent("an answer before the end of the content is read, and the rest is not sent", async () => {
+    test.concurrent("interim responses do not end it", async () => {
       await using folder = await temporaryFolder();
-      const [file, size] = [`${folder.path}/data`, 100_000_000];
+      const [file, size] = [`${folder.path}/data`, 50_000_000];
       makeSparse(file, size);
-      const code = `
+      await using server = await startPython(RECEIVING, ["interim", "200"]);
+      const { exitCode } = await get("--retry", "0", "-d", `@${file}`, `http://127.0.0.1:${server.port}/`);
+      expect(exitCode).toBe(EXIT_CODES.ok);
+      await server.stdout.waitFor(new RegExp(`got ${size} of ${size} `));
+    });
+
+    test.concurrent.each(["", "HTTP/1.1 100 Continue\\r\\n\\r\\n"])(
+      "an answer before the end of the content is read, and the rest is not sent (%j)",
+      async (interim) => {
+        await using folder = await temporaryFolder();
+        const [file, size] = [`${folder.path}/data`, 100_000_000];
+        makeSparse(file, size);
+        const code = `
 import signal, socket
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(5); print(s.getsockname()[1], flush=True)
 c, _ = s.accept(); c.recv(65536)
-c.sendall(b"HTTP/1.1 413 Too Large\\r\\nContent-Length: 2\\r\\n\\r\\nno"); c.shutdown(socket.SHUT_WR)
+c.sendall(b"${interim}HTTP/1.1 413 Too Large\\r\\nContent-Length: 2\\r\\n\\r\\nno"); c.shutdown(socket.SHUT_WR)
 signal.sigwait({signal.SIGUSR1}); n = 0
 try:
     while piece := c.recv(1 << 20): n += len(piece)
 except OSError: pass # the client resets the connection
 print("read", n, flush=True)`;
-      await using server = await startPython(code);
-      const { stdout, exitCode } = await get("-d", `@${file}`, `http://127.0.0.1:${server.port}/`);
-      expect([stdout, exitCode]).toEqual(["HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno", EXIT_CODES.status]);
-      server.child.kill("SIGUSR1");
-      expect(Number((await server.stdout.waitFor(/read (\d+)/))[1])).toBeLessThan(size / 2);
-    });
+        await using server = await startPython(code);
+        const { stdout, exitCode } = await get("-d", `@${file}`, `http://127.0.0.1:${server.port}/`);
+        expect([stdout, exitCode]).toEqual([
+          "HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno",
+          EXIT_CODES.status,
+        ]);
+        server.child.kill("SIGUSR1");
+        expect(Number((await server.stdout.waitFor(/read (\d+)/))[1])).toBeLessThan(size / 2);
+      },
+    );
   });
 
   describe("says it where people look", () => {
