@@ -1089,7 +1089,8 @@ class ProgressLine {
     if (this.job.isSilent || this.job.isTraced || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
-    ignoreErrors(() => fs().writeSync(2, `\r${formatProgress(bytes, total, bytesPerSecond)}\x1b[K`));
+    // In a narrow terminal the line is cut off, not wrapped.
+    ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${formatProgress(bytes, total, bytesPerSecond)}\x1b[?7h\x1b[K`));
   }
 
   /** Ends the line with a summary. */
