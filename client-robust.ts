@@ -482,7 +482,7 @@ function rangesOfWhole(head: ResponseHead): number[] {
   return lengths.length === 0 && head.status === 206 ? [Number.NaN] : lengths;
 }
 
-const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]*"$/;
+const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of every version
 
 /** What names the version that a whole response to a GET is of. */
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
