@@ -1229,7 +1229,7 @@ export class Connection implements Source {
   /** More has come than interim responses, which may come at any time (RFC 9110 §15.2). */
   private get isAnswered(): boolean {
     const text = latin1(Buffer.concat(this.received), 0, this.receivedBytes);
-    return /^(?!HTTP\/1\.\d 1)[^]|\nHTTP\/1\.\d [2-9]/.test(text);
+    return /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(text);
   }
 
   async receive(): Promise<Uint8Array | undefined> {

@@ -102,7 +102,7 @@ signal.pause()`;
  * after SIGUSR1.
  */
 const RECEIVING = `
-import hashlib, re, signal, socket, sys
+import hashlib, re, signal, socket, sys, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 waits, statuses = sys.argv[1] == "wait", sys.argv[2:]
 s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(5); print(s.getsockname()[1], flush=True)
@@ -110,7 +110,7 @@ while True:
     c, _ = s.accept(); data = b""
     while b"\\r\\n\\r\\n" not in data: data += c.recv(65536)
     if waits: print("waiting", flush=True); signal.sigwait({signal.SIGUSR1}); waits = False
-    if sys.argv[1] == "interim": c.sendall(b"HTTP/1.1 100 Continue\\r\\n\\r\\nHTTP/1.1 103 Hints\\r\\nLink: </a>\\r\\n\\r\\n")
+    if sys.argv[1] == "interim": c.sendall(b"HTTP/"); time.sleep(0.2); c.sendall(b"1.1 100 Continue\\r\\n\\r\\nHTTP/1.1 103 Hints\\r\\nLink: </a>\\r\\n\\r\\n")
     head, _, content = data.partition(b"\\r\\n\\r\\n")
     length = int(re.search(rb"(?i)content-length: (\\d+)", head)[1])
     digest, count = hashlib.sha256(content), len(content)
