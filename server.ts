@@ -230,7 +230,7 @@ export async function serve(connection: Connection): Promise<void> {
   } catch (reason) {
     if (reason === GONE) return;
     // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
-    if (!(reason instanceof Refusal)) tell(`Error: ${reason}`);
+    if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
     const response = reason instanceof Refusal ? reason.response : responseTo("internal");
     connection.trace?.step("refuse", `with ${response.status}`);
     // It closes: where a next request would start is not known, or the server is full or at fault.
@@ -1351,7 +1351,7 @@ function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; 
     end: (socket) => socket.data.onEnd(),
     close: (socket, error) => socket.data.onClose(error),
     error(socket, error) {
-      tell(`Error: ${error}`);
+      report(`Error: ${error}`);
       socket.terminate();
     },
   };
@@ -1387,12 +1387,17 @@ function explainListenError(code: string | undefined, { host, isHostFromEnv, por
 
 // ═══ 9 Log ═══════════════════════════════════════════════════════════════════════════════════════
 
-/** Writes to stdout without ever making a peer wait for it: what a slow reader leaves is bounded. */
+/** One after the other: a write that waits for its reader keeps a thread of the pool, which may have only two. */
+let lastWrite = Promise.resolve<Uint8Array>(NO_BYTES);
+
+/** Writes to stdout or stderr without ever making a peer wait for it: what a slow reader leaves is bounded. */
 class Log {
   /** Settles when all is written. */
   written: Promise<void> | undefined;
   private waiting = "";
   private dropped = 0;
+
+  constructor(private readonly fd: 1 | 2) {}
 
   print(text: string): void {
     if (this.waiting.length > LOG_BACKLOG_CHARS_MAX) this.dropped++;
@@ -1403,23 +1408,27 @@ class Log {
   private async write(): Promise<void> {
     await new Promise(setImmediate); // so that all lines of a turn of the event loop go out together
     while (this.waiting !== "") {
-      if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: stdout is slow)\n`;
+      if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: their reader is slow)\n`;
       let rest: Uint8Array = encoder.encode(this.waiting);
       [this.waiting, this.dropped] = ["", 0];
-      while (rest.length > 0) rest = await writeSome(rest);
+      while (rest.length > 0) rest = await (lastWrite = lastWrite.then(() => writeSome(this.fd, rest)));
     }
     this.written = undefined;
   }
 }
 
-/** Writes bytes to stdout. @returns those that are left; if stdout is closed or its disk is full, all count as written */
-const writeSome = (bytes: Uint8Array) =>
+/** Writes bytes. @returns those that are left; if the output is closed or its disk is full, all count as written */
+const writeSome = (fd: number, bytes: Uint8Array) =>
   new Promise<Uint8Array>((resolve) =>
-    fs.write(1, bytes, (error, written) => {
+    fs.write(fd, bytes, (error, written) => {
       if (error?.code === "EAGAIN") setTimeout(resolve, SWEEP_MS, bytes);
       else resolve(error === null ? bytes.subarray(written) : NO_BYTES);
     }),
   );
+
+const reports = new Log(2);
+/** Once it serves, this takes the place of {@link tell}. */
+const report = (line: string) => reports.print(`${printable(line).replace(/[\n\t]/g, " ")}\n`);
 
 // ── shared: trace ──
 /**
@@ -1609,7 +1618,7 @@ export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { l
 function run(commandLine: CommandLine): void {
   const { host, text, root, log: logFormat, tlsFiles } = commandLine;
   const { limits, reserve } = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
-  const log = new Log();
+  const log = new Log(1);
   const site = root === undefined ? new TextSite(text) : new FileSite(root);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
   const readTls = () => tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
@@ -1621,7 +1630,8 @@ function run(commandLine: CommandLine): void {
   const stop = () => {
     if (server.isStopping) exit();
     for (const listener of listeners) listener.stop();
-    server.onEmpty = () => void Promise.race([log.written, Bun.sleep(LOG_FLUSH_MS)]).then(exit);
+    server.onEmpty = () =>
+      void Promise.race([Promise.all([log.written, reports.written]), Bun.sleep(LOG_FLUSH_MS)]).then(exit);
     setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
     server.stop();
   };
@@ -1636,13 +1646,13 @@ function run(commandLine: CommandLine): void {
       if (server.isStopping) return;
       for (const listener of listeners) listener.stop();
       listeners = listen(server, { ...commandLine, port }, tls);
-      tell("Certificate and key are read again");
+      report("Certificate and key are read again");
     } catch (error) {
-      tell(`Error: ${(error as Error).message}; certificate and key stay as they were`); // listen throws StartErrors
+      report(`Error: ${(error as Error).message}; certificate and key stay as they were`); // listen throws StartErrors
     }
   };
   if (tlsFiles !== undefined) process.on("SIGHUP", reload);
-  tell(`Listening on http${tlsFiles ? "s" : ""}://${isIPv6(host) ? `[${host}]` : host}:${port}`);
+  report(`Listening on http${tlsFiles ? "s" : ""}://${isIPv6(host) ? `[${host}]` : host}:${port}`);
 }
 
 function main(): void {
@@ -2293,7 +2303,7 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {
-    if (error !== GONE) tell(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
+    if (error !== GONE) report(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
     throw GONE;
   } finally {
     log(connection, content, status, part.sent);

@@ -24,6 +24,7 @@ import {
   exchange,
   freePort,
   hasTool,
+  LISTENING,
   mortal,
   Peer,
   run,
@@ -1091,6 +1092,33 @@ for part in message.get_payload():
     // Whoever asks then gets what is there by then.
     const got = await ask(server.port, "GET /shrink");
     expect([got.status, got.content.length]).toEqual([200, 1000]);
+  });
+
+  test.concurrent("no fault is waited for while stdout and stderr are one pipe that nobody empties", async () => {
+    await using folder = await temporaryFolder();
+    await using other = await temporaryFolder();
+    const path = join(folder.path, "large");
+    const size = 16 * MIB;
+    writeSparse(path, size);
+    writeFileSync(join(folder.path, "small"), "small");
+    const argv = [...(await command("server", variant)), "--port", "0", "--root", folder.path, ...PATIENCE];
+    // The shell becomes the server. Of the FIFO that it holds open, only the ready line is read.
+    const script = 'mkfifo fifo; exec 3<>fifo; { read -r line <&3; echo "$line"; } & exec "$@" >fifo 2>&1';
+    await using server = await start(["bash", "-c", script, "bash", ...argv], LISTENING, { cwd: other.path });
+    const port = Number(server.match[1]);
+    expect((await askAll(port, Array(5000).fill(["GET /small"]))).length).toBe(5000); // the log fills the pipe
+    using peer = await Peer.connect(port);
+    await peer.send(formatRequest(["GET /large"]));
+    await peer.waitFor(/\r\n\r\n\0/);
+    peer.pause();
+    writeSparse(path, 1000);
+    peer.resume();
+    expect(await peer.closed).toBe("end");
+    expect(peer.received.length).toBeLessThan(size);
+    expect((await ask(port, "GET /small")).content.toString()).toBe("small");
+    expect((await ask(port, "GET /")).status).toBe(200); // made in the thread pool
+    server.child.kill("SIGTERM");
+    expect(await server.child.exited).toBe(0);
   });
 
   test.concurrent("a file that is removed or replaced while it is sent is sent to its end", async () => {
