@@ -1587,7 +1587,7 @@ const usageError = (message: string) =>
 
 function readPem(path: string): string {
   try {
-    return fs.readFileSync(path, "utf8");
+    return fs.readFileSync(path, "utf8").replace(/^\ufeff/, ""); // OpenSSL skips a byte order mark, too
   } catch (error) {
     throw new StartError(`cannot read ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
   }

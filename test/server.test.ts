@@ -348,6 +348,13 @@ print(s.getsockname()[1])`;
       expect(server.url).toBe(`https://localhost:${server.port}`);
       expect((await run(["curl", "-s", "--cacert", cert, server.url])).stdout).toBe("Hello, World!");
 
+      // As editors on Windows save them.
+      const marked = [join(folder.path, "marked-cert.pem"), join(folder.path, "marked-key.pem")] as const;
+      for (const [i, path] of marked.entries())
+        await Bun.write(path, `\ufeff${(await Bun.file([cert, key][i] ?? "").text()).replaceAll("\n", "\r\n")}`);
+      await using other = await serve("--log", "off", "--tls-cert", marked[0], "--tls-key", marked[1]);
+      expect((await run(["curl", "-s", "--cacert", cert, other.url])).stdout).toBe("Hello, World!");
+
       using silent = await Peer.connect(server.port);
       using pipelining = await Peer.connect(server.port, { ca: await Bun.file(cert).text(), serverName: "localhost" });
       await pipelining.send(GET.repeat(20_000) + GET_AND_CLOSE);
