@@ -1659,7 +1659,7 @@ function main(): void {
   try {
     const commandLine = parseCommandLine(process.argv.slice(2), process.env);
     if (commandLine.show === "") run(commandLine);
-    else process.stdout.write(commandLine.show);
+    else new Log(1).print(commandLine.show);
   } catch (error) {
     if (!(error instanceof StartError)) throw error;
     tell(`Error: ${error.message}`);

@@ -336,6 +336,10 @@ print(s.getsockname()[1])`;
     expect(help.stdout).not.toContain("--head-bytes-max");
     expect((await runProgram("server", variant, ["--help", "other"])).exitCode).toBe(2);
     expect((await runProgram("server", variant, ["-V"])).stdout).toMatch(/^server \d+\.\d+\.\d+\n$/);
+    const argv = await command("server", variant);
+    const script = 'exec 3> >(true); wait $!; "$@" --help >&3; echo $?'; // its reader has gone
+    const unread = await run(["bash", "-c", script, "bash", ...argv]);
+    expect([unread.stdout, unread.stderr]).toEqual(["0\n", ""]);
   });
 
   test.if(hasTool("openssl"))(
