@@ -1735,7 +1735,7 @@ function rejectionFor(error: unknown): Rejection {
   const { code } = error as { code?: string }; // node:fs throws SystemErrors
   if (code === "EACCES" || code === "EPERM") return "forbidden";
   if (code === "EMFILE" || code === "ENFILE") return "too-many-files";
-  return code === "EIO" || code === undefined ? "internal" : "not-found";
+  return /^E(?:NOENT|NOTDIR|LOOP|NAMETOOLONG|INVAL|ILSEQ|NXIO|NODEV)$/.test(code ?? "") ? "not-found" : "internal";
 }
 
 /** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */
@@ -1763,7 +1763,7 @@ export class FileSite implements Site {
 
   /** @throws StartError if it is not the path of a folder that can be read */
   constructor(path: string) {
-    this.root = resolve(path);
+    this.root = fs.existsSync(resolve(path)) ? resolve(path) : path; // a name that is not UTF-8 is above it
     try {
       fs.readdirSync(path);
     } catch (error) {

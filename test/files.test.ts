@@ -1161,6 +1161,42 @@ for part in message.get_payload():
     expect(await server.child.exited).toBe(0);
   });
 
+  test.concurrent("a file that is there, but cannot be opened now, is 500, not 404", async () => {
+    await using server = await serve({ file: "x" });
+    expect((await ask(server.port, "GET /file")).status).toBe(200);
+    // While a program has a lease on it, as Samba takes, it cannot be opened without waiting.
+    const code = `
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+fcntl.fcntl(os.open(sys.argv[1], os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("has it", flush=True)
+signal.pause()`;
+    {
+      await using _ = await start(["python3", "-c", code, server.pathOf("file")], /^has it\n/);
+      expect((await ask(server.port, "GET /file")).status).toBe(500);
+    }
+    expect((await ask(server.port, "GET /file")).status).toBe(200);
+    expect((await ask(server.port, "GET /other")).status).toBe(404);
+  });
+
+  test.concurrent("a working folder is served whatever bytes its name has", async () => {
+    await using folder = await temporaryFolder();
+    writeFileSync(join(folder.path, "file"), "found");
+    const argv = [...(await command("server", variant)), "--port", "0"];
+    const script = `mkdir -p $'caf\\xe9/sub' && cd $'caf\\xe9' && mv ../file sub && exec "$@"`;
+    for (const [root, target] of [
+      [".", "/sub/file"],
+      ["sub", "/file"],
+    ] as const) {
+      const args = ["bash", "-c", script, "bash", ...argv, "--root", root];
+      await using server = await start(args, LISTENING, { cwd: folder.path });
+      const port = Number(server.match[1]);
+      expect((await ask(port, `GET ${target}`)).content.toString()).toBe("found");
+      expect((await ask(port, "GET /")).status).toBe(200);
+      await run(["bash", "-c", "mv */sub/file ."], { cwd: folder.path });
+    }
+  });
+
   test.concurrent("a folder that cannot be served is one line and exit 1; wrong usage is exit 2", async () => {
     const missing = await runProgram("server", variant, ["--port", "0", "--root", "/nowhere"]);
     expect([missing.stderr, missing.exitCode]).toEqual(["Error: cannot serve /nowhere: ENOENT\n", 1]);
