@@ -1691,6 +1691,7 @@ const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: a resp
 const DIGEST_WAITERS_MAX = 8; // So many responses may wait for a digest at once; others go without.
 const LIVELY_MS = 10_000; // A file that changed within this time, such as a log, may change while it is sent.
 const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave the same timestamps.
+const COARSE_TICK_MS = 2000; // FAT, and ext4 on a small disk, keep whole seconds of them, or even ones.
 const SLOW_READ_MS = 20; // A read that takes this long has waited for a slow disk.
 const SLOW_DISK_MS = 2000; // For this long after a slow read, the thread pool waits for the disk instead of us.
 const NO_SNIFF = { "X-Content-Type-Options": "nosniff" }; // A browser must not guess another type from the content.
@@ -1962,6 +1963,8 @@ class KnownFile {
   /** In milliseconds since 1970, whole seconds. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
   readonly validators: Readonly<Record<string, string>>;
+  /** Another change may leave the same times. */
+  readonly isFresh: boolean;
   /** Another request may find the same version. */
   readonly isLasting: boolean;
   foundBelow = "";
@@ -1985,14 +1988,14 @@ class KnownFile {
     const [type = ""] = Bun.file(path).type.split(";");
     this.type = type.startsWith("text/") ? `${type}; charset=utf-8` : type;
     const now = Date.now();
-    // Modified within the clock's resolution: a second change might leave the same times, so this tag is used once.
-    const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
-    const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+    // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
+    this.isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
+    const once = this.isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
     // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
     this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
     // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
-    this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
+    this.isLasting = !this.isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
     this.lastModified = modified > 1000 ? modified : Number.NaN;
     const date = modified > 1000 ? { "Last-Modified": new Date(modified).toUTCString() } : {};
     this.validators = { ETag: this.etag, ...date };
@@ -2194,13 +2197,14 @@ export class OpenFile {
   /** CRC-32 of what was sent. It takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows. */
   private checksum: number | undefined;
   /** The file when it was last known to have what was sent. */
-  private compared: fs.Stats;
+  private compared: Pick<fs.Stats, "size" | "mtimeMs" | "ctimeMs">;
 
   constructor(
     readonly fd: number,
     readonly known: KnownFile,
   ) {
-    this.compared = known.stats;
+    // Times that cannot tell are no proof: such a file counts as one that has become longer.
+    this.compared = known.isFresh ? { ...known.stats, size: -1 } : known.stats;
   }
 
   /** Closes it: nothing of it is sent, or all has been read. */

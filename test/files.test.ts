@@ -1341,6 +1341,50 @@ test.concurrent("an answer goes without the digest that takes too long; a later 
   expect(later).toBe(reprDigest(new Uint8Array(64 * MIB)));
 });
 
+test.concurrent(
+  "where the disk keeps times in whole seconds, an ETag names bytes, and no versions are mixed",
+  async () => {
+    await using folder = await temporaryFolder();
+    const path = join(folder.path, "file");
+    const whole = "(stats) => Object.assign(stats, { ctimeMs: floor(stats.ctimeMs), mtimeMs: floor(stats.mtimeMs) })";
+    const anchor = "const NO_FIELDS: ReadonlyMap<string, string> = new Map();";
+    const changes = {
+      [anchor]: `${anchor}\nconst floor = (ms) => Math.floor(ms / 1000) * 1000;\nconst whole = ${whole};`,
+      "const stats = fs.fstatSync(fd);": "const stats = whole(fs.fstatSync(fd));",
+      "mtimeMs } = fs.fstatSync(this.fd);": "mtimeMs } = whole(fs.fstatSync(this.fd));",
+      "const found = fs.fstatSync(this.fd);": "const found = whole(fs.fstatSync(this.fd));",
+    };
+    await using server = await startCopy(changes, ["--root", folder.path, "--log", "off", ...PATIENCE]);
+    /** @returns the second in which that was */
+    const write = (content: string | Uint8Array) => {
+      writeFileSync(path, content);
+      return Math.floor(statSync(path).mtimeMs / 1000);
+    };
+    for (let isWithin = false; !isWithin;) {
+      const second = write("one");
+      const tag = (await ask(server.port, "GET /file")).fields["etag"];
+      await Bun.sleep(50); // longer than a tick of the clock
+      isWithin = write("two") === second;
+      const answer = await ask(server.port, "GET /file", `If-None-Match: ${tag}`);
+      if (isWithin) expect([answer.status, answer.content.toString()]).toEqual([200, "two"]);
+    }
+    for (let isWithin = false; !isWithin;) {
+      const size = 16 * MIB;
+      const second = write(Buffer.alloc(size, "a"));
+      using peer = await Peer.connect(server.port);
+      await peer.send(formatRequest(["GET /file", "Connection: close"]));
+      await peer.waitFor(/\r\n\r\na/);
+      peer.pause();
+      isWithin = write(Buffer.alloc(size, "b")) === second;
+      peer.resume();
+      await peer.closed;
+      if (isWithin) expect(peer.received.length).toBeLessThan(size);
+    }
+    const tag = await settledTag(server.port, "/file"); // once no other change can have the same time
+    expect((await ask(server.port, "GET /file", `If-None-Match: ${tag}`)).status).toBe(304);
+  },
+);
+
 test.concurrent("the digest of a small file does not wait for that of a large one", async () => {
   const changes = { "const DIGEST_TIMEOUT_MS = 1000;": "const DIGEST_TIMEOUT_MS = 600_000;" };
   await using server = await serveCopy(changes, { small: "small" });
