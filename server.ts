@@ -1762,11 +1762,11 @@ export class FileSite implements Site {
   /** The time that answers have as their Date. */
   private dateNow = Date.now();
 
-  /** @throws StartError if it is not the path of a folder that can be read */
+  /** @throws StartError if it is not the path of a folder that may be entered */
   constructor(path: string) {
     this.root = fs.existsSync(resolve(path)) ? resolve(path) : path; // a name that is not UTF-8 is above it
     try {
-      fs.readdirSync(path);
+      fs.statSync(`${path}/.`); // it may be entered: what it has can be served even if it cannot be listed
     } catch (error) {
       throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
     }

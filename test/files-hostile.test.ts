@@ -634,6 +634,9 @@ test("a folder that may be entered, but not read, has its index, and no listing"
   for (const name of ["with", "without"]) fs.chmodSync(join(dir, name), 0o311); // others: as 711
   const targets = ["/with/", "/link/", "/with/index.html", "/without/file.txt", "/without/", "/without/nothing"];
   const streams = await Promise.all(targets.map((target) => exchange(server.port, [getAndClose(target)])));
+  // As the root, too.
+  await using other = await startServer("script", join(dir, "with"), WITHOUT_PRIVILEGE);
+  expect(await exchange(other.port, [getAndClose("/")])).toEndWith(OPEN);
   for (const name of ["with", "without"]) fs.chmodSync(join(dir, name), 0o700);
   const answers = streams.flatMap((stream) => parseAnswers(stream));
   expect(answers.map(({ status }) => status)).toEqual([200, 200, 200, 200, 403, 404]);
