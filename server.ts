@@ -2203,8 +2203,8 @@ export class OpenFile {
     readonly fd: number,
     readonly known: KnownFile,
   ) {
-    // Times that cannot tell are no proof: such a file counts as one that has become longer.
-    this.compared = known.isFresh ? { ...known.stats, size: -1 } : known.stats;
+    // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
+    this.compared = known.isFresh && known.size > SMALL_FILE_BYTES_MAX ? { ...known.stats, size: -1 } : known.stats;
   }
 
   /** Closes it: nothing of it is sent, or all has been read. */
