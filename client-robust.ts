@@ -77,10 +77,13 @@ export interface Held {
   readonly validator: string; // for If-Range: a strong entity-tag or a strong date, which names exactly these bytes; or ""
   readonly etag: string; // the fields as the server sent them, weak or strong; "" without one
   readonly lastModified: string;
+  readonly coding: string; // Content-Encoding: each coding has other bytes
+  readonly resource: string; // the resource that the validator is of, see resourceOf
   readonly total: number | undefined; // the length of the whole, if a response has told it
 }
 
-export const NOTHING: Held = Object.freeze({ bytes: 0, validator: "", etag: "", lastModified: "", total: undefined });
+const NAMELESS = { validator: "", etag: "", lastModified: "", coding: "", resource: "" };
+export const NOTHING: Held = Object.freeze({ bytes: 0, ...NAMELESS, total: undefined });
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
@@ -174,7 +177,7 @@ function tellFailure(error: unknown): number {
  * @returns nothing if the response is whole and delivered, the redirect that it is, or why the transfer failed
  */
 export async function transfer(session: Session): Promise<undefined | Redirect | TransferError> {
-  const { job, delivery, request, trace } = session;
+  const { delivery, request, trace } = session;
   let connection: Connection | undefined;
   try {
     connection = await connect(request.url, session);
@@ -193,9 +196,9 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
       session.progress.show(delivery.held);
     }
     trace?.complete("content complete");
-    // An error page has been printed by now, and is a failure all the same.
     if (request.method !== "HEAD") await delivery.finish(head);
-    requireSuccess(head, job.keepsOnlyContent, request.method);
+    // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
+    if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
     return undefined;
   } catch (error) {
     const failure = asTransferError(error);
@@ -206,10 +209,9 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
   }
 }
 
-/** @throws TransferError */
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
   const { job, delivery, request } = session;
-  const head = formatRequest(request, session.asksForWhole ? NOTHING : delivery.held);
+  const head = formatRequest(request, isForRest(session) ? delivery.held : NOTHING);
   if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
   let [unsent, left]: [Uint8Array, number] = [head, contentLength(request)];
@@ -231,14 +233,18 @@ async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
   }
 }
 
+/** Does the request ask for the rest? A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another. */
+const isForRest = ({ job, delivery: { held }, request, asksForWhole }: Session) =>
+  held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
+
 /** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
 function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, TransferError> {
   const { job, delivery, request } = session;
   const { held } = delivery;
   if (job.isVerbose) tellHead("< ", head.text);
   const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
-  const hasRange = held.bytes > 0 && !session.asksForWhole;
-  const verdict = judgeHead(head, held, job, { method: request.method, hasRange, isLastTry });
+  const asked = { method: request.method, resource: resourceOf(request.url), hasRange: isForRest(session), isLastTry };
+  const verdict = judgeHead(head, held, job, asked);
   if (verdict instanceof TransferError) throw verdict;
   if (verdict.action !== "deliver") return verdict;
   if (held.bytes > 0 && verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
@@ -288,6 +294,24 @@ async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
   }
 }
 
+/** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
+function keepPartOnSignals({ delivery, progress }: Session): void {
+  // A signal that is ignored from the start, as by nohup, stays so: bit 0 is signal 1. Only Linux tells; elsewhere SIGHUP
+  // is left alone.
+  const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
+  const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
+  for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
+    if (((ignored >> (number - 1)) & 1) === 0)
+      process.once(signal, () => {
+        progress.clear();
+        const advice = delivery.sink.close(delivery.held);
+        tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
+        // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
+        process.kill(process.pid, signal);
+        process.exit(128 + number);
+      });
+}
+
 async function tryUntilDone(session: Session): Promise<void> {
   for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
 }
@@ -311,7 +335,7 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
   const { job, delivery, clock, progress, wasSent, request } = session;
-  session.failures = delivery.takeProgress() ? 1 : session.failures + 1;
+  session.failures = delivery.takeProgress() ? Number(!failure.isPart) : session.failures + 1;
   const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
   const decision = decideNext(attempt, delivery.held, job, Math.random);
   progress.clear();
@@ -332,7 +356,6 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
 // Two pure functions: `judgeHead` says what to do with a response once its head is here, `decideNext`
 // what to do after an attempt has failed.
 
-/** What to do with a response whose head is here. */
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
@@ -342,7 +365,7 @@ export type Verdict =
   | TransferError;
 type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
 
-/** These may be gone the next time: of RFC 9110 §15, of others (425, 507), and of the proxies of large networks. */
+/** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
 const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
 /** RFC 9110 §9.2.2: asking twice has the effect of asking once. */
@@ -350,13 +373,13 @@ const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 
 /**
  * What to do with a response, where `held` is what we have.
- * @param asked whether the request had Range, for the rest of `held`; after the last try, an error page is shown
+ * @param asked `hasRange`: for the rest of `held`; `isLastTry`: an error page is shown instead of another try
  */
 export function judgeHead(
   head: ResponseHead,
   held: Held,
   job: Job,
-  asked: { method: string; hasRange: boolean; isLastTry: boolean },
+  asked: { method: string; resource: string; hasRange: boolean; isLastTry: boolean },
 ): Verdict {
   const { status } = head;
   const [place = ""] = REDIRECT_STATUSES.includes(status) ? fieldValues(head, "location") : [];
@@ -368,38 +391,37 @@ export function judgeHead(
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
   if (status === 206 && asked.hasRange) return judgePart(head, held, job);
   if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  if (status === 206 && onlyContentCounts)
-    return new TransferError("range", "the server sent a part of the content, unasked");
   const isPending = status === 202 && onlyContentCounts && asked.method === "GET";
   if ((isPending || TRANSIENT_STATUSES.includes(status)) && !asked.isLastTry)
     return new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
   if (onlyContentCounts && !hasContent(head, asked.method))
     return new TransferError("status", describeStatus(head) + advice, { isFinal: true });
-  return judgeWhole(head, held, job, asked.method === "GET");
+  return judgeWhole(head, held, job, asked.method === "GET", asked.resource);
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean): Verdict {
-  const stated = isGet && (job.keepsOnlyContent || held.bytes > 0) ? rangesOfWhole(head) : [];
+function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean, resource: string): Verdict {
+  const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
+  const stated = onlyContentCounts && (isGet || head.status === 206) ? rangesOfWhole(head) : [];
   const length = typeof head.framing === "number" ? head.framing : stated[0];
   for (const complete of stated)
     if (complete !== length)
       return new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) return tooLarge(job);
-  const version =
-    isGet && head.status === 200 ? versionOf(head) : { ...NOTHING, lastModified: singleValue(head, "last-modified") };
+  const isNamed = isGet && (head.status === 200 || (head.status === 206 && stated.length > 0));
+  const version = { ...versionOf(head), resource, ...(isNamed ? {} : { validator: "" }) };
   // What an earlier response said of this version still holds: its length, if this one does not tell any.
   const total = length ?? held.total;
-  const isNamedSame = version.validator !== "" && version.validator === held.validator && agrees(head, held);
-  if (held.bytes > 0 && (isNamedSame || job.isVerified) && total === (held.total ?? total))
+  const isSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
+  const isNamedSame = isSame && agrees(head, held);
+  if (held.bytes > 0 && (isNamedSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
-  if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", CHANGED, { isFinal: true });
-  const fresh = { ...NOTHING, ...version, bytes: 0, total: isNamedSame ? total : length };
+  const changed = "the content has changed since its first part was printed, which cannot be taken back";
+  if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", changed, { isFinal: true });
+  const fresh = { ...version, bytes: 0, total: isNamedSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
-
-const CHANGED = "the content has changed since its first part was printed, which cannot be taken back";
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
@@ -414,7 +436,7 @@ function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
     last < total &&
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === length) &&
-    (job.isVerified || agrees(head, held));
+    (job.hasSha256 || agrees(head, held));
   if (!fits) return new TransferError("range", "the server sent another part than the one that is missing");
   if (total > job.sizeMax) return tooLarge(job);
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
@@ -440,13 +462,7 @@ const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
 const hasContent = ({ status }: ResponseHead, method: string) =>
   method === "GET" ? status === 200 || status === 203 || status === 206 : status >= 200 && status < 300;
 
-/** A complete response can still be a failure: checks its status. @throws TransferError "status" */
-export function requireSuccess(head: ResponseHead, keepsOnlyContent: boolean, method: string): void {
-  if (!(keepsOnlyContent ? hasContent(head, method) : head.status < 400))
-    throw new TransferError("status", describeStatus(head), { isFinal: true });
-}
-
-/** RFC 9110 §14.4: Content-Range = "bytes" SP first "-" last "/" complete-length; "*" if that is not known. */
+/** RFC 9110 §14.4: bytes first-last/complete. `complete` is undefined for "*"; what does not match is NaN, which fits nothing. */
 function parseContentRange(value: string): { first: number; last: number; complete: number | undefined } {
   const [, first, last, complete] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
   return { first: Number(first), last: Number(last), complete: complete === "*" ? undefined : Number(complete) };
@@ -454,8 +470,8 @@ function parseContentRange(value: string): { first: number; last: number; comple
 
 /**
  * Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
- * so, and their content is the part that the field says.
- * @returns for each range the length of the whole, or NaN if it is not the range of a whole
+ * so, and their content is the part that the field says; others send 206 unasked.
+ * @returns for each range the length of the whole, or NaN if it is not the range of a whole, or a 206 has none
  */
 function rangesOfWhole(head: ResponseHead): number[] {
   const lengths: number[] = [];
@@ -463,24 +479,39 @@ function rangesOfWhole(head: ResponseHead): number[] {
     const { first, last, complete } = parseContentRange(value);
     if (/^bytes\b/i.test(value)) lengths.push(first === 0 && last + 1 === complete ? complete : Number.NaN);
   }
-  return lengths;
+  return lengths.length === 0 && head.status === 206 ? [Number.NaN] : lengths;
 }
 
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]*"$/;
 
 /** What names the version that a whole response to a GET is of. */
-export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified"> {
-  const [etag, lastModified] = [singleValue(head, "etag"), singleValue(head, "last-modified")];
-  if (STRONG_ETAG.test(etag)) return { etag, lastModified, validator: etag };
+export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
+  const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
+  if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
   // RFC 9110 §13.1.5 wants a date only from a server without entity-tags. But many send weak ones and a date, which is
   // strong all the same if nothing can have changed within its second (§8.8.2.2).
-  // The time 0 is that of every version, where images are reproducible.
-  const age = parseHttpDate(singleValue(head, "date")) - (parseHttpDate(lastModified) || Number.NaN);
-  return { etag, lastModified, validator: age >= LIMITS.strongDateAgeMs ? lastModified : "" };
+  // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
+  const changed = parseHttpDate(lastModified);
+  const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0;
+  const isStrong = !isConstant && parseHttpDate(singleValue(head, "date")) - changed >= LIMITS.strongDateAgeMs;
+  return { etag, lastModified, coding, validator: isStrong ? lastModified : "" };
 }
 
-/** No field of the response contradicts the version held. */
-const agrees = (head: ResponseHead, { etag, lastModified }: Held) =>
+/** Content-Encoding; "" for none. */
+const codingOf = (head: ResponseHead) => `${fieldValues(head, "content-encoding")}`.replace(/^(identity|[, ])*$/i, "");
+
+/** Parameters that sign a query, at the large clouds: they are new each time, and name nothing. */
+const SIGNATURE = /&((sig|se|skt|ske|jwt|Expires|Signature|Policy|Key-Pair-Id|X-(Amz|Goog)-[\w-]+)=[^&]*)/g;
+/** For what may be a secret. "" for "", as the first digest of a run takes a twentieth of the time of a small transfer. */
+const digestOf = (text: string) => text && new Bun.CryptoHasher("sha256").update(text).digest("hex");
+
+/** What a URL names: its path, and a digest of its query. Its host is left out: a redirect may choose a mirror. */
+export const resourceOf = ({ pathname, search }: URL) =>
+  `${pathname}?${digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
+
+/** No field of the response contradicts the version held. A 206 need not repeat the coding (RFC 9110 §15.3.7). */
+const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
+  (codingOf(head) === coding || (head.status === 206 && codingOf(head) === "")) &&
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
   fieldValues(head, "last-modified").every((value) => lastModified === "" || value === lastModified);
 
@@ -500,8 +531,8 @@ export interface Attempt {
 }
 
 /**
- * The next attempt may well succeed. Names of containers appear late; "unparsable" may be a server that is just
- * starting; "tls" is a connection that was lost during the handshake.
+ * The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
+ * just starting. "tls": the connection was lost during the handshake.
  */
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
@@ -514,16 +545,18 @@ const backoffMs = (failures: number, random: () => number) =>
  *
  * | the failure | then |
  * | --- | --- |
+ * | is none: the response was complete, but only a part of the missing bytes | ask for the next part at once |
  * | is permanent (a certificate, 404, conflicting lengths, disk full) | give up |
  * | the method is not idempotent, and the request was sent | give up |
  * | no retries are left, or no time, or Retry-After is too long | give up |
- * | the response was complete, but only a part of the missing bytes | ask for the next part at once |
  * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
  * | anything else | continue after the bytes held |
  */
 export function decideNext(attempt: Attempt, held: Held, job: Job, random: () => number) {
   const { failure, failures } = attempt;
   const giveUp = (why: string) => ({ action: "give-up", why }) as const;
+  // RFC 9110 §15.3.7 allows it. If parts bring nothing new, it is a failure.
+  if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
   if (attempt.wasSent && !IDEMPOTENT_METHODS.includes(attempt.method)) return giveUp("");
   if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
@@ -532,19 +565,17 @@ export function decideNext(attempt: Attempt, held: Held, job: Job, random: () =>
   const { retryAfterMs } = failure;
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
     return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
-  const isNameless = held.bytes > 0 && held.validator === "" && !job.isVerified;
+  const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
   if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
-  // RFC 9110 §15.3.7: a part may be less than what was asked for. That is no fault, so the next is asked for at once.
-  const wait = failure.isPart && failures === 1 ? 0 : (job.retryDelayMs ?? backoffMs(failures, random));
-  const afterMs = Math.max(retryAfterMs, Math.min(wait, leftMs));
+  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs(failures, random), leftMs));
   return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" } as const;
 }
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
 
 /**
- * The byte to continue from. If the end may have been reached already, that is the last byte held: a range past the
- * end gets 416, which need not name the version.
+ * The first byte to ask for. If all may be held already, it is the last byte held: past the end a server answers 416,
+ * which need not name the version.
  */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
 const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
@@ -587,6 +618,8 @@ function toBytes(text: string): Uint8Array {
 /** Fields that only the first server may see, and fields about content that is not sent again. */
 const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i;
 const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i;
+
+const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
 
 /** The request that a redirect asks for (RFC 9110 §15.4). */
 function redirect(request: Request, status: number, url: URL): Request {
@@ -866,7 +899,6 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   return undefined;
 }
 
-/** All values of a field, by its name in lower case. */
 const fieldValues = ({ fields }: Pick<ResponseHead, "fields">, name: string) => fields.get(name) ?? [];
 
 /** The value of a field that may appear once; "" without it, or if it appears more often. */
@@ -1010,6 +1042,15 @@ function formatBytes(bytes: number): string {
 }
 // ── end shared ──
 
+/** For steps whose failure changes nothing. */
+function ignoreErrors<T>(step: () => T): T | undefined {
+  try {
+    return step();
+  } catch {
+    return undefined;
+  }
+}
+
 /** A head or a reason phrase for people: UTF-8 if it is that, otherwise ISO 8859-1. */
 function asText(latin1Text: string): string {
   const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
@@ -1142,7 +1183,7 @@ export class Connection implements Source {
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
-      // Not a certificate that is not trusted, but a peer that speaks no TLS, or not ours.
+      // A fault: the peer speaks no TLS, or not ours. Otherwise only its certificate is not trusted.
       const isFault = error === null || /^(EPROTO|ECONN|ERR_SSL)/.test(error.code ?? "");
       if (isTrusted || (isInsecure && !isFault)) return resolve();
       if (!isFault) return fail("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`);
@@ -1411,7 +1452,7 @@ class Delivery {
   isUnchanged = false; // the response is a 304
   /** The most that was ever held of this version: only what goes beyond it is progress. Starting over is none. */
   private best: number;
-  private isJoined = false; // the content held came in several responses
+  private isJoined: boolean; // the content held came in several responses
   private hash: Bun.CryptoHasher | undefined;
   private skip = 0; // bytes of the response under way that are held already
   private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
@@ -1423,11 +1464,13 @@ class Delivery {
   ) {
     this.held = sink.found;
     this.best = this.held.bytes;
+    this.isJoined = this.best > 0;
   }
 
-  /** True once if more is held than ever before. */
+  /** A response has ended. @returns true once if more is held than ever before */
   takeProgress(): boolean {
     const { best, held } = this;
+    this.skip = 0;
     this.best = best === Number.POSITIVE_INFINITY ? held.bytes : Math.max(best, held.bytes);
     return held.bytes > best;
   }
@@ -1467,13 +1510,12 @@ class Delivery {
     const cut = `the response is not complete: ${this.skip} of ${bytes} bytes held are missing`;
     if (this.skip > 0) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
-    if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: true });
+    if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: bytes === this.end });
     if (this.isToVerify) await this.verify();
     this.note = await this.sink.finish(this.held);
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
-    const codings = fieldValues(head, "content-encoding").join(", ");
-    if (this.note === "" && this.job.keepsOnlyContent && !/^(identity|[, ])*$/i.test(codings))
-      this.note = `The content is saved as it comes, with Content-Encoding: ${codings}`;
+    if (this.note === "" && this.job.keepsOnlyContent && this.held.coding !== "")
+      this.note = `The content is saved as it comes, with Content-Encoding: ${this.held.coding}`;
   }
 
   /** The user or the server has said what the SHA-256 of the content is. */
@@ -1510,15 +1552,6 @@ class Delivery {
 const fs = (): typeof import("node:fs") => require("node:fs");
 const paths = (): typeof import("node:path") => require("node:path");
 const tty = (): typeof import("node:tty") => require("node:tty");
-
-/** For steps whose failure changes nothing. */
-function ignoreErrors<T>(step: () => T): T | undefined {
-  try {
-    return step();
-  } catch {
-    return undefined;
-  }
-}
 
 /** @returns undefined if it does not exist, or cannot be reached */
 const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path));
@@ -1623,7 +1656,7 @@ class StreamSink implements Sink {
 /** What a part is a part of: written once, before the part's first byte, into a file of the part's name and ".json". */
 interface Label extends Omit<Held, "bytes"> {
   readonly file: string; // the name of FILE; the name of a part has only the start of it
-  readonly url: string; // origin and path. A query may be a signature that is new each time, and a secret
+  readonly request: string; // the URL and the fields that the user gave; of what may be a secret, a digest
   readonly sha256: string; // the --sha256 of the run, which joins pieces whatever their validators say
 }
 
@@ -1658,20 +1691,22 @@ function* findParts(file: string, folder: string): Generator<FoundPart> {
 /** @returns undefined if it is no label, or is gone. A label with other values than strings fits nothing. */
 const readLabel = (path: string, size: number): Label | undefined =>
   ignoreErrors(() => {
-    const blank = { ...NOTHING, file: "", url: "", sha256: "" };
+    const blank = { ...NOTHING, file: "", request: "", sha256: "" };
     const label: Label = { ...blank, ...(size === 0 ? {} : JSON.parse(fs().readFileSync(path, "utf8"))) };
     const isValidator = STRONG_ETAG.test(label.validator) || Boolean(parseHttpDate(label.validator));
     return size > LIMITS.headBytesMax ? undefined : { ...label, validator: isValidator ? label.validator : "" };
   });
 
 /** The part of an earlier run that is worth most: of the version that was seen last, the longest. */
-function findLeftover(file: string, folder: string, url: string, sha256: string): FoundPart | undefined {
+function findLeftover(file: string, folder: string, request: string, sha256: string): FoundPart | undefined {
   let best: FoundPart | undefined;
   for (const part of findParts(file, folder)) {
     const { label, bytes, labelledAt } = part;
-    const isVouched = sha256 === "" ? label.validator !== "" : label.sha256 === "" || label.sha256 === sha256;
-    if (bytes === 0 || bytes > (label.total ?? bytes) || label.url !== url || !isVouched) continue;
-    const isSame = label.validator === best?.label.validator;
+    // The same digest is the same content, whatever the request was.
+    const isNamed = label.request === request && (sha256 === "" ? label.validator !== "" : label.sha256 === "");
+    const isVouched = isNamed || (sha256 !== "" && label.sha256 === sha256);
+    if (bytes === 0 || bytes > (label.total ?? bytes) || !isVouched) continue;
+    const isSame = label.validator === best?.label.validator && label.resource === best.label.resource;
     if (best === undefined || (isSame ? bytes > best.bytes : labelledAt > best.labelledAt)) best = part;
   }
   return best;
@@ -1698,23 +1733,22 @@ class FileSink implements Sink {
   readonly found: Held = NOTHING;
   private readonly leftover: FoundPart | undefined;
   private readonly startedAt = Date.now();
-  private readonly url: string;
+  private readonly request: string;
   /** The part that this run writes. Its inode tells whether the name is still its own. */
   private part: { path: string; fd: number; inode: number; canBeContinued: boolean } | undefined;
 
-  /** @param old FILE as it was, if it existed; @param folder of the parts */
+  /** @param old FILE as it is, if it exists; @param folder of the parts */
   constructor(
-    private readonly path: string,
-    private readonly old: Stats | undefined,
+    private path: string,
+    private old: Stats | undefined,
     private readonly folder: string,
     private readonly canContinue: boolean,
     private readonly job: Options,
   ) {
-    this.url = job.request.url.origin + job.request.url.pathname;
-    if (canContinue) this.leftover = findLeftover(path, folder, this.url, job.sha256);
-    if (this.leftover === undefined) return;
-    const { validator, etag, lastModified, total } = this.leftover.label;
-    this.found = { bytes: this.leftover.bytes, validator, etag, lastModified, total };
+    const { url, fields } = job.request;
+    this.request = url.origin + resourceOf(url) + digestOf(fields.join("\n"));
+    if (canContinue) this.leftover = findLeftover(path, folder, this.request, job.sha256);
+    if (this.leftover !== undefined) this.found = { ...this.leftover.label, bytes: this.leftover.bytes };
   }
 
   async write(content: Uint8Array, held: Held): Promise<void> {
@@ -1733,7 +1767,11 @@ class FileSink implements Sink {
   async finish(held: Held): Promise<string> {
     const { path, fd } = await this.ready(held);
     if (fs().fstatSync(fd).size !== held.bytes) throw changed(path);
-    this.keepOwnerAndMode(fd);
+    // Meanwhile FILE may have got another mode, or have become a link.
+    this.old = fs().statSync(this.path, { throwIfNoEntry: false });
+    this.path = followLinks(this.path);
+    if (this.old?.isFile() === false) throw changed(this.path);
+    if (this.old !== undefined) keepOwnerAndMode(fd, this.old);
     fs().fsyncSync(fd);
     const note = this.replaceFile(path, fd);
     const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : Number.NaN;
@@ -1758,7 +1796,8 @@ class FileSink implements Sink {
     const { path, fd, inode, canBeContinued } = this.part;
     const found = statOf(path); // its size counts what a full disk has taken of a piece, too
     const isWhole = found?.ino === inode && found.size >= held.bytes && statOf(`${path}.json`) !== undefined;
-    const isKept = canBeContinued && isWhole && found.size > 0;
+    const isTooLong = held.bytes > 0 && (found?.size ?? 0) > (held.total ?? Number.POSITIVE_INFINITY);
+    const isKept = canBeContinued && isWhole && found.size > 0 && !isTooLong;
     if (isKept) fs().closeSync(fd);
     else this.discard();
     return isKept ? `Kept ${found.size} bytes in ${path}: the same command continues from there` : "";
@@ -1795,12 +1834,13 @@ class FileSink implements Sink {
     const path = paths().join(this.folder, `${stemOf(this.path)}.${crypto.randomUUID().slice(-12)}.part`);
     const { sha256 } = this.job;
     const validator = sha256 === "" ? version.validator : "";
-    const label: Label = { file: paths().basename(this.path), url: this.url, sha256, ...version, validator };
+    const label: Label = { ...version, file: paths().basename(this.path), request: this.request, sha256, validator };
     const flags = O_RDWR | O_NOFOLLOW | (leftover === undefined ? O_CREAT | O_EXCL : 0);
     try {
       fs().writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
       // A file that replaces a private FILE is private from its first byte on.
-      const fd = fs().openSync(leftover?.path ?? path, flags, this.old === undefined ? 0o666 : 0o600);
+      const mode = 0o600 | (forAnyGroup(this.old?.mode ?? 0o666) & 0o066);
+      const fd = fs().openSync(leftover?.path ?? path, flags, mode);
       const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
@@ -1812,14 +1852,6 @@ class FileSink implements Sink {
     }
   }
 
-  /** FILE stays as private, as executable and whose it was. Only root may give files away; some disks know no modes. */
-  private keepOwnerAndMode(fd: number): void {
-    const { mode = 0o666 & ~process.umask(), uid = -1, gid = -1 } = this.old ?? {};
-    const isGiven = this.old === undefined || ignoreErrors(() => (fs().fchownSync(fd, uid, gid), true));
-    // Not set-user-ID for another owner.
-    ignoreErrors(() => fs().fchmodSync(fd, mode & (isGiven ? 0o7777 : 0o777)));
-  }
-
   /** @returns what the user should know, or "" */
   private replaceFile(path: string, fd: number): string {
     try {
@@ -1829,14 +1861,33 @@ class FileSink implements Sink {
       const { code = "" } = error as SystemError; // node:fs throws SystemErrors
       // A mount point, a folder in which nothing may be renamed, a part on another disk.
       if (this.old === undefined || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS)$/.test(code)) throw error;
-      withFile(this.path, fs().constants.O_WRONLY | fs().constants.O_TRUNC, (file) => {
-        for (const piece of piecesOf(fd))
-          for (let written = 0; written < piece.length;) written += fs().writeSync(file, piece, written);
-        fs().fsyncSync(file);
+      withFile(this.path, fs().constants.O_WRONLY, (file) => {
+        const { size } = fs().fstatSync(file);
+        try {
+          copy(fd, file, size); // what goes beyond the old content comes first: is there room for it?
+        } catch (error) {
+          fs().ftruncateSync(file, size);
+          throw error;
+        }
+        fs().ftruncateSync(file, fs().fstatSync(fd).size);
+        copy(fd, file, 0);
       });
       return `${this.path} was overwritten in place, since it cannot be replaced (${code})`;
     }
   }
+}
+
+/** What of a mode is good for any group: it may do no more than all others. */
+const forAnyGroup = (mode: number) => (mode & 0o707) | (mode & (mode << 3) & 0o070);
+
+/** FILE stays as private, as executable and whose it was. Only root may give files away; some disks know no modes. */
+function keepOwnerAndMode(fd: number, { mode, uid, gid }: Stats): void {
+  ignoreErrors(() => fs().fchownSync(fd, -1, gid)); // as a member of the group may
+  ignoreErrors(() => fs().fchownSync(fd, uid, -1));
+  const now = fs().fstatSync(fd);
+  const kept = now.gid === gid ? mode : forAnyGroup(mode);
+  // Not set-user-ID for another owner.
+  ignoreErrors(() => fs().fchmodSync(fd, kept & (now.uid === uid ? 0o7777 : 0o777)));
 }
 
 /** @returns undefined if FILE has the SHA-256 already */
@@ -1844,8 +1895,8 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   const { output = "-", sha256 } = job;
   if (output === "-") return openDescriptor(1, job);
   const { O_WRONLY, O_APPEND, W_OK, X_OK } = fs().constants;
+  const old = fs().statSync(output, { throwIfNoEntry: false }); // the kernel may refuse links of other users
   const path = followLinks(output);
-  const old = fs().statSync(path, { throwIfNoEntry: false });
   // A descriptor that is open already, and anything but a regular file, is written to and never replaced.
   const [, owner, descriptor] = /^\/proc\/(self|\d+)\/fd\/(\d+)$/.exec(path) ?? [];
   if (owner === "self") return openDescriptor(Number(descriptor), job);
@@ -1855,11 +1906,13 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   const needFolder = () => fs().accessSync(folder, W_OK | X_OK);
   if (old === undefined) needFolder();
   else fs().accessSync(path, W_OK);
-  if (old !== undefined && sha256 !== "" && withFile(path, "r", sha256Of) === sha256) return undefined;
+  if (old !== undefined && sha256 !== "" && ignoreErrors(() => withFile(path, "r", sha256Of)) === sha256)
+    return undefined;
   const isBeside = ignoreErrors(() => (needFolder(), true)) ?? false;
   const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
   // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
-  return new FileSink(path, old, parts, isBeside && job.request.method === "GET", job);
+  const { method, content } = job.request;
+  return new FileSink(path, old, parts, isBeside && method === "GET" && content.length === 0, job);
 }
 
 /** @throws TransferError "write" */
@@ -1885,7 +1938,6 @@ function followLinks(path: string): string {
   return path;
 }
 
-/** Runs a step with a descriptor that is closed whatever happens. */
 function withFile<T>(path: string, flags: number | "r", step: (fd: number) => T): T {
   const fd = fs().openSync(path, flags);
   try {
@@ -1895,16 +1947,24 @@ function withFile<T>(path: string, flags: number | "r", step: (fd: number) => T)
   }
 }
 
-function* piecesOf(fd: number): Generator<Uint8Array> {
+function* piecesOf(fd: number, from = 0): Generator<[piece: Uint8Array, at: number]> {
   const buffer = new Uint8Array(1_048_576);
-  for (let at = 0, length = 0; (length = fs().readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
-    yield buffer.subarray(0, length);
+  for (let at = from, length = 0; (length = fs().readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
+    yield [buffer.subarray(0, length), at];
+}
+
+/** Copies all that follows a byte to the same place in another file, and onto its disk. */
+function copy(source: number, target: number, from: number): void {
+  for (const [piece, at] of piecesOf(source, from))
+    for (let written = 0; written < piece.length;)
+      written += fs().writeSync(target, piece, written, piece.length - written, at + written);
+  fs().fsyncSync(target);
 }
 
 /** SHA-256 in hex of all that a descriptor reads. */
 function sha256Of(fd: number): string {
   const hash = new Bun.CryptoHasher("sha256");
-  for (const piece of piecesOf(fd)) hash.update(piece);
+  for (const [piece] of piecesOf(fd)) hash.update(piece);
   return hash.digest("hex");
 }
 
@@ -2020,7 +2080,7 @@ export function parseCommandLine(args: readonly string[]) {
     request,
     output, // undefined: print the whole response
     keepsOnlyContent: output !== undefined, // the page of an error or of a redirect must not pass for content
-    isVerified: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
+    hasSha256: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
     followsRedirects: values.has("location"),
     // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
@@ -2084,8 +2144,6 @@ function parseField(line: string): [name: string, value: string] {
   return [name, trimOws(bytes.slice(name.length + 1))];
 }
 
-const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
-
 /** As in curl, "http://" may be left out. @throws TransferError "url" */
 export function parseUrl(text: string): URL {
   const withScheme = /^[a-z][a-z0-9+.-]*:\/\//i.test(text) ? text : `http://${text}`;
@@ -2131,33 +2189,14 @@ async function openData(path: string): Promise<Blob> {
   }
 }
 
-/** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
-function keepPartOnSignals({ delivery, progress }: Session): void {
-  // A signal that is ignored from the start, as by nohup, stays so: bit 0 is signal 1. Only Linux tells; elsewhere SIGHUP
-  // is left alone.
-  const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
-  const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
-  for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
-    if (((ignored >> (number - 1)) & 1) === 0)
-      process.once(signal, () => {
-        progress.clear();
-        const advice = delivery.sink.close(delivery.held);
-        tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
-        // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
-        process.kill(process.pid, signal);
-        process.exit(128 + number);
-      });
-}
-
 /** @returns the exit code */
 async function main(): Promise<number> {
   try {
     const { show, options, data } = parseCommandLine(process.argv.slice(2));
-    if (show !== "") await Bun.write(Bun.stdout, show);
-    if (show !== "") return EXIT_CODES.ok;
+    if (show !== "") return await Bun.write(Bun.stdout, show).then(() => EXIT_CODES.ok);
     const clock = new Clock(options);
     const request = { ...options.request, content: await clock.within(readData(data)) };
-    const sink = await clock.within(openSink(options));
+    const sink = await clock.within(openSink({ ...options, request }));
     if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
     if (sink === undefined) return EXIT_CODES.ok;
     return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink, clock);

@@ -1211,7 +1211,9 @@ export class Connection {
       if (this.isGone) return;
       this.socket.shutdown();
       this.trace?.step("close", "FIN sent");
-      const deadline = this.server.now + LINGER_TIMEOUT_MS;
+      // On a stop, nobody waits for an idle peer that does not notice.
+      const isIdle = this.server.isStopping && !this.head.hasBegun;
+      const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_TIMEOUT_MS);
       for (let dropped = 0, outcome: Outcome = "bytes"; !endsReading(outcome);) {
         dropped += this.to - this.at;
         if (dropped > LINGER_BYTES_MAX) return this.abort();

@@ -610,6 +610,7 @@ describe("a response that contradicts itself, or what was asked for", () => {
       "206 with the start, unasked",
       response("206 Partial Content", CONTENT.subarray(0, HALF), TAG, range(0, HALF - 1)),
     ],
+    ["206 with less than the range of the whole", response("206 Partial Content", rest, TAG, range(0, N - 1))],
     ["206 without a Content-Range, unasked", response("206 Partial Content", rest, TAG)],
     [
       "206 multipart, unasked",
@@ -634,6 +635,8 @@ describe("a response that contradicts itself, or what was asked for", () => {
   test.concurrent.each<[name: string, script: Script]>([
     ["200 with the range of the whole", response("200 OK", CONTENT, TAG, range(0, N - 1))],
     ["200 in chunks with the range of the whole", chunked("200 OK", CONTENT, TAG, range(0, N - 1))],
+    ["206 with the range of the whole, unasked", response("206 Partial Content", CONTENT, TAG, range(0, N - 1))],
+    ["206 in chunks with the range of the whole", chunked("206 Partial Content", CONTENT, range(0, N - 1))],
   ])("this one does not: %s", async (_, script) => {
     await using place = await makePlace(OLD);
     using origin = scripted([script]);
@@ -670,6 +673,10 @@ describe("a response that contradicts itself, or what was asked for", () => {
     ["206 of a longer version", response("206 Partial Content", changed, TAG, range(HALF, N - 1, N + 1))],
     ["206 of another version", response("206 Partial Content", changed, 'ETag: "b"', range(HALF, N - 1))],
     ["206 with a weak tag", response("206 Partial Content", changed, 'ETag: W/"a"', range(HALF, N - 1))],
+    [
+      "206 in another coding",
+      response("206 Partial Content", changed, TAG, "Content-Encoding: gzip", range(HALF, N - 1)),
+    ],
     ["206 with two tags", response("206 Partial Content", changed, TAG, 'ETag: "b"', range(HALF, N - 1))],
     ["206 without a Content-Range", response("206 Partial Content", changed, TAG)],
     ["206 with two Content-Ranges", response("206 Partial Content", changed, TAG, range(HALF, N - 1), range(0, N - 1))],
@@ -764,6 +771,35 @@ describe("a response that contradicts itself, or what was asked for", () => {
     expectWhole(place, CONTENT.subarray(0, HALF));
   });
 
+  const unended = (content: Buffer) =>
+    raw(`HTTP/1.1 200 OK\r\n${TAG}\r\nTransfer-Encoding: chunked\r\n\r\n${content.length.toString(16)}\r\n${content}`);
+  const isAll = response("416 No", "", TAG, `Content-Range: bytes */${N}`);
+
+  test.concurrent(
+    "a 416 of exactly what is held ends it, though the response before it was passed over in part",
+    async () => {
+      await using place = await makePlace(OLD);
+      const passedOver: Script = () => serving({ cut: HALF })(""); // it answers no Range
+      using origin = scripted([unended(CONTENT), passedOver, isAll]);
+      expect((await save(place, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+      expect(origin.requests.length).toBe(3);
+      expectWhole(place);
+    },
+  );
+
+  test.concurrent(
+    "a 416 of exactly what an earlier run has kept is no proof of its digest: the whole is asked for",
+    async () => {
+      await using place = await makePlace(OLD);
+      using origin = scripted([unended(OTHER)]);
+      expect((await save(place, origin.url, "--retry", "0")).exitCode).toBe(EXIT_CODES.partial);
+      origin.answerAnew(isAll, serving());
+      expect((await save(place, origin.url, "--sha256", sha256(CONTENT))).exitCode).toBe(EXIT_CODES.ok);
+      expect(origin.requests.map(rangeOf)).toEqual([N - 1, undefined]);
+      expectWhole(place);
+    },
+  );
+
   const BLOCK = 4096;
   test.concurrent.each<[name: string, first: (from: number) => number, past: (from: number) => number]>([
     ["from the start of a block", (from) => from - (from % BLOCK), () => N],
@@ -784,6 +820,49 @@ describe("a response that contradicts itself, or what was asked for", () => {
     origin.answerAnew(serving({ cut: HALF }), script);
     const { exitCode, stdout } = await runProgram("client-robust", "binary", ["-s", "-o", "-", origin.url]);
     expect([exitCode, stdout === CONTENT.toString()]).toEqual([EXIT_CODES.ok, true]);
+  });
+});
+
+describe("a server that answers with less than it was asked for", () => {
+  const PIECE = 4000;
+  /** A piece of what is asked for, or of its start. */
+  const piece: Script = (request) => {
+    const from = rangeOf(request) ?? 0;
+    const part = CONTENT.subarray(from, from + PIECE);
+    const range = `Content-Range: bytes ${from}-${from + part.length - 1}/${CONTENT.length}`;
+    return response("206 Partial Content", part, 'ETag: "a"', range)(request);
+  };
+  const busy = response("503 Busy");
+
+  test.concurrent("is asked for the next piece, which is no retry", async () => {
+    await using place = await makePlace(OLD);
+    using origin = await keepHalf(place);
+    origin.answerAnew(piece);
+    expect((await save(place, origin.url, "--retry", "0")).exitCode).toBe(EXIT_CODES.ok);
+    expect(origin.requests.map(rangeOf)).toEqual([9000, 13_000, 17_000, 21_000]);
+    expectWhole(place);
+  });
+
+  test.concurrent("has all retries left when it fails after a piece", async () => {
+    await using place = await makePlace(OLD);
+    using origin = await keepHalf(place);
+    origin.answerAnew(piece, busy, piece, piece, piece);
+    expect((await save(place, origin.url, "--retry", "1", "--retry-delay", "0.1")).exitCode).toBe(EXIT_CODES.ok);
+    expectWhole(place);
+    origin.answerAnew(serving({ cut: HALF }), piece, busy, piece);
+    const { exitCode } = await save(place, origin.url, "--retry", "1", "--retry-delay", "0.1");
+    expect([exitCode, origin.requests.length]).toEqual([EXIT_CODES.ok, 6]);
+  });
+
+  test.concurrent("a piece that is cut is a failure", async () => {
+    await using place = await makePlace(OLD);
+    using origin = await keepHalf(place);
+    const range = `Content-Range: bytes ${HALF}-${CONTENT.length - 1}/${CONTENT.length}`;
+    origin.answerAnew(
+      raw(`HTTP/1.1 206 Partial Content\r\nETag: "a"\r\n${range}\r\n\r\n${CONTENT.subarray(HALF, HALF + 9)}`),
+    );
+    expect((await save(place, origin.url, "--retry", "0")).exitCode).toBe(EXIT_CODES.partial);
+    expect([origin.requests.length, place.kept()]).toEqual([1, HALF + 9]);
   });
 });
 
@@ -870,7 +949,10 @@ describe("a run that achieves nothing takes nothing away", () => {
     for (const [kept, fresh] of [
       ["?sig=old", "?sig=new"],
       ["?sig=old", ""],
-      ["", "?sig=new&x=1"],
+      ["?x=1", "?sig=new&x=1"],
+      ["?X-Amz-Date=1&X-Amz-Signature=old&x=1", "?X-Amz-Date=2&X-Amz-Signature=new&x=1"],
+      ["?Expires=1&Signature=old&Key-Pair-Id=K", "?Expires=2&Signature=new&Key-Pair-Id=L"],
+      ["?sp=r&se=1&skt=1&ske=1&sig=old&jwt=old", "?sp=r&se=2&skt=2&ske=2&sig=new&jwt=new"],
     ]) {
       await using place = await makePlace(OLD);
       using origin = scripted([serving({ cut: HALF })]);
@@ -883,6 +965,19 @@ describe("a run that achieves nothing takes nothing away", () => {
     }
   });
 
+  test.concurrent("what --sha256 names goes on from any URL and server, and is no other content", async () => {
+    for (const digest of [SHA256, ["--sha256", sha256(OTHER)]]) {
+      await using place = await makePlace(OLD);
+      using first = await keepHalf(place, serving({ cut: HALF, etag: "" }), ...SHA256);
+      using second = scripted([serving({ etag: "", content: digest === SHA256 ? CONTENT : OTHER })]);
+      expect(first.requests.length).toBe(1);
+      const { exitCode } = await save(place, `${second.url}/other?token=new`, ...digest, "-H", "Authorization: new");
+      expect(exitCode).toBe(EXIT_CODES.ok);
+      expect(second.requests.map(rangeOf)).toEqual([digest === SHA256 ? HALF : undefined]);
+      expectWhole(place, digest === SHA256 ? CONTENT : OTHER);
+    }
+  });
+
   test.concurrent("a fresh query that leads to another version gets that one", async () => {
     await using place = await makePlace(OLD);
     using origin = scripted([serving({ cut: HALF })]);
@@ -890,6 +985,88 @@ describe("a run that achieves nothing takes nothing away", () => {
     origin.answerAnew(serving({ etag: '"b"', content: OTHER }));
     expect((await save(place, `${origin.url}?v=2`)).exitCode).toBe(EXIT_CODES.ok);
     expectWhole(place, OTHER);
+  });
+
+  test.concurrent("another query, field or data with the same tag or date is other content", async () => {
+    for (const validator of [{}, { etag: "", lastModified: "Wed, 01 Jan 2020 12:00:01 GMT" }])
+      for (const [first, second] of [
+        [["?id=1"], ["?id=2"]],
+        [["?id=1"], [""]],
+        [["?id=1&sig=a"], ["?id=2&sig=b"]],
+        [["?mysig=1"], ["?mysig=2"]],
+        [["?policy=1"], ["?policy=2"]],
+        [
+          ["", "-H", "Authorization: 1"],
+          ["", "-H", "Authorization: 2"],
+        ],
+        [
+          ["", "-X", "GET", "-d", "id=1"],
+          ["", "-X", "GET", "-d", "id=2"],
+        ],
+      ] as const) {
+        await using place = await makePlace(OLD);
+        using origin = scripted([serving({ ...validator, cut: HALF })]);
+        const [query, ...args] = first;
+        const broken = await save(place, `${origin.url}${query}`, "--retry", "0", ...args);
+        expect(broken.exitCode).toBe(EXIT_CODES.partial);
+        origin.answerAnew(serving({ ...validator, content: OTHER }));
+        const [other, ...others] = second;
+        expect((await save(place, `${origin.url}${other}`, ...others)).exitCode).toBe(EXIT_CODES.ok);
+        expect([second, ...origin.requests.map(rangeOf)]).toEqual([second, undefined]);
+        expectWhole(place, OTHER);
+      }
+  });
+
+  test.concurrent("a query and a field may be secrets: nothing that is kept tells them", async () => {
+    await using place = await makePlace(OLD);
+    using origin = scripted([serving({ cut: HALF })]);
+    await save(place, `${origin.url}?key=secret1`, "--retry", "0", "-H", "Authorization: secret2");
+    expect(place.kept()).toBe(HALF);
+    for (const path of place.beside()) expect(readFileSync(path, "latin1")).not.toMatch(/secret|U0VD/i);
+  });
+
+  test.concurrent("a redirect that leads to another path at the next attempt leads to other content", async () => {
+    const redirecting = (to: string, script: Script): Script => {
+      const redirect = response("302 Found", "", `Location: ${to}`);
+      return (request) => (request.startsWith("GET /file ") ? redirect : script)(request);
+    };
+    const first = redirecting("/1", serving({ cut: HALF }));
+    for (const [to, isSame] of [
+      ["/2", false],
+      ["/1?id=2", false],
+      ["/1?sig=2", true],
+    ] as const) {
+      const second = redirecting(to, serving(isSame ? {} : { content: OTHER }));
+      const scripts = [first, first, second];
+      const ranges = [undefined, undefined, undefined, isSame ? HALF : undefined];
+      await using place = await makePlace(OLD);
+      using origin = scripted(scripts);
+      expect((await save(place, origin.url, "-L", "--retry-delay", "0.1")).exitCode).toBe(EXIT_CODES.ok);
+      expect(origin.requests.map(rangeOf)).toEqual(ranges);
+      expectWhole(place, isSame ? CONTENT : OTHER);
+      // The same in two runs.
+      origin.answerAnew(...scripts);
+      expect((await save(place, origin.url, "-L", "--retry", "0")).exitCode).toBe(EXIT_CODES.partial);
+      expect((await save(place, origin.url, "-L")).exitCode).toBe(EXIT_CODES.ok);
+      expect(origin.requests.map(rangeOf)).toEqual(ranges);
+      expectWhole(place, isSame ? CONTENT : OTHER);
+      // What is printed cannot be taken back.
+      origin.answerAnew(...scripts);
+      const args = ["-s", "-L", "-o", "-", "--retry-delay", "0.1", origin.url];
+      const { exitCode, stdout } = await runProgram("client-robust", "binary", args);
+      expect(exitCode).toBe(isSame ? EXIT_CODES.ok : EXIT_CODES.partial);
+      expect(stdout === (isSame ? CONTENT : CONTENT.subarray(0, HALF)).toString()).toBeTrue();
+    }
+  });
+
+  test.concurrent("a redirect to a mirror, with the same path and tag, goes on there", async () => {
+    await using place = await makePlace(OLD);
+    using mirror = scripted([serving()]);
+    const redirect = response("302 Found", "", `Location: ${mirror.url}`);
+    using origin = scripted([serving({ cut: HALF }), redirect]);
+    expect((await save(place, origin.url, "-L", "--retry-delay", "0.1")).exitCode).toBe(EXIT_CODES.ok);
+    expect(mirror.requests.map(rangeOf)).toEqual([HALF]);
+    expectWhole(place);
   });
 
   test.concurrent("another path, host, port or scheme with the same tag is other content", async () => {
@@ -1172,6 +1349,127 @@ describe("FILE as it was", () => {
     },
   );
 
+  test.concurrent.if(isRoot)("a group keeps its FILE, and another group gets no more than all others", async () => {
+    const GROUP = 5678;
+    for (const [groups, mode, expected] of [
+      [`${GROUP}`, 0o660, [NOBODY, GROUP, 0o660]],
+      [`${GROUP}`, 0o2775, [NOBODY, GROUP, 0o775]],
+      ["1", 0o662, [NOBODY, NOBODY, 0o622]],
+      ["1", 0o6757, [NOBODY, NOBODY, 0o757]],
+      ["1", 0o677, [NOBODY, NOBODY, 0o677]],
+    ] as const) {
+      await using place = await makePlace(OLD);
+      chmodSync(place.folder, 0o777);
+      chownSync(place.file, 1234, GROUP);
+      chmodSync(place.file, mode);
+      let during = 0o777;
+      using origin = scripted([
+        pausing(serving(), HALF, async () => {
+          await until(() => place.kept() >= HALF);
+          during = lstatSync(place.part()).mode & 0o077;
+        }),
+      ]);
+      const other = ["setpriv", `--reuid=${NOBODY}`, `--regid=${NOBODY}`, `--groups=${groups}`];
+      const argv = [...other, ...(await command("client-robust", "binary")), "-o", place.file, origin.url];
+      expect((await run(argv)).exitCode).toBe(EXIT_CODES.ok);
+      const { uid, gid, mode: now } = lstatSync(place.file);
+      expect([mode, uid, gid, now & 0o7777]).toEqual([mode, ...expected]);
+      expect(during & 0o070 & ~(mode << 3)).toBe(0);
+      expect(during & 0o007 & ~mode).toBe(0);
+    }
+  });
+
+  /** The folder's default: all for its owner, nothing for anybody else. */
+  const setDefaultAcl = (folder: string) => {
+    const code = `
+import os, struct, sys
+entries = ((1, 7), (4, 0), (32, 0))
+acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, may, 0xffffffff) for tag, may in entries)
+os.setxattr(sys.argv[1], "system.posix_acl_default", acl)`;
+    return Bun.spawnSync(["python3", "-c", code, folder]).success;
+  };
+  const probe = mkdtempSync(join(tmpdir(), "http-over-tcp-"));
+  const hasAcl = setDefaultAcl(probe);
+  rmSync(probe, { recursive: true });
+  test.concurrent.if(hasAcl)("a new FILE is as private as its folder's default ACL makes it", async () => {
+    await using place = await makePlace();
+    expect(setDefaultAcl(place.folder)).toBeTrue();
+    using origin = scripted([serving({ cut: HALF }), serving()]);
+    expect((await save(place, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+    expect(lstatSync(place.file).mode & 0o077).toBe(0);
+    expectWhole(place);
+  });
+
+  test.concurrent("a FILE that has changed during the transfer stays what it has become", async () => {
+    const target = (place: Place) => join(place.top, "target");
+    for (const [old, change, expected] of [
+      [OLD, ({ file }) => chmodSync(file, 0o600), "600"],
+      [OLD, ({ file }) => chmodSync(file, 0o757), "757"],
+      [undefined, ({ file }) => writeFileSync(file, "", { mode: 0o600 }), "600"],
+      [undefined, (place) => symlinkSync(target(place), place.file), "link"],
+      [OLD, (place) => (rmSync(place.file), symlinkSync("../target", place.file)), "link"],
+    ] as [string | undefined, (place: Place) => void, string][]) {
+      await using place = await makePlace(old);
+      const act = async () => {
+        await until(() => place.kept() >= HALF);
+        change(place);
+      };
+      using origin = scripted([pausing(serving(), HALF, act)]);
+      const { exitCode, stderr } = await save(place, origin.url);
+      expect([exitCode, stderr]).toEqual([EXIT_CODES.ok, ""]);
+      const found = lstatSync(place.file);
+      expect(found.isSymbolicLink() ? "link" : (found.mode & 0o777).toString(8)).toBe(expected);
+      if (expected === "link") expect(lstatSync(target(place)).isFile()).toBeTrue();
+      expectWhole(place);
+    }
+    // A pipe cannot be replaced by a file.
+    await using place = await makePlace(OLD);
+    const becomePipe = async () => {
+      await until(() => place.kept() >= HALF);
+      rmSync(place.file);
+      expect((await run(["mkfifo", place.file])).exitCode).toBe(0);
+    };
+    using origin = scripted([pausing(serving(), HALF, becomePipe)]);
+    const { exitCode, stderr } = await save(place, origin.url);
+    expect([exitCode, lstatSync(place.file).isFIFO()]).toEqual([EXIT_CODES.write, true]);
+    expect(stderr).toMatch(ONE_LINE);
+  });
+
+  test.concurrent("-R gives FILE the time of any response that it is made of, the first second too", async () => {
+    for (const [status, seconds, ...args] of [
+      ["203 Odd", 1e9],
+      ["201 Created", 1e9, "-d", "x"],
+      ["200 OK", 0],
+    ] as const) {
+      await using place = await makePlace(OLD);
+      const date = new Date(seconds * 1000).toUTCString();
+      using origin = scripted([response(status, CONTENT, `Last-Modified: ${date}`)]);
+      expect((await save(place, origin.url, "-R", ...args)).exitCode).toBe(EXIT_CODES.ok);
+      expect([status, lstatSync(place.file).mtimeMs]).toEqual([status, seconds * 1000]);
+      expectWhole(place);
+    }
+  });
+
+  test.concurrent("a FILE that is removed between two runs comes back with its mode", async () => {
+    await using place = await makePlace(OLD);
+    chmodSync(place.file, 0o604);
+    using origin = await keepHalf(place);
+    rmSync(place.file);
+    origin.answerAnew(serving());
+    expect((await save(place, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+    expect(origin.requests.map(rangeOf)).toEqual([HALF]);
+    expect(lstatSync(place.file).mode & 0o777).toBe(0o604 & ~process.umask());
+    expectWhole(place);
+  });
+
+  test.concurrent("a FILE that may not be read is written to with --sha256, too", async () => {
+    await using place = await makeTheirPlace(0o200);
+    using origin = scripted([serving()]);
+    expect((await saveUnprivileged(place, origin.url, ...SHA256)).exitCode).toBe(EXIT_CODES.ok);
+    chmodSync(place.file, 0o644);
+    expectWhole(place);
+  });
+
   test.concurrent("a FILE that may not be written to is refused before a request", async () => {
     for (const [mode, folderMode] of [
       [0o444, 0o755],
@@ -1305,12 +1603,12 @@ describe("FILE as it was", () => {
       await using place = await makePlace(OLD);
       await using elsewhere = await temporaryFolder();
       const steps =
-        'mount -t tmpfs -o size=16k tmpfs "$0" && echo old >"$0/x" && mount --bind "$0/x" "$1" && shift && exec "$@"';
+        'mount -t tmpfs -o size=16k tmpfs "$0" && echo old >"$0/x" && mount --bind "$0/x" "$1" && shift && { "$@"; code=$?; cat "$0/x"; exit $code; }';
       using origin = scripted([serving()]);
       const argv = [...(await command("client-robust", "binary")), "-s", "-o", place.file, origin.url];
       const prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c", steps, elsewhere.path, place.file];
-      const { exitCode, stderr } = await run([...prefix, ...argv]);
-      expect(exitCode).toBe(EXIT_CODES.write);
+      const { exitCode, stderr, stdout } = await run([...prefix, ...argv]);
+      expect([exitCode, stdout]).toEqual([EXIT_CODES.write, "old\n"]);
       expect(stderr).toMatch(ONE_LINE);
       expect([place.kept(), place.text()]).toEqual([CONTENT.length, OLD]);
       origin.answerAnew(serving());
@@ -1463,6 +1761,20 @@ describe("files that others remove or replace during a run", () => {
       const moved = join(place.top, "folder.moved", "file");
       if (existsSync(moved)) expect([OLD, CONTENT.toString()]).toContain(readFileSync(moved, "latin1"));
     });
+  });
+
+  test.concurrent("a part that has grown beyond the end is of no use: no line says to go on from it", async () => {
+    await using place = await makePlace(OLD);
+    const grow = async () => {
+      await until(() => place.kept() >= HALF);
+      appendFileSync(place.part(), CONTENT);
+    };
+    using origin = scripted([pausing(serving({ cut: HALF + 1 }), HALF, grow)]);
+    const argv = [...(await command("client-robust", "binary")), "-o", place.file, "--retry", "0", origin.url];
+    const { exitCode, stderr } = await run(argv);
+    expect(exitCode).toBe(EXIT_CODES.partial);
+    expect(stderr).toMatch(ONE_LINE);
+    expect([place.text(), place.names()]).toEqual([OLD, ["file"]]);
   });
 
   test.concurrent.each(ACTIONS.slice(0, 15))("%s before a run that goes on: it gets the whole", async (name, act) => {

@@ -23,6 +23,7 @@ import {
   parseCommandLine,
   parseHttpDate,
   parseRetryAfter,
+  resourceOf,
   type ResponseHead,
   TransferError,
   versionOf,
@@ -36,7 +37,8 @@ setDefaultTimeout(60_000);
 // ── the policy ──
 
 const JOB: Job = { ...parseCommandLine(["-o", "FILE"]).options, canStartOver: true };
-const HELD: Held = { bytes: 40, validator: '"a"', etag: '"a"', lastModified: "", total: 100 };
+const RESOURCE = resourceOf(JOB.request.url);
+const HELD: Held = { ...NOTHING, bytes: 40, validator: '"a"', etag: '"a"', resource: RESOURCE, total: 100 };
 
 function head(status: number, fields: Record<string, string> = {}): ResponseHead {
   const start = {
@@ -53,9 +55,9 @@ function judge(
   response: ResponseHead,
   held: Held = NOTHING,
   policy: Partial<Job> = {},
-  request: { method?: string; isLastTry?: boolean; hasRange?: boolean } = {},
+  request: { method?: string; resource?: string; isLastTry?: boolean; hasRange?: boolean } = {},
 ): string {
-  const asked = { method: "GET", hasRange: held.bytes > 0, isLastTry: false, ...request };
+  const asked = { method: "GET", resource: RESOURCE, hasRange: held.bytes > 0, isLastTry: false, ...request };
   const verdict = judgeHead(response, held, { ...JOB, ...policy }, asked);
   if (verdict instanceof TransferError) return `${verdict.isFinal ? "final " : ""}${verdict.outcome}`;
   if (verdict.action !== "deliver") return verdict.action;
@@ -103,6 +105,18 @@ describe("judgeHead", () => {
     expect(judge(head(206, PART))).toBe("range");
     expect(judge(head(206, PART), HELD, {}, { hasRange: false })).toBe("range");
     expect(judge(head(206, PART), NOTHING, { keepsOnlyContent: false })).toBe("deliver from 0"); // printed as it is
+    const printed = { method: "GET", resource: RESOURCE, hasRange: false, isLastTry: false };
+    const slice = judgeHead(head(206, PART), NOTHING, { ...JOB, keepsOnlyContent: false }, printed);
+    expect(slice).toMatchObject({ held: { validator: "" } }); // the rest of a slice cannot be asked for
+    const whole = { ...PART, "Content-Range": "bytes 0-59/60" };
+    expect(judge(head(206, whole))).toBe("deliver from 0");
+    expect(judgeHead(head(206, whole), NOTHING, JOB, printed)).toMatchObject({ held: { validator: '"a"' } });
+    expect(judge(head(206, whole), HELD, {}, { hasRange: false })).toBe("start over");
+    expect(judge(head(206, { ...whole, "Content-Length": "59" }))).toBe("range");
+    expect(judge(head(206, { ...whole, "Content-Range": "bytes 0-59/*" }))).toBe("range");
+    expect(judge(head(206, whole), NOTHING, {}, { method: "POST" })).toBe("deliver from 0");
+    expect(judge(head(206, PART), NOTHING, {}, { method: "POST" })).toBe("range");
+    expect(judge(head(206), NOTHING, {}, { method: "POST" })).toBe("range");
   });
 
   test("uses a part that begins before what is missing, and passes over what it has", () => {
@@ -137,7 +151,7 @@ describe("judgeHead", () => {
   });
 
   test("joins pieces whatever their validators say where the end is verified, unless the lengths differ", () => {
-    const verified = { isVerified: true };
+    const verified = { hasSha256: true };
     expect(judge(head(206, { ...PART, ETag: '"b"' }), HELD, verified)).toBe("deliver from 40");
     expect(judge(head(206, { ...PART, "Content-Range": "bytes 40-99/101" }), HELD, verified)).toBe("range");
     expect(judge(head(200, { ETag: '"b"', "Content-Length": "100" }), HELD, verified)).toBe("deliver from 0");
@@ -159,8 +173,40 @@ describe("judgeHead", () => {
     expect(judge(head(200, { ETag: '"a"', "Content-Length": "99" }), HELD)).toBe("start over");
   });
 
+  test("joins nothing of another resource, whatever its tag is", () => {
+    const elsewhere = { resource: "another" };
+    expect(judge(head(200, { ETag: '"a"', "Content-Length": "100" }), HELD, {}, elsewhere)).toBe("start over");
+    expect(judge(head(200, { ETag: '"a"' }), HELD, { canStartOver: false }, elsewhere)).toBe("final partial");
+    expect(judge(head(200, { ETag: '"a"' }), HELD, { hasSha256: true }, elsewhere)).toBe("deliver from 0");
+    const fresh = judgeHead(head(200, { ETag: '"a"' }), HELD, JOB, {
+      ...{ method: "GET", isLastTry: false, hasRange: false },
+      ...elsewhere,
+    });
+    expect(fresh).toMatchObject({ held: { bytes: 0, resource: "another", total: undefined } });
+  });
+
+  test("joins nothing of another coding, which a 206 need not repeat", () => {
+    const gzip = { "Content-Encoding": "gzip" };
+    const encoded = { ...HELD, coding: "gzip" };
+    expect(judge(head(206, { ...PART, ...gzip }), HELD)).toBe("range");
+    expect(judge(head(206, { ...PART, "Content-Encoding": "br" }), encoded)).toBe("range");
+    expect(judge(head(206, { ...PART, ...gzip }), encoded)).toBe("deliver from 40");
+    expect(judge(head(206, PART), encoded)).toBe("deliver from 40");
+    expect(judge(head(206, { ...PART, "Content-Encoding": "Identity" }), HELD)).toBe("deliver from 40");
+    expect(judge(head(200, { ETag: '"a"', ...gzip }), HELD)).toBe("start over");
+    expect(judge(head(200, { ETag: '"a"' }), encoded)).toBe("start over");
+    expect(judge(head(200, { ETag: '"a"', ...gzip }), encoded)).toBe("deliver from 0");
+    expect(judge(head(206, { ...PART, ...gzip }), HELD, { hasSha256: true })).toBe("deliver from 40");
+    for (const fields of [{ ETag: '"a"' }, { "Last-Modified": "Wed, 01 Jan 2020 12:00:01 GMT" }]) {
+      const asked = { method: "GET", resource: RESOURCE, hasRange: false, isLastTry: false };
+      expect(judgeHead(head(200, { ...fields, ...gzip }), NOTHING, JOB, asked)).toMatchObject({
+        held: { coding: "gzip" },
+      });
+    }
+  });
+
   test("remembers what an earlier response said of the same version", () => {
-    const asked = { method: "GET", hasRange: true, isLastTry: false };
+    const asked = { method: "GET", resource: RESOURCE, hasRange: true, isLastTry: false };
     const verdict = judgeHead(head(200, { ETag: '"a"' }), HELD, JOB, asked);
     expect(verdict).toMatchObject({ action: "deliver", held: { total: 100, bytes: 40 } });
     const other = { ...HELD, bytes: 0, validator: '"b"', etag: '"b"' };
@@ -243,6 +289,7 @@ describe("decideNext", () => {
     const failure = new TransferError("partial", "", { isPart: true });
     expect(decide("partial", HELD, { failure })).toBe("go on within 0");
     expect(decide("partial", HELD, { failure, failures: 2 })).toBe("go on within 2000");
+    expect(decide("partial", HELD, { failure, failures: 0 }, { retries: 0, retryDelayMs: 9 })).toBe("go on within 0");
   });
 
   test("waits a second, then two, four …, and a minute at the most: half of it fixed, half random", () => {
@@ -318,7 +365,7 @@ describe("decideNext", () => {
     expect(decide("partial", HELD)).toBe("go on within 1000");
     expect(decide("partial", nameless)).toBe("ask for the whole within 1000");
     expect(decide("partial", nameless, {}, { canStartOver: false })).toBe("give up");
-    expect(decide("partial", nameless, {}, { isVerified: true })).toBe("go on within 1000");
+    expect(decide("partial", nameless, {}, { hasSha256: true })).toBe("go on within 1000");
     expect(decide("range", HELD, { failures: 2 })).toBe("ask for the whole within 2000");
     expect(decide("range", HELD, {}, { canStartOver: false })).toBe("ask for the whole within 1000");
     expect(decide("digest")).toBe("go on within 1000");
@@ -377,6 +424,28 @@ test("a date names a version if it is a minute older than the response, and no s
   expect(validator({ "Last-Modified": minuteBefore })).toBe("");
   expect(validator({ Date: date, "Last-Modified": "long ago" })).toBe("");
   expect(validator({ Date: date })).toBe("");
+  // Reproducible builds give these to every version.
+  for (const constant of [
+    "Thu, 01 Jan 1970 00:00:00 GMT",
+    "Thu, 01 Jan 1970 00:00:01 GMT",
+    "Tue, 01 Jan 1980 00:00:00 GMT",
+    "Tue, 01 Jan 1980 00:00:02 GMT",
+    "Sat, 26 Oct 1985 08:15:00 GMT",
+    "Sat, 01 Jan 2000 00:00:00 GMT",
+    "Fri, 01 Jan 2010 00:00:00 GMT",
+  ])
+    expect([constant, validator({ Date: date, "Last-Modified": constant })]).toEqual([constant, ""]);
+  const early = "Fri, 01 Jan 2010 00:00:01 GMT";
+  expect(validator({ Date: date, "Last-Modified": early })).toBe(early);
+});
+
+test("a resource is what path and query name, but for what signs a query", () => {
+  const name = (url: string) => resourceOf(new URL(url, "http://a/"));
+  expect(name("/f?a=1&sig=x")).toBe(name("http://mirror/f?a=1&sig=y#top"));
+  expect(name("/f?X-Goog-Date=1&X-Goog-Signature=x")).toBe(name("/f?X-Goog-Date=2&X-Goog-Signature=y"));
+  const names = ["/f", "/F", "/f?a=1", "/f?a=2", "/f?a=1&b=1", "/f?token=1", "/f?policy=1", "/f?xsig=1", "/f?a=sig=1"];
+  expect(new Set(names.map(name)).size).toBe(names.length);
+  for (const url of names) expect(name(url)).toMatch(/^\/[fF]\?([0-9a-f]{64})?$/); // no query in clear, and none at all without one
 });
 
 // ── origins that follow a script ──
