@@ -230,7 +230,7 @@ export async function serve(connection: Connection): Promise<void> {
   } catch (reason) {
     if (reason === GONE) return;
     // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
-    if (!(reason instanceof Refusal)) tell(`Error: ${reason}`);
+    if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
     const response = reason instanceof Refusal ? reason.response : responseTo("internal");
     connection.trace?.step("refuse", `with ${response.status}`);
     // It closes: where a next request would start is not known, or the server is full or at fault.
@@ -1353,7 +1353,7 @@ function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; 
     end: (socket) => socket.data.onEnd(),
     close: (socket, error) => socket.data.onClose(error),
     error(socket, error) {
-      tell(`Error: ${error}`);
+      report(`Error: ${error}`);
       socket.terminate();
     },
   };
@@ -1389,12 +1389,17 @@ function explainListenError(code: string | undefined, { host, isHostFromEnv, por
 
 // ═══ 9 Log ═══════════════════════════════════════════════════════════════════════════════════════
 
-/** Writes to stdout without ever making a peer wait for it: what a slow reader leaves is bounded. */
+/** One after the other: a write that waits for its reader keeps a thread of the pool, which may have only two. */
+let lastWrite = Promise.resolve<Uint8Array>(NO_BYTES);
+
+/** Writes to stdout or stderr without ever making a peer wait for it: what a slow reader leaves is bounded. */
 class Log {
   /** Settles when all is written. */
   written: Promise<void> | undefined;
   private waiting = "";
   private dropped = 0;
+
+  constructor(private readonly fd: 1 | 2) {}
 
   print(text: string): void {
     if (this.waiting.length > LOG_BACKLOG_CHARS_MAX) this.dropped++;
@@ -1405,23 +1410,27 @@ class Log {
   private async write(): Promise<void> {
     await new Promise(setImmediate); // so that all lines of a turn of the event loop go out together
     while (this.waiting !== "") {
-      if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: stdout is slow)\n`;
+      if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: their reader is slow)\n`;
       let rest: Uint8Array = encoder.encode(this.waiting);
       [this.waiting, this.dropped] = ["", 0];
-      while (rest.length > 0) rest = await writeSome(rest);
+      while (rest.length > 0) rest = await (lastWrite = lastWrite.then(() => writeSome(this.fd, rest)));
     }
     this.written = undefined;
   }
 }
 
-/** Writes bytes to stdout. @returns those that are left; if stdout is closed or its disk is full, all count as written */
-const writeSome = (bytes: Uint8Array) =>
+/** Writes bytes. @returns those that are left; if the output is closed or its disk is full, all count as written */
+const writeSome = (fd: number, bytes: Uint8Array) =>
   new Promise<Uint8Array>((resolve) =>
-    fs.write(1, bytes, (error, written) => {
+    fs.write(fd, bytes, (error, written) => {
       if (error?.code === "EAGAIN") setTimeout(resolve, SWEEP_MS, bytes);
       else resolve(error === null ? bytes.subarray(written) : NO_BYTES);
     }),
   );
+
+const reports = new Log(2);
+/** Once it serves, this takes the place of {@link tell}. */
+const report = (line: string) => reports.print(`${printable(line).replace(/[\n\t]/g, " ")}\n`);
 
 // ── shared: trace ──
 /**
@@ -1580,7 +1589,7 @@ const usageError = (message: string) =>
 
 function readPem(path: string): string {
   try {
-    return fs.readFileSync(path, "utf8");
+    return fs.readFileSync(path, "utf8").replace(/^\ufeff/, ""); // OpenSSL skips a byte order mark, too
   } catch (error) {
     throw new StartError(`cannot read ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
   }
@@ -1611,7 +1620,7 @@ export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { l
 function run(commandLine: CommandLine): void {
   const { host, text, root, log: logFormat, tlsFiles } = commandLine;
   const { limits, reserve } = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
-  const log = new Log();
+  const log = new Log(1);
   const site = root === undefined ? new TextSite(text) : new FileSite(root);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
   const readTls = () => tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
@@ -1623,7 +1632,8 @@ function run(commandLine: CommandLine): void {
   const stop = () => {
     if (server.isStopping) exit();
     for (const listener of listeners) listener.stop();
-    server.onEmpty = () => void Promise.race([log.written, Bun.sleep(LOG_FLUSH_MS)]).then(exit);
+    server.onEmpty = () =>
+      void Promise.race([Promise.all([log.written, reports.written]), Bun.sleep(LOG_FLUSH_MS)]).then(exit);
     setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
     server.stop();
   };
@@ -1638,20 +1648,20 @@ function run(commandLine: CommandLine): void {
       if (server.isStopping) return;
       for (const listener of listeners) listener.stop();
       listeners = listen(server, { ...commandLine, port }, tls);
-      tell("Certificate and key are read again");
+      report("Certificate and key are read again");
     } catch (error) {
-      tell(`Error: ${(error as Error).message}; certificate and key stay as they were`); // listen throws StartErrors
+      report(`Error: ${(error as Error).message}; certificate and key stay as they were`); // listen throws StartErrors
     }
   };
   if (tlsFiles !== undefined) process.on("SIGHUP", reload);
-  tell(`Listening on http${tlsFiles ? "s" : ""}://${isIPv6(host) ? `[${host}]` : host}:${port}`);
+  report(`Listening on http${tlsFiles ? "s" : ""}://${isIPv6(host) ? `[${host}]` : host}:${port}`);
 }
 
 function main(): void {
   try {
     const commandLine = parseCommandLine(process.argv.slice(2), process.env);
     if (commandLine.show === "") run(commandLine);
-    else process.stdout.write(commandLine.show);
+    else new Log(1).print(commandLine.show);
   } catch (error) {
     if (!(error instanceof StartError)) throw error;
     tell(`Error: ${error.message}`);
@@ -1683,6 +1693,7 @@ const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: a resp
 const DIGEST_WAITERS_MAX = 8; // So many responses may wait for a digest at once; others go without.
 const LIVELY_MS = 10_000; // A file that changed within this time, such as a log, may change while it is sent.
 const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave the same timestamps.
+const COARSE_TICK_MS = 2000; // FAT, and ext4 on a small disk, keep whole seconds of them, or even ones.
 const SLOW_READ_MS = 20; // A read that takes this long has waited for a slow disk.
 const SLOW_DISK_MS = 2000; // For this long after a slow read, the thread pool waits for the disk instead of us.
 const NO_SNIFF = { "X-Content-Type-Options": "nosniff" }; // A browser must not guess another type from the content.
@@ -1727,7 +1738,7 @@ function rejectionFor(error: unknown): Rejection {
   const { code } = error as { code?: string }; // node:fs throws SystemErrors
   if (code === "EACCES" || code === "EPERM") return "forbidden";
   if (code === "EMFILE" || code === "ENFILE") return "too-many-files";
-  return code === "EIO" || code === undefined ? "internal" : "not-found";
+  return /^E(?:NOENT|NOTDIR|LOOP|NAMETOOLONG|INVAL|ILSEQ|NXIO|NODEV)$/.test(code ?? "") ? "not-found" : "internal";
 }
 
 /** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */
@@ -1753,11 +1764,11 @@ export class FileSite implements Site {
   /** The time that answers have as their Date. */
   private dateNow = Date.now();
 
-  /** @throws StartError if it is not the path of a folder that can be read */
+  /** @throws StartError if it is not the path of a folder that may be entered */
   constructor(path: string) {
-    this.root = resolve(path);
+    this.root = fs.existsSync(resolve(path)) ? resolve(path) : path; // a name that is not UTF-8 is above it
     try {
-      fs.readdirSync(path);
+      fs.statSync(`${path}/.`); // it may be entered: what it has can be served even if it cannot be listed
     } catch (error) {
       throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
     }
@@ -1954,6 +1965,8 @@ class KnownFile {
   /** In milliseconds since 1970, whole seconds. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
   readonly validators: Readonly<Record<string, string>>;
+  /** Another change may leave the same times. */
+  readonly isFresh: boolean;
   /** Another request may find the same version. */
   readonly isLasting: boolean;
   foundBelow = "";
@@ -1977,14 +1990,14 @@ class KnownFile {
     const [type = ""] = Bun.file(path).type.split(";");
     this.type = type.startsWith("text/") ? `${type}; charset=utf-8` : type;
     const now = Date.now();
-    // Modified within the clock's resolution: a second change might leave the same times, so this tag is used once.
-    const isFresh = Math.abs(now - ctimeMs) <= CLOCK_TICK_MS;
-    const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+    // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
+    this.isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
+    const once = this.isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
     // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
     this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
     // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
-    this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
+    this.isLasting = !this.isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
     this.lastModified = modified > 1000 ? modified : Number.NaN;
     const date = modified > 1000 ? { "Last-Modified": new Date(modified).toUTCString() } : {};
     this.validators = { ETag: this.etag, ...date };
@@ -2186,13 +2199,14 @@ export class OpenFile {
   /** CRC-32 of what was sent. It takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows. */
   private checksum: number | undefined;
   /** The file when it was last known to have what was sent. */
-  private compared: fs.Stats;
+  private compared: Pick<fs.Stats, "size" | "mtimeMs" | "ctimeMs">;
 
   constructor(
     readonly fd: number,
     readonly known: KnownFile,
   ) {
-    this.compared = known.stats;
+    // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
+    this.compared = known.isFresh && known.size > SMALL_FILE_BYTES_MAX ? { ...known.stats, size: -1 } : known.stats;
   }
 
   /** Closes it: nothing of it is sent, or all has been read. */
@@ -2295,7 +2309,7 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {
-    if (error !== GONE) tell(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
+    if (error !== GONE) report(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
     throw GONE;
   } finally {
     log(connection, content, status, part.sent);

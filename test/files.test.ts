@@ -24,6 +24,7 @@ import {
   exchange,
   freePort,
   hasTool,
+  LISTENING,
   mortal,
   Peer,
   run,
@@ -1093,6 +1094,33 @@ for part in message.get_payload():
     expect([got.status, got.content.length]).toEqual([200, 1000]);
   });
 
+  test.concurrent("no fault is waited for while stdout and stderr are one pipe that nobody empties", async () => {
+    await using folder = await temporaryFolder();
+    await using other = await temporaryFolder();
+    const path = join(folder.path, "large");
+    const size = 16 * MIB;
+    writeSparse(path, size);
+    writeFileSync(join(folder.path, "small"), "small");
+    const argv = [...(await command("server", variant)), "--port", "0", "--root", folder.path, ...PATIENCE];
+    // The shell becomes the server. Of the FIFO that it holds open, only the ready line is read.
+    const script = 'mkfifo fifo; exec 3<>fifo; { read -r line <&3; echo "$line"; } & exec "$@" >fifo 2>&1';
+    await using server = await start(["bash", "-c", script, "bash", ...argv], LISTENING, { cwd: other.path });
+    const port = Number(server.match[1]);
+    expect((await askAll(port, Array(5000).fill(["GET /small"]))).length).toBe(5000); // the log fills the pipe
+    using peer = await Peer.connect(port);
+    await peer.send(formatRequest(["GET /large"]));
+    await peer.waitFor(/\r\n\r\n\0/);
+    peer.pause();
+    writeSparse(path, 1000);
+    peer.resume();
+    expect(await peer.closed).toBe("end");
+    expect(peer.received.length).toBeLessThan(size);
+    expect((await ask(port, "GET /small")).content.toString()).toBe("small");
+    expect((await ask(port, "GET /")).status).toBe(200); // made in the thread pool
+    server.child.kill("SIGTERM");
+    expect(await server.child.exited).toBe(0);
+  });
+
   test.concurrent("a file that is removed or replaced while it is sent is sent to its end", async () => {
     await using server = await serve({});
     const size = 16 * MIB;
@@ -1131,6 +1159,42 @@ for part in message.get_payload():
     expect(await peer.closed).toBe("end");
     expect(peer.received.length - peer.received.indexOf("\r\n\r\n") - 4).toBe(size);
     expect(await server.child.exited).toBe(0);
+  });
+
+  test.concurrent("a file that is there, but cannot be opened now, is 500, not 404", async () => {
+    await using server = await serve({ file: "x" });
+    expect((await ask(server.port, "GET /file")).status).toBe(200);
+    // While a program has a lease on it, as Samba takes, it cannot be opened without waiting.
+    const code = `
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+fcntl.fcntl(os.open(sys.argv[1], os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("has it", flush=True)
+signal.pause()`;
+    {
+      await using _ = await start(["python3", "-c", code, server.pathOf("file")], /^has it\n/);
+      expect((await ask(server.port, "GET /file")).status).toBe(500);
+    }
+    expect((await ask(server.port, "GET /file")).status).toBe(200);
+    expect((await ask(server.port, "GET /other")).status).toBe(404);
+  });
+
+  test.concurrent("a working folder is served whatever bytes its name has", async () => {
+    await using folder = await temporaryFolder();
+    writeFileSync(join(folder.path, "file"), "found");
+    const argv = [...(await command("server", variant)), "--port", "0"];
+    const script = `mkdir -p $'caf\\xe9/sub' && cd $'caf\\xe9' && mv ../file sub && exec "$@"`;
+    for (const [root, target] of [
+      [".", "/sub/file"],
+      ["sub", "/file"],
+    ] as const) {
+      const args = ["bash", "-c", script, "bash", ...argv, "--root", root];
+      await using server = await start(args, LISTENING, { cwd: folder.path });
+      const port = Number(server.match[1]);
+      expect((await ask(port, `GET ${target}`)).content.toString()).toBe("found");
+      expect((await ask(port, "GET /")).status).toBe(200);
+      await run(["bash", "-c", "mv */sub/file ."], { cwd: folder.path });
+    }
   });
 
   test.concurrent("a folder that cannot be served is one line and exit 1; wrong usage is exit 2", async () => {
@@ -1276,6 +1340,50 @@ test.concurrent("an answer goes without the digest that takes too long; a later 
   while ((later = await digest()) === undefined);
   expect(later).toBe(reprDigest(new Uint8Array(64 * MIB)));
 });
+
+test.concurrent(
+  "where the disk keeps times in whole seconds, an ETag names bytes, and no versions are mixed",
+  async () => {
+    await using folder = await temporaryFolder();
+    const path = join(folder.path, "file");
+    const whole = "(stats) => Object.assign(stats, { ctimeMs: floor(stats.ctimeMs), mtimeMs: floor(stats.mtimeMs) })";
+    const anchor = "const NO_FIELDS: ReadonlyMap<string, string> = new Map();";
+    const changes = {
+      [anchor]: `${anchor}\nconst floor = (ms) => Math.floor(ms / 1000) * 1000;\nconst whole = ${whole};`,
+      "const stats = fs.fstatSync(fd);": "const stats = whole(fs.fstatSync(fd));",
+      "mtimeMs } = fs.fstatSync(this.fd);": "mtimeMs } = whole(fs.fstatSync(this.fd));",
+      "const found = fs.fstatSync(this.fd);": "const found = whole(fs.fstatSync(this.fd));",
+    };
+    await using server = await startCopy(changes, ["--root", folder.path, "--log", "off", ...PATIENCE]);
+    /** @returns the second in which that was */
+    const write = (content: string | Uint8Array) => {
+      writeFileSync(path, content);
+      return Math.floor(statSync(path).mtimeMs / 1000);
+    };
+    for (let isWithin = false; !isWithin;) {
+      const second = write("one");
+      const tag = (await ask(server.port, "GET /file")).fields["etag"];
+      await Bun.sleep(50); // longer than a tick of the clock
+      isWithin = write("two") === second;
+      const answer = await ask(server.port, "GET /file", `If-None-Match: ${tag}`);
+      if (isWithin) expect([answer.status, answer.content.toString()]).toEqual([200, "two"]);
+    }
+    for (let isWithin = false; !isWithin;) {
+      const size = 16 * MIB;
+      const second = write(Buffer.alloc(size, "a"));
+      using peer = await Peer.connect(server.port);
+      await peer.send(formatRequest(["GET /file", "Connection: close"]));
+      await peer.waitFor(/\r\n\r\na/);
+      peer.pause();
+      isWithin = write(Buffer.alloc(size, "b")) === second;
+      peer.resume();
+      await peer.closed;
+      if (isWithin) expect(peer.received.length).toBeLessThan(size);
+    }
+    const tag = await settledTag(server.port, "/file"); // once no other change can have the same time
+    expect((await ask(server.port, "GET /file", `If-None-Match: ${tag}`)).status).toBe(304);
+  },
+);
 
 test.concurrent("the digest of a small file does not wait for that of a large one", async () => {
   const changes = { "const DIGEST_TIMEOUT_MS = 1000;": "const DIGEST_TIMEOUT_MS = 600_000;" };

@@ -356,6 +356,10 @@ print(s.getsockname()[1])`;
     expect(help.stdout).not.toContain("--head-bytes-max");
     expect((await runProgram("server", variant, ["--help", "other"])).exitCode).toBe(2);
     expect((await runProgram("server", variant, ["-V"])).stdout).toMatch(/^server \d+\.\d+\.\d+\n$/);
+    const argv = await command("server", variant);
+    const script = 'exec 3> >(true); wait $!; "$@" --help >&3; echo $?'; // its reader has gone
+    const unread = await run(["bash", "-c", script, "bash", ...argv]);
+    expect([unread.stdout, unread.stderr]).toEqual(["0\n", ""]);
   });
 
   test.if(hasTool("openssl"))(
@@ -367,6 +371,13 @@ print(s.getsockname()[1])`;
       await using server = await serve(...flags);
       expect(server.url).toBe(`https://localhost:${server.port}`);
       expect((await run(["curl", "-s", "--cacert", cert, server.url])).stdout).toBe("Hello, World!");
+
+      // As editors on Windows save them.
+      const marked = [join(folder.path, "marked-cert.pem"), join(folder.path, "marked-key.pem")] as const;
+      for (const [i, path] of marked.entries())
+        await Bun.write(path, `\ufeff${(await Bun.file([cert, key][i] ?? "").text()).replaceAll("\n", "\r\n")}`);
+      await using other = await serve("--log", "off", "--tls-cert", marked[0], "--tls-key", marked[1]);
+      expect((await run(["curl", "-s", "--cacert", cert, other.url])).stdout).toBe("Hello, World!");
 
       using silent = await Peer.connect(server.port);
       using pipelining = await Peer.connect(server.port, { ca: await Bun.file(cert).text(), serverName: "localhost" });
