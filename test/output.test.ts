@@ -32,6 +32,7 @@ import {
   freePort,
   hasTool,
   makeCertificate,
+  mortal,
   run,
   runProgram,
   temporaryFolder,
@@ -72,12 +73,13 @@ async function makePlace(old?: string) {
   mkdirSync(folder);
   const file = join(folder, "file");
   if (old !== undefined) writeFileSync(file, old);
+  const sizeOf = (path: string) => lstatSync(path, { throwIfNoEntry: false })?.size ?? 0; // it may have just gone
   /** Paths of what lies beside FILE, the largest first. */
   const beside = () =>
     readdirSync(folder)
       .map((name) => join(folder, name))
       .filter((path) => path !== file)
-      .toSorted((a, b) => lstatSync(b).size - lstatSync(a).size);
+      .toSorted((a, b) => sizeOf(b) - sizeOf(a));
   return {
     top: top.path,
     folder,
@@ -86,7 +88,7 @@ async function makePlace(old?: string) {
     /** What is kept of the content: the largest file beside FILE. */
     part: () => beside()[0] ?? "",
     /** Bytes that are kept. */
-    kept: () => Math.max(0, ...beside().map((path) => lstatSync(path).size)),
+    kept: () => Math.max(0, ...beside().map(sizeOf)),
     text: () => (existsSync(file) ? readFileSync(file, "utf8") : undefined),
     isWhole: (content = CONTENT) => existsSync(file) && readFileSync(file).equals(content),
     names: () => readdirSync(folder).toSorted(),
@@ -2524,7 +2526,7 @@ describe("a run whose part another run has taken over", () => {
   }
 
   /** Writes to it, as far as its time tells: a process of its own, which no other test holds up. */
-  const touch = (path: string) => Bun.spawn(["bash", "-c", 'while touch -c "$0"; do sleep 0.05; done', path]);
+  const touch = (path: string) => Bun.spawn(mortal(["bash", "-c", 'while touch -c "$0"; do sleep 0.05; done', path]));
 
   test.concurrent.each(["SIGKILL", "SIGTERM"] as const)(
     "takes it back if that run dies of %s, and loses nothing",
