@@ -185,7 +185,6 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
     const { head, rest } = await receiveHead(connection, request.method);
     trace?.complete("head");
     if (head.framing !== "close") connection.stopWatching();
-    delivery.isUnchanged = head.status === 304;
     const verdict = beginResponse(head, session);
     if (verdict.action === "redirect") return verdict;
     if (verdict.action === "complete") await delivery.finish(head);
@@ -245,6 +244,7 @@ function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, T
   const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
   const asked = { method: request.method, resource: resourceOf(request.url), hasRange: isForRest(session), isLastTry };
   const verdict = judgeHead(head, held, job, asked);
+  delivery.isUnchanged = head.status === 304;
   if (verdict instanceof TransferError) throw verdict;
   if (verdict.action !== "deliver") return verdict;
   if (held.bytes > 0 && verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
@@ -1024,10 +1024,12 @@ export function printable(text: string): string {
   });
 }
 
+const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
+
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
-    process.getBuiltinModule("node:fs").writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
   } catch {}
 }
 // ── end shared ──

@@ -46,10 +46,12 @@ export function printable(text: string): string {
   });
 }
 
+const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
+
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
-    process.getBuiltinModule("node:fs").writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
   } catch {}
 }
 // ── end shared ──

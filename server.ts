@@ -966,10 +966,12 @@ export function printable(text: string): string {
   });
 }
 
+const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
+
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
   try {
-    process.getBuiltinModule("node:fs").writeSync(2, `${printable(line).replace(/[\n\t]/g, " ")}\n`);
+    process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
   } catch {}
 }
 // ── end shared ──
@@ -1430,7 +1432,7 @@ const writeSome = (fd: number, bytes: Uint8Array) =>
 
 const reports = new Log(2);
 /** Once it serves, this takes the place of {@link tell}. */
-const report = (line: string) => reports.print(`${printable(line).replace(/[\n\t]/g, " ")}\n`);
+const report = (line: string) => reports.print(asLine(line));
 
 // ── shared: trace ──
 /**

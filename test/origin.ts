@@ -2,6 +2,10 @@
 import { createHash } from "node:crypto";
 
 export const CONTENT: Buffer = Buffer.from(Array.from({ length: 5000 }, (_, i) => `${i}\n`).join(""));
+/** Another version, of the same length. */
+export const OTHER: Buffer = Buffer.from(CONTENT.toString().replaceAll("\n", ";"));
+/** So much of the content comes before an answer breaks off. */
+export const HALF = 9000;
 export const sha256 = (content: Buffer) => createHash("sha256").update(content).digest("hex");
 export const reprDigest = (content: Buffer) =>
   `Repr-Digest: sha-256=:${Buffer.from(sha256(content), "hex").toString("base64")}:\r\n`;

@@ -43,6 +43,8 @@ import {
 import {
   type Answer,
   CONTENT,
+  HALF,
+  OTHER,
   pausing,
   raw,
   rangeOf,
@@ -59,10 +61,6 @@ import { Random } from "./random.ts";
 setDefaultTimeout(60_000);
 
 const OLD = "as it was";
-/** Another version, of the same length. */
-const OTHER = Buffer.from(CONTENT.toString().replaceAll("\n", ";"));
-/** So much of the content comes before an answer breaks off. */
-const HALF = 9000;
 const SHA256 = ["--sha256", sha256(CONTENT)];
 
 /** A folder for FILE and whatever comes to lie beside it; in a folder of its own, where it can be moved to and fro. */

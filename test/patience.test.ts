@@ -38,6 +38,8 @@ import {
 import {
   type Answer,
   CONTENT,
+  HALF,
+  OTHER,
   pausing,
   rangeOf,
   raw,
@@ -51,10 +53,6 @@ import {
 // Most of the time nothing happens here: what waits for its retry waits beside the others.
 setDefaultTimeout(60_000);
 
-/** So much of the content comes before an answer breaks off. */
-const HALF = 9000;
-/** Another version, of the same length. */
-const OTHER = Buffer.from(CONTENT.toString().replaceAll("\n", ";"));
 /** Where a test is not about the length of the waits. */
 const QUICK = ["--retry-delay", "0.05"];
 
