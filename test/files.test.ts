@@ -1161,7 +1161,7 @@ for part in message.get_payload():
     expect(await server.child.exited).toBe(0);
   });
 
-  test.concurrent("a file that is there, but cannot be opened now, is 500, not 404", async () => {
+  test.concurrent("a file that is there, but cannot be opened now, is 500, not 404, and stderr says why", async () => {
     await using server = await serve({ file: "x" });
     expect((await ask(server.port, "GET /file")).status).toBe(200);
     // While a program has a lease on it, as Samba takes, it cannot be opened without waiting.
@@ -1174,6 +1174,7 @@ signal.pause()`;
     {
       await using _ = await start(["python3", "-c", code, server.pathOf("file")], /^has it\n/);
       expect((await ask(server.port, "GET /file")).status).toBe(500);
+      await server.stderr.waitFor(/\nError: EAGAIN[^\n]*\/file'\n/);
     }
     expect((await ask(server.port, "GET /file")).status).toBe(200);
     expect((await ask(server.port, "GET /other")).status).toBe(404);
