@@ -507,7 +507,7 @@ const digestOf = (text: string) => text && new Bun.CryptoHasher("sha256").update
 
 /** What a URL names: its path, and a digest of its query. Its host is left out: a redirect may choose a mirror. */
 export const resourceOf = ({ pathname, search }: URL) =>
-  `${pathname}?${digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
+  `${pathname}?${search && digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
 
 /** No field of the response contradicts the version held. A 206 need not repeat the coding (RFC 9110 §15.3.7). */
 const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
@@ -601,7 +601,8 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
     ["If-Range", held.bytes > 0 ? held.validator : ""],
   ] as const;
   const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
-  let head = `${method} ${url.pathname}${url.search} HTTP/1.1\r\n`;
+  const target = url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, ""); // not pathname and search: they forget a "?" at the end
+  let head = `${method} ${target} HTTP/1.1\r\n`;
   for (const [name, value] of [...defaults.filter(([name]) => !isReplaced(name)), ...own, ...fields])
     if (value !== "") head += `${name}: ${value}\r\n`;
   // Values may be any bytes but CTL; the command line has made them ISO 8859-1, one character a byte.
@@ -1230,8 +1231,8 @@ export class Connection implements Source {
 
   /** More has come than interim responses, which may come at any time (RFC 9110 §15.2). */
   private get isAnswered(): boolean {
-    const text = latin1(Buffer.concat(this.received), 0, this.receivedBytes);
-    return /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(text);
+    const text = () => latin1(Buffer.concat(this.received), 0, this.receivedBytes);
+    return this.receivedBytes > 0 && /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(text());
   }
 
   async receive(): Promise<Uint8Array | undefined> {

@@ -328,6 +328,17 @@ describe("client-robust.ts", () => {
     );
   });
 
+  test.each([
+    ["http://h/?", "/?"],
+    ["http://h?#x", "/?"],
+    ["http://h#x?", "/"],
+    ["http://user:pass@h/a?b=http://c/d#e", "/a?b=http://c/d"], // as a redirect may name it
+  ])("%s is asked for as %s", (href, target) => {
+    const request = { method: "GET", url: new URL(href), fields: [], content: [] };
+    const [line] = Buffer.from(robust.formatRequest(request, robust.NOTHING)).toString().split("\r\n", 1);
+    expect(line).toBe(`GET ${target} HTTP/1.1`);
+  });
+
   test("a request that cannot be sent is the failure of the send, exit 55", async () => {
     const connection = new robust.Connection(new robust.Clock({ connectMs: 1000, stallMs: 1000, maxMs: 1000 }));
     const gone = { write: () => -1 } as unknown as Bun.Socket; // all that is called of it
