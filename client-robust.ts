@@ -139,12 +139,13 @@ export class TransferError extends Error {
   readonly isFinal: boolean = false; // another attempt cannot help, though the outcome alone would not say so
   readonly isQuiet: boolean = false; // no line on stderr: `| head` has what it wanted
   readonly isPart: boolean = false; // the response was complete, but only a part of the missing bytes: the server has more
+  readonly refusesRest: boolean = false; // the answer to a request for the rest, and of no use: the whole may be had
   readonly spoils: boolean = false; // the content held may be wrong
 
   constructor(
     readonly outcome: Outcome,
     message: string,
-    more: Partial<Pick<TransferError, "retryAfterMs" | "isFinal" | "isQuiet" | "isPart" | "spoils">> = {},
+    more: Partial<Omit<TransferError, "outcome" | keyof Error>> = {},
   ) {
     super(message);
     Object.assign(this, more);
@@ -244,8 +245,8 @@ function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, T
   const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
   const asked = { method: request.method, resource: resourceOf(request.url), hasRange: isForRest(session), isLastTry };
   const verdict = judgeHead(head, held, job, asked);
-  delivery.isUnchanged = head.status === 304;
   if (verdict instanceof TransferError) throw verdict;
+  delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
   if (verdict.action !== "deliver") return verdict;
   if (held.bytes > 0 && verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
     session.progress.clear();
@@ -335,7 +336,8 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
   const { job, delivery, clock, progress, wasSent, request } = session;
-  session.failures = delivery.takeProgress() ? Number(!failure.isPart) : session.failures + 1;
+  const { isPart, refusesRest } = failure;
+  session.failures = delivery.takeProgress() ? Number(!isPart) : session.failures + Number(!refusesRest);
   const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
   const decision = decideNext(attempt, delivery.held, job, Math.random);
   progress.clear();
@@ -360,7 +362,7 @@ export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
   | { readonly action: "complete" } // the bytes held are the whole content
-  | { readonly action: "unchanged" } // 304: the user has it already
+  | { readonly action: "unchanged" } // the user has it already
   | Redirect
   | TransferError;
 type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
@@ -386,7 +388,10 @@ export function judgeHead(
   // Not every server encodes what is not ASCII. Its bytes are sent back as they came, whatever their charset.
   const location = place.replace(/[\x80-\xff]/g, (byte) => `%${byte.charCodeAt(0).toString(16).toUpperCase()}`);
   if (job.followsRedirects && location !== "") return { action: "redirect", status, location };
-  if (status === 304 && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
+  // Some servers ignore If-Modified-Since. As in curl, the date of the response tells then.
+  const isOld = job.sinceMs !== undefined && parseHttpDate(singleValue(head, "last-modified")) <= job.sinceMs;
+  const isUnchanged = status === 304 || (status === 200 && isOld);
+  if (isUnchanged && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
   const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
   if (status === 206 && asked.hasRange) return judgePart(head, held, job);
@@ -395,8 +400,10 @@ export function judgeHead(
   if ((isPending || TRANSIENT_STATUSES.includes(status)) && !asked.isLastTry)
     return new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
+  // Some servers answer so to a Range that they do not like, or that the file has become too short for.
+  const refusesRest = asked.hasRange && status >= 400 && (status === 500 || !TRANSIENT_STATUSES.includes(status));
   if (onlyContentCounts && !hasContent(head, asked.method))
-    return new TransferError("status", describeStatus(head) + advice, { isFinal: true });
+    return new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
   return judgeWhole(head, held, job, asked.method === "GET", asked.resource);
 }
 
@@ -437,7 +444,7 @@ function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === length) &&
     (job.hasSha256 || agrees(head, held));
-  if (!fits) return new TransferError("range", "the server sent another part than the one that is missing");
+  if (!fits) return misfit("the server sent another part than the one that is missing");
   if (total > job.sizeMax) return tooLarge(job);
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
 }
@@ -448,9 +455,10 @@ function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
   const { validator } = versionOf(head);
   const isLength = Number(complete) === held.bytes && (held.total ?? held.bytes) === held.bytes;
   const isWhole = isLength && validator === held.validator && validator !== "";
-  return isWhole ? { action: "complete" } : new TransferError("range", "the server has no such part");
+  return isWhole ? { action: "complete" } : misfit("the server has no such part");
 }
 
+const misfit = (message: string) => new TransferError("range", message, { refusesRest: true });
 const tooLarge = ({ sizeMax }: Job) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
@@ -509,9 +517,12 @@ const digestOf = (text: string) => text && new Bun.CryptoHasher("sha256").update
 export const resourceOf = ({ pathname, search }: URL) =>
   `${pathname}?${search && digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
 
-/** No field of the response contradicts the version held. A 206 need not repeat the coding (RFC 9110 §15.3.7). */
+/**
+ * No field of the response contradicts the version held. A 206 need not repeat the coding (RFC 9110 §15.3.7), but some
+ * servers name two codings by one entity-tag.
+ */
 const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
-  (codingOf(head) === coding || (head.status === 206 && codingOf(head) === "")) &&
+  codingOf(head) === coding &&
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
   fieldValues(head, "last-modified").every((value) => lastModified === "" || value === lastModified);
 
@@ -546,6 +557,7 @@ const backoffMs = (failures: number, random: () => number) =>
  * | the failure | then |
  * | --- | --- |
  * | is none: the response was complete, but only a part of the missing bytes | ask for the next part at once |
+ * | is that of a request for the rest, and the whole may be had | ask for the whole at once; this is no retry |
  * | is permanent (a certificate, 404, conflicting lengths, disk full) | give up |
  * | the method is not idempotent, and the request was sent | give up |
  * | no retries are left, or no time, or Retry-After is too long | give up |
@@ -557,6 +569,7 @@ export function decideNext(attempt: Attempt, held: Held, job: Job, random: () =>
   const giveUp = (why: string) => ({ action: "give-up", why }) as const;
   // RFC 9110 §15.3.7 allows it. If parts bring nothing new, it is a failure.
   if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
+  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const;
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
   if (attempt.wasSent && !IDEMPOTENT_METHODS.includes(attempt.method)) return giveUp("");
   if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
@@ -1220,11 +1233,13 @@ export class Connection implements Source {
   async send(bytes: Uint8Array): Promise<boolean> {
     for (let sent = 0; sent < bytes.length && !this.isAnswered;) {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
-      if (written < 0) throw new TransferError("send", "the connection was lost while the request was sent");
-      this.trace?.step("send", `${written} of ${bytes.length - sent} B`);
-      sent += written;
+      if (written < 0 && (this.hasEnded || this.failure !== undefined))
+        throw new TransferError("send", "the connection was lost while the request was sent");
+      this.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
+      sent += Math.max(0, written);
+      // If the connection is lost, an answer may still be unread. Its end is reported after that.
       if (sent < bytes.length) await this.event();
-      if (!this.isAnswered) this.throwFailure();
+      if (written >= 0 && !this.isAnswered) this.throwFailure();
     }
     return !this.isAnswered;
   }
@@ -1461,7 +1476,7 @@ const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
 class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
-  isUnchanged = false; // the response is a 304
+  isUnchanged = false; // the user has the content already
   /** The most that was ever held of this version: only what goes beyond it is progress. Starting over is none. */
   private best: number;
   private isJoined: boolean; // the content held came in several responses
@@ -2085,8 +2100,10 @@ export function parseCommandLine(args: readonly string[]) {
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
-  const since = last("time-cond");
-  const fields = [...all("header").map(parseField), ...timeCondition(since, since === output || values.has("silent"))];
+  const timeFile = last("time-cond");
+  const since = timeFile === undefined ? undefined : timeOf(timeFile, timeFile === output || values.has("silent"));
+  const fields = all("header").map(parseField);
+  if (since !== undefined) fields.push(["If-Modified-Since", since.toUTCString()]); // RFC 9110 §13.1.3
   const request: Request = { method, url, fields, content: [] };
   const options = {
     request,
@@ -2106,6 +2123,7 @@ export function parseCommandLine(args: readonly string[]) {
     authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
     isInsecure: values.has("insecure"), // certificates are not verified
     sha256, // that the content must have, in lower-case hex; "" if any will do
+    sinceMs: since?.getTime(), // content that is not newer is not wanted
     keepsTime: values.has("remote-time"), // FILE gets the time of Last-Modified
     isSilent: values.has("silent"),
     isVerbose: values.has("verbose"),
@@ -2123,12 +2141,11 @@ function remoteName(text: string, url: URL): string {
   return name === "-" ? "./-" : name;
 }
 
-/** The condition of -z: changed since FILE was (RFC 9110 §13.1.3). None if there is no FILE, as in a mirror's first run. */
-function timeCondition(file: string | undefined, mayBeMissing: boolean): [name: string, value: string][] {
-  const found = file === undefined ? undefined : ignoreErrors(() => fs().statSync(file));
-  if (file !== undefined && found === undefined && !mayBeMissing)
-    tell(`No condition is sent: there is no file ${file}`);
-  return found === undefined ? [] : [["If-Modified-Since", found.mtime.toUTCString()]];
+/** The time of the FILE of -z. There may be none, as in a mirror's first run: then there is no condition. */
+function timeOf(file: string, mayBeMissing: boolean): Date | undefined {
+  const found = ignoreErrors(() => fs().statSync(file));
+  if (found === undefined && !mayBeMissing) tell(`No condition is sent: there is no file ${file}`);
+  return found?.mtime;
 }
 
 /** @returns milliseconds */

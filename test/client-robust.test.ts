@@ -172,6 +172,20 @@ time.sleep(60)`),
     expect(readdirSync(folder.path)).toEqual([]);
   });
 
+  test.concurrent("an answer that comes before all is sent is received, though a reset follows it", async () => {
+    await using folder = await temporaryFolder();
+    await Bun.write(`${folder.path}/data`, new Uint8Array(2_000_000));
+    // It closes with bytes unread, as many servers do.
+    const answer = 'c.sendall(b"HTTP/1.1 501 No\\r\\nContent-Length: 4\\r\\n\\r\\npage")';
+    await using server = await startPython(serving(answer));
+    const url = `http://127.0.0.1:${server.port}`;
+    for (let i = 0; i < 10; i++) {
+      const { stdout, stderr, exitCode } = await get("--retry", "0", "-d", `@${folder.path}/data`, url);
+      expect([stdout.slice(-4), stderr]).toEqual(["page", "Error: the server answered 501 No\n"]);
+      expect(exitCode).toBe(EXIT_CODES.status);
+    }
+  });
+
   test.concurrent("no server, no host: one line, exit 7 and 6", async () => {
     const port = await freePort();
     const refused = await get(`http://127.0.0.1:${port}`);

@@ -704,6 +704,22 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       expect(readdirSync(place.folder)).toEqual(["file"]);
     });
 
+    test.concurrent("-z holds with a server that ignores it: what is not newer than FILE is not fetched", async () => {
+      await using place = await makeFile("as it was", MINUTE_BEFORE);
+      const [same, newer, undated] = [MINUTE_BEFORE, LESS_BEFORE, ""].map((lastModified) => serving({ lastModified }));
+      using origin = scripted([same ?? NOT_MODIFIED]);
+      const { stderr, exitCode } = await get("-v", "-z", place.file, "-o", place.file, origin.url);
+      expect([exitCode, readFileSync(place.file, "utf8")]).toEqual([EXIT_CODES.ok, "as it was"]);
+      expect(stderr).not.toContain("verified");
+      expect((await get("-z", place.file, origin.url)).stdout).toEndWith(CONTENT.toString()); // it is printed as it came
+      for (const script of [newer, undated]) {
+        await using place = await makeFile("as it was", MINUTE_BEFORE);
+        origin.answerAnew(script ?? NOT_MODIFIED);
+        expect((await get("-z", place.file, "-o", place.file, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+        expect(readFileSync(place.file).equals(CONTENT)).toBeTrue();
+      }
+    });
+
     test.concurrent("-z with a FILE that is not there is no condition", async () => {
       await using folder = await temporaryFolder();
       using origin = scripted([serving()]);
@@ -754,7 +770,7 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       expect(rangeOf(origin.requests[1])).toBe(HALF);
       expect([readFileSync(place.file).equals(CONTENT), timeOf(place.file)]).toEqual([true, MINUTE_BEFORE]);
       // With a part at hand, 304 still says that FILE is current.
-      origin.answerAnew(serving({ ...fresh, cut: HALF }), NOT_MODIFIED);
+      origin.answerAnew(serving({ ...fresh, lastModified: LESS_BEFORE, cut: HALF }), NOT_MODIFIED);
       expect((await mirror("--retry", "0")).exitCode).toBe(EXIT_CODES.partial);
       expect((await mirror()).exitCode).toBe(EXIT_CODES.ok);
       expect(readFileSync(place.file).equals(CONTENT)).toBeTrue();

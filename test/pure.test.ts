@@ -341,7 +341,12 @@ describe("client-robust.ts", () => {
 
   test("a request that cannot be sent is the failure of the send, exit 55", async () => {
     const connection = new robust.Connection(new robust.Clock({ connectMs: 1000, stallMs: 1000, maxMs: 1000 }));
-    const gone = { write: () => -1 } as unknown as Bun.Socket; // all that is called of it
+    const gone = {
+      write() {
+        setImmediate(() => connection.handlers.close(gone));
+        return -1;
+      },
+    } as unknown as Bun.Socket; // all that is called of it
     connection.handlers.open(gone);
     const failure = await connection.send(GET).catch((error: unknown) => error);
     expect(failure).toBeInstanceOf(robust.TransferError);

@@ -29,7 +29,7 @@ import {
   versionOf,
 } from "../client-robust.ts";
 import { canMount, command, run, runProgram, saveToFile, temporaryFolder, VARIANTS } from "./harness.ts";
-import { type Answer, CONTENT, rangeOf, raw, reprDigest, scripted, serving, sha256 } from "./origin.ts";
+import { type Answer, CONTENT, HALF, OTHER, rangeOf, raw, reprDigest, scripted, serving, sha256 } from "./origin.ts";
 
 // Most of the time nothing happens here: what waits for its retry waits beside the others.
 setDefaultTimeout(60_000);
@@ -185,13 +185,13 @@ describe("judgeHead", () => {
     expect(fresh).toMatchObject({ held: { bytes: 0, resource: "another", total: undefined } });
   });
 
-  test("joins nothing of another coding, which a 206 need not repeat", () => {
+  test("joins nothing of another coding", () => {
     const gzip = { "Content-Encoding": "gzip" };
     const encoded = { ...HELD, coding: "gzip" };
     expect(judge(head(206, { ...PART, ...gzip }), HELD)).toBe("range");
     expect(judge(head(206, { ...PART, "Content-Encoding": "br" }), encoded)).toBe("range");
     expect(judge(head(206, { ...PART, ...gzip }), encoded)).toBe("deliver from 40");
-    expect(judge(head(206, PART), encoded)).toBe("deliver from 40");
+    expect(judge(head(206, PART), encoded)).toBe("range"); // some servers name two codings by one tag
     expect(judge(head(206, { ...PART, "Content-Encoding": "Identity" }), HELD)).toBe("deliver from 40");
     expect(judge(head(200, { ETag: '"a"', ...gzip }), HELD)).toBe("start over");
     expect(judge(head(200, { ETag: '"a"' }), encoded)).toBe("start over");
@@ -290,6 +290,18 @@ describe("decideNext", () => {
     expect(decide("partial", HELD, { failure })).toBe("go on within 0");
     expect(decide("partial", HELD, { failure, failures: 2 })).toBe("go on within 2000");
     expect(decide("partial", HELD, { failure, failures: 0 }, { retries: 0, retryDelayMs: 9 })).toBe("go on within 0");
+  });
+
+  test("asks for the whole at once where the rest is refused, and counts no retry", () => {
+    const failure = new TransferError("range", "", { refusesRest: true });
+    expect(decide("range", HELD, { failure, failures: 0 }, { retries: 0 })).toBe("ask for the whole within 0");
+    const refusing = (status: number, isLastTry = true, hasRange = true) => {
+      const verdict = judgeHead(head(status), HELD, JOB, { method: "GET", resource: RESOURCE, hasRange, isLastTry });
+      return verdict instanceof TransferError && verdict.refusesRest;
+    };
+    expect([206, 400, 403, 404, 416, 500, 501].map((status) => refusing(status))).not.toContain(false);
+    expect([202, 204, 302, 429, 502, 503].map((status) => refusing(status))).not.toContain(true);
+    expect([refusing(400, false, false), refusing(500, false), refusing(500, true, false)]).not.toContain(true);
   });
 
   test("waits a second, then two, four …, and a minute at the most: half of it fixed, half random", () => {
@@ -599,6 +611,34 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
     expect((await get("-o", file, origin.url)).exitCode).toBe(0);
     expect([rangeOf(origin.requests[1]), readFileSync(file).equals(CONTENT)]).toEqual([9000, true]);
     expect(readdirSync(folder.path)).toEqual(["file"]);
+  });
+
+  test.concurrent("a part is in nobody's way: where the rest is refused, the same run gets the whole", async () => {
+    const newer = serving({ etag: '"b"', content: OTHER });
+    const misfit = raw(
+      "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 9000-9001/9002\r\nContent-Length: 2\r\n\r\nxx",
+    );
+    for (const refusal of [misfit, ...[400, 403, 416, 500].map((status) => raw(`HTTP/1.1 ${status} No\r\n\r\n`))]) {
+      await using folder = await temporaryFolder();
+      const file = `${folder.path}/file`;
+      using origin = scripted([serving({ cut: HALF }), refusal, newer]);
+      expect((await get("--retry", "0", "-o", file, origin.url)).exitCode).toBe(EXIT_CODES.partial);
+      expect((await get("--retry", "0", "-o", file, origin.url)).exitCode).toBe(0);
+      expect(origin.requests.map(rangeOf)).toEqual([undefined, HALF, undefined]);
+      expect([readFileSync(file).equals(OTHER), readdirSync(folder.path)]).toEqual([true, ["file"]]);
+    }
+  });
+
+  test.concurrent("what refuses the rest and the whole is asked for both, and then given up", async () => {
+    await using folder = await temporaryFolder();
+    const [gone, broken] = [404, 500].map((status) => raw(`HTTP/1.1 ${status} No\r\n\r\n`));
+    using origin = scripted([serving({ cut: HALF }), gone ?? raw(""), gone ?? raw(""), broken ?? raw("")]);
+    const arguments_ = ["--retry", "0", "-o", `${folder.path}/file`, origin.url];
+    expect((await get(...arguments_)).exitCode).toBe(EXIT_CODES.partial);
+    expect((await get(...arguments_)).exitCode).toBe(EXIT_CODES.status);
+    expect((await get(...arguments_)).exitCode).toBe(EXIT_CODES.status);
+    expect(origin.requests.map(rangeOf)).toEqual([undefined, HALF, undefined, HALF, undefined]);
+    expect(readdirSync(folder.path).filter((name) => name.endsWith(".part")).length).toBe(1);
   });
 
   test.concurrent("verifies: a digest that does not fit is a failure, whoever gives it", async () => {
