@@ -73,9 +73,10 @@ const LONG_HEAD_BYTES = 1024;
 const CONTENT_PART_BYTES_MIN = 5000;
 /** Answers buffered for a peer that does not take them: at this much, the server stops reading from it. */
 const UNSENT_BYTES_MAX = 65_536;
-/** After the last answer, what the peer still sends is read and dropped: for this long, and this much. */
-const LINGER_TIMEOUT_MS = 5000;
-const LINGER_BYTES_MAX = 16_777_216;
+/** After the last answer, what the peer still sends is read and dropped, so that it can send a refused upload to its end. */
+const LINGER_TIMEOUT_MS = 5000; // without a byte
+const LINGER_MS_MAX = 30_000; // in all; both as nginx
+const LINGER_BYTES_MAX = 1_073_741_824;
 /** How often deadlines are checked: one sweep costs less than a timer for each connection. */
 const SWEEP_MS = 250;
 /** On a stop, an idle connection stays open this long: a request may be on its way. */
@@ -1217,12 +1218,13 @@ export class Connection {
       this.trace?.step("close", "FIN sent");
       // On a stop, nobody waits for an idle peer that does not notice.
       const isIdle = this.server.isStopping && !this.head.hasBegun;
-      const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_TIMEOUT_MS);
+      const [silenceMs, ms] = isIdle ? [STOP_IDLE_MS, STOP_IDLE_MS] : [LINGER_TIMEOUT_MS, LINGER_MS_MAX];
+      const deadline = this.server.now + ms;
       for (let dropped = 0, outcome: Outcome = "bytes"; !endsReading(outcome);) {
         dropped += this.to - this.at;
         if (dropped > LINGER_BYTES_MAX) return this.abort();
         this.at = this.to;
-        outcome = await this.receive(deadline);
+        outcome = await this.receive(Math.min(deadline, this.server.now + silenceMs));
       }
       // No reset: a slow peer may still be reading what the kernel has taken.
       if (!this.isGone) this.socket.end();

@@ -208,11 +208,11 @@ test.concurrent.if(hasTool("openssl"))(
   },
 );
 
-test.concurrent("after the last answer a peer that does not close is closed", async () => {
-  await using server = await startCopy({ "const LINGER_TIMEOUT_MS = 5000;": "const LINGER_TIMEOUT_MS = 300;" }, [
-    "--log",
-    "off",
-  ]);
+test.concurrent.each([
+  ["sends on and on", { "const LINGER_MS_MAX = 30_000;": "const LINGER_MS_MAX = 300;" }, 0.05],
+  ["sends nothing", { "const LINGER_TIMEOUT_MS = 5000;": "const LINGER_TIMEOUT_MS = 300;" }, 2],
+] as const)("after the last answer a peer that %s and does not close is closed", async (_, change, seconds) => {
+  await using server = await startCopy(change, ["--log", "off"]);
   const code = `
 import socket, sys, time
 s = socket.create_connection(("127.0.0.1", ${server.port}))
@@ -220,13 +220,14 @@ s.sendall(b"nonsense\\r\\n")
 while s.recv(1000): pass
 t = time.time()
 try:
-  while time.time() < t + 8: s.sendall(b"x"); time.sleep(0.05)
+  while time.time() < t + 8: s.sendall(b"x"); time.sleep(${seconds})
 except OSError: print("closed")`;
   expect((await run(["python3", "-c", code])).stdout).toBe("closed\n");
 });
 
-test.concurrent("a peer that sends on and on after the last answer is cut off", async () => {
-  await using server = await startServer("script", ["--log", "off"]);
+test.concurrent("a peer that sends too much after the last answer is cut off", async () => {
+  const change = { "const LINGER_BYTES_MAX = 1_073_741_824;": "const LINGER_BYTES_MAX = 16_777_216;" };
+  await using server = await startCopy(change, ["--log", "off"]);
   const code = `
 import socket
 s = socket.create_connection(("127.0.0.1", ${server.port}))
@@ -237,6 +238,22 @@ try:
   print("all taken")
 except OSError: print("cut off")`;
   expect((await run(["python3", "-c", code])).stdout).toBe("cut off\n");
+});
+
+/** Sends all of a request, and only then reads: as http.client, Firefox and Apache's mod_proxy do. */
+test.concurrent.each([
+  ["large", 30, 0, {}],
+  // It takes five times as long as a peer may be silent.
+  ["slow", 2, 0.05, { "const LINGER_TIMEOUT_MS = 5000;": "const LINGER_TIMEOUT_MS = 400;" }],
+] as const)("a client gets the refusal of its %s upload once all is sent", async (_, megabytes, seconds, change) => {
+  await using server = await startCopy(change, ["--log", "off"]);
+  const code = `
+import socket, time
+s = socket.create_connection(("127.0.0.1", ${server.port}))
+s.sendall(b"PUT /file HTTP/1.1\\r\\nHost: h\\r\\nContent-Length: ${megabytes}000000\\r\\n\\r\\n")
+for i in range(40): s.sendall(b"x" * ${megabytes * 25_000}); time.sleep(${seconds})
+print(s.recv(12).decode())`;
+  expect((await run(["python3", "-c", code])).stdout).toBe("HTTP/1.1 405\n");
 });
 
 test("the defaults answer 408 between 5 and 30 seconds, and leave room for 10,000 connections", () => {
