@@ -1237,7 +1237,7 @@ export class Connection implements Source {
         throw new TransferError("send", "the connection was lost while the request was sent");
       this.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
       sent += Math.max(0, written);
-      // If the connection is lost, an answer may still be unread. Its end is reported after that.
+      // If the connection is lost, an answer may still be unread: its event comes before that of the loss.
       if (sent < bytes.length) await this.event();
       if (written >= 0 && !this.isAnswered) this.throwFailure();
     }
