@@ -96,6 +96,7 @@ interface Sink {
   start?(head: ResponseHead): void; // the content of this response follows, from its first byte on
   digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
+  readonly isTerminal?: boolean;
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
 
@@ -264,7 +265,7 @@ function beginSession(job: Job, sink: Sink, clock: Clock) {
     job,
     delivery: new Delivery(sink, job),
     clock,
-    progress: new ProgressLine(job, clock),
+    progress: new ProgressLine(job, clock, sink),
     trace: job.isTraced ? new Trace(tell) : undefined,
     first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
     request: job.request, // the last request
@@ -1086,7 +1087,7 @@ function formatProgress(bytes: number, total: number | undefined, bytesPerSecond
   return `${formatBytes(bytes)} of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %, ${speed}${left}`;
 }
 
-/** Size, speed and time left, in one line of stderr that is overwritten; only on a terminal. */
+/** Size, speed and time left, in one line of stderr that is overwritten; only on a terminal that gets no content. */
 class ProgressLine {
   private shownAt = LIMITS.progressAfterMs - LIMITS.progressEveryMs;
   private firstBytes: number | undefined;
@@ -1095,6 +1096,7 @@ class ProgressLine {
   constructor(
     private readonly job: Job,
     private readonly clock: Clock,
+    private readonly sink: Sink,
   ) {}
 
   show({ bytes, total }: Held): void {
@@ -1102,7 +1104,8 @@ class ProgressLine {
     const now = this.clock.elapsedMs;
     if (now - this.shownAt < LIMITS.progressEveryMs) return;
     this.shownAt = now;
-    if (this.job.isSilent || this.job.isTraced || !isTerminal(2, fs().fstatSync(2))) return;
+    const isUnwanted = this.job.isSilent || this.job.isTraced || this.sink.isTerminal;
+    if (isUnwanted || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
     // In a narrow terminal the line is cut off, not wrapped.
@@ -1113,6 +1116,7 @@ class ProgressLine {
   finish({ held, isToVerify, isUnchanged, note }: Delivery): void {
     if (!isUnchanged && (this.isOnScreen || this.job.isVerbose)) {
       this.clear();
+      this.sink.endLine?.();
       const verified = isToVerify ? "SHA-256 verified" : "not verified";
       tell(`${formatBytes(held.bytes)} in ${(this.clock.elapsedMs / 1000).toFixed(1)} s, ${verified}`);
     }
@@ -1615,7 +1619,7 @@ class StreamSink implements Sink {
   /** The head that is still to be printed: with the first content, when no other response can replace it. */
   private head = "";
   private isInLine = false;
-  private readonly isTerminal: boolean;
+  readonly isTerminal: boolean;
   private readonly mayBlock: boolean;
   private textDecoder: TextDecoder | undefined;
   private left: number; // bytes to print before node:fs is loaded
@@ -1710,7 +1714,9 @@ function* findParts(file: string, folder: string): Generator<FoundPart> {
     if (found === undefined || label === undefined) continue;
     if (found.size > 0 && label.file !== paths().basename(file)) continue;
     // If others may write to the folder, a part that someone else owns is not to be trusted; nor is a link.
-    const isOurs = part?.isFile() && part.nlink === 1 && part.uid === (process.geteuid?.() ?? part.uid);
+    const { R_OK, W_OK } = fs().constants;
+    const canOpen = ignoreErrors(() => (fs().accessSync(path, R_OK | W_OK), true));
+    const isOurs = canOpen && part?.isFile() && part.nlink === 1 && part.uid === (process.geteuid?.() ?? part.uid);
     yield { path, label, bytes: isOurs ? (part?.size ?? 0) : 0, labelledAt: found.mtimeMs };
   }
 }

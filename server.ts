@@ -1365,7 +1365,7 @@ function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; 
   };
   const listeners: Bun.TCPSocketListener<Connection>[] = [];
   // "localhost" is both loopback addresses; Bun binds only the first, and clients may try either.
-  for (const hostname of host === "localhost" ? ["127.0.0.1", "::1"] : [host]) {
+  for (const hostname of host.toLowerCase() === "localhost" ? ["127.0.0.1", "::1"] : [host]) {
     try {
       const bound = listeners[0]?.port ?? port;
       const all = { hostname, port: bound, allowHalfOpen: true, reusePort, socket, ...(tls !== undefined && { tls }) };
@@ -1390,7 +1390,10 @@ function explainListenError(code: string | undefined, { host, isHostFromEnv, por
   if (code?.startsWith("ERR_OSSL_"))
     return `the certificate and the key cannot be used: ${code.slice("ERR_OSSL_".length)}`;
   const from = isHostFromEnv ? "; the environment variable HOST names it, --host another" : "";
-  return `cannot listen on ${host}: it is not an address of this machine (${code ?? "unknown host"})${from}`;
+  // Bun has no code for a name that does not resolve, and none if descriptors are missing.
+  const why =
+    code === undefined ? "no such host, or no file descriptor is free" : `no address of this machine (${code})`;
+  return `cannot listen on ${host}: ${why}${from}`;
 }
 
 // ═══ 9 Log ═══════════════════════════════════════════════════════════════════════════════════════
@@ -2239,8 +2242,9 @@ export class OpenFile {
       // Not the time of the last change: moving, replacing or deleting a file changes that too.
       if (size === this.compared.size && mtimeMs === this.compared.mtimeMs) return "same";
       return size > this.compared.size ? "longer" : "changed";
-    } catch {
-      return "gone"; // the disk fails
+    } catch (error) {
+      report(`Error: ${(error as Error).message}`); // of node:fs: the disk fails
+      return "gone";
     }
   }
 
@@ -2309,7 +2313,7 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
         found = isSame ? part.read(bytes) : "changed";
         deadline = connection.server.writeDeadline;
       }
-      if (found === "changed" || found === "gone") throw new Error(`${part.known.path} has changed while it was sent`);
+      if (found === "changed" || found === "gone") throw new Error(`${part.known.path} has changed or cannot be read`);
       const taken = connection.write(bytes, bytes.length);
       part.advance(bytes.subarray(0, taken));
       if (taken > 0) deadline = connection.server.writeDeadline;

@@ -1086,7 +1086,7 @@ for part in message.get_payload():
       expect(await peer.closed).toBe("end");
       expect(peer.received.length).toBeLessThan(size);
       await server.stderr.waitFor(
-        new RegExp(`Error: .*/${name} has changed while it was sent: the connection is cut off\n`),
+        new RegExp(`Error: .*/${name} has changed or cannot be read: the connection is cut off\n`),
       );
     }
     // Whoever asks then gets what is there by then.
@@ -1159,6 +1159,23 @@ for part in message.get_payload():
     expect(await peer.closed).toBe("end");
     expect(peer.received.length - peer.received.indexOf("\r\n\r\n") - 4).toBe(size);
     expect(await server.child.exited).toBe(0);
+  });
+
+  test.concurrent("a disk that fails cuts the answer off, and stderr says why", async () => {
+    await using folder = await temporaryFolder();
+    const file = join(folder.path, "file");
+    writeFileSync(file, "x".repeat(200_000));
+    const failing = ["strace", "-D", "-f", "-o", "/dev/null", "-P", file, "-e", "inject=pread64:error=EIO"];
+    const argv = [...failing, ...(await command("server", variant)), "--port", "0", "--root", folder.path];
+    await using server = await start(argv, LISTENING);
+    const port = Number(/:(\d+)\n/.exec(server.stderr.text)?.[1]);
+    using peer = await Peer.connect(port);
+    await peer.send(formatRequest(["GET /file"]));
+    expect(await peer.closed).toBe("end");
+    expect(peer.received.toString()).toMatch(/^HTTP\/1\.1 200 OK\r\n[^]*\r\n\r\n$/);
+    await server.stderr.waitFor(
+      /\nError: EIO[^\n]*\nError: .*\/file has changed or cannot be read: the connection is cut off\n/,
+    );
   });
 
   test.concurrent("a file that is there, but cannot be opened now, is 500, not 404, and stderr says why", async () => {

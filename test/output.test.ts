@@ -466,6 +466,17 @@ async function makeTheirPlace(mode: number) {
   return place;
 }
 
+test.concurrent("a part that may not be opened is in nobody's way", async () => {
+  await using place = await makeTheirPlace(0o644);
+  using origin = scripted([serving({ cut: HALF }), serving()]);
+  expect((await saveUnprivileged(place, origin.url, "--retry", "0")).exitCode).toBe(EXIT_CODES.partial);
+  const part = readdirSync(place.folder).find((name) => name.endsWith(".part")) ?? "";
+  chmodSync(`${place.folder}/${part}`, 0o400);
+  expect((await saveUnprivileged(place, origin.url, "--retry", "0")).exitCode).toBe(EXIT_CODES.ok);
+  expect(origin.requests.map(rangeOf)).toEqual([undefined, undefined]);
+  expectWhole(place);
+});
+
 describe("with -o, only a representation is content", () => {
   const NO_CONTENT: readonly [status: string, content: string][] = [
     ["201 Created", "made"],
@@ -1985,6 +1996,17 @@ describe("--sha256", () => {
     expect(shown).toMatch(/23\.3 KiB.*verified/);
     expectWhole(place);
   });
+});
+
+test.concurrent.each(["-o -", ""])("content that is shown on a terminal is not overwritten: %s", async (args) => {
+  const content = Buffer.from(CONTENT.subarray(0, -1)); // its last line has no end
+  using origin = scripted([pausing(serving({ content }), HALF, () => Bun.sleep(2500))]);
+  const seen = async (...more: string[]) => {
+    const argv = [...(await command("client-robust", "binary")), ...args.split(" "), ...more, origin.url];
+    return (await run(["script", "-qec", argv.join(" "), "/dev/null"])).stdout.replaceAll("\r\n", "\n");
+  };
+  expect(await seen()).toEndWith(content.toString());
+  expect(await seen("-v")).toMatch(/\n4998\n4999\n23\.3 KiB in .*, not verified\n$/);
 });
 
 describe("how a run ends", () => {

@@ -287,14 +287,18 @@ print(answers)`;
     expect(server.url).toBe(`http://127.0.0.1:${server.port}`);
     const taken = await runProgram("server", variant, [], { env: { PORT: String(server.port), HOST: "127.0.0.1" } });
     expect(taken.stderr).toContain(`port ${server.port} is taken`);
+    // Names have no case, and both addresses of this one are listened on.
+    await using anyCase = await startServer(variant, [], { env: { HOST: "LocalHost" } });
+    for (const hostname of ["127.0.0.1", "::1"])
+      (await Bun.connect({ hostname, port: anyCase.port, socket: { data() {} } })).end();
     const unknown = await runProgram("server", variant, ["--port", String(port)], { env: { HOST: "nowhere.invalid" } });
     expect(unknown.stderr).toBe(
-      "Error: cannot listen on nowhere.invalid: it is not an address of this machine (unknown host); the environment variable HOST names it, --host another\n",
+      "Error: cannot listen on nowhere.invalid: no such host, or no file descriptor is free; the environment variable HOST names it, --host another\n",
     );
     expect(unknown.exitCode).toBe(1);
     // What conda and Kubernetes set: a message about a flag that nobody gave would be a riddle.
     const named = await runProgram("server", variant, ["--host", "nowhere.invalid"], { env: { HOST: "other" } });
-    expect(named.stderr).toEndWith("(unknown host)\n");
+    expect(named.stderr).toEndWith("is free\n");
     const kubernetes = await runProgram("server", variant, [], { env: { PORT: "tcp://10.96.0.1:80" } });
     expect(kubernetes.stderr).toBe(
       'Error: the environment variable PORT takes a number from 0 to 65535, not "tcp://10.96.0.1:80" (see server --help)\n',
