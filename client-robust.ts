@@ -1706,6 +1706,9 @@ const stemOf = (file: string) =>
 /** The parts of this very FILE. An empty label is of a run that was killed before it could write it. */
 function* findParts(file: string, folder: string): Generator<FoundPart> {
   const stem = stemOf(file);
+  // If others may write to the folder, a part of theirs is not to be trusted; nor is a link. The folder's owner could
+  // replace FILE itself, and owns the parts on disks that are mounted for another user.
+  const owners = [process.geteuid?.(), ignoreErrors(() => fs().statSync(folder).uid)];
   for (const name of ignoreErrors(() => fs().readdirSync(folder)) ?? []) {
     if (!name.startsWith(stem) || !LABEL_END.test(name.slice(stem.length))) continue;
     const path = paths().join(folder, name.slice(0, -".json".length));
@@ -1713,10 +1716,9 @@ function* findParts(file: string, folder: string): Generator<FoundPart> {
     const label = found?.isFile() ? readLabel(`${path}.json`, found.size) : undefined;
     if (found === undefined || label === undefined) continue;
     if (found.size > 0 && label.file !== paths().basename(file)) continue;
-    // If others may write to the folder, a part that someone else owns is not to be trusted; nor is a link.
     const { R_OK, W_OK } = fs().constants;
     const canOpen = ignoreErrors(() => (fs().accessSync(path, R_OK | W_OK), true));
-    const isOurs = canOpen && part?.isFile() && part.nlink === 1 && part.uid === (process.geteuid?.() ?? part.uid);
+    const isOurs = canOpen && part?.isFile() && part.nlink === 1 && owners.includes(part.uid);
     yield { path, label, bytes: isOurs ? (part?.size ?? 0) : 0, labelledAt: found.mtimeMs };
   }
 }
@@ -1805,7 +1807,7 @@ class FileSink implements Sink {
     this.path = followLinks(this.path);
     if (this.old?.isFile() === false) throw changed(this.path);
     if (this.old !== undefined) keepOwnerAndMode(fd, this.old);
-    fs().fsyncSync(fd);
+    sync(fd);
     const note = this.replaceFile(path, fd);
     const time = this.job.keepsTime ? parseHttpDate(held.lastModified) : Number.NaN;
     if (time >= 0) ignoreErrors(() => fs().utimesSync(this.path, Date.now() / 1000, time / 1000));
@@ -1892,8 +1894,9 @@ class FileSink implements Sink {
       return "";
     } catch (error) {
       const { code = "" } = error as SystemError; // node:fs throws SystemErrors
-      // A mount point, a folder in which nothing may be renamed, a part on another disk.
-      if (this.old === undefined || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS)$/.test(code)) throw error;
+      // A mount point, a folder in which nothing may be renamed, a part on another disk, a disk that replaces no file.
+      const isRefused = /^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code);
+      if (this.old === undefined || !isRefused) throw error;
       withFile(this.path, fs().constants.O_WRONLY, (file) => {
         const { size } = fs().fstatSync(file);
         try {
@@ -1991,7 +1994,16 @@ function copy(source: number, target: number, from: number): void {
   for (const [piece, at] of piecesOf(source, from))
     for (let written = 0; written < piece.length;)
       written += fs().writeSync(target, piece, written, piece.length - written, at + written);
-  fs().fsyncSync(target);
+  sync(target);
+}
+
+/** Waits until a file is on its disk. Some network disks have no such call. */
+function sync(fd: number): void {
+  try {
+    fs().fsyncSync(fd);
+  } catch (error) {
+    if (!/^(EINVAL|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test((error as SystemError).code ?? "")) throw error; // of node:fs
+  }
 }
 
 /** SHA-256 in hex of all that a descriptor reads. */

@@ -466,6 +466,35 @@ async function makeTheirPlace(mode: number) {
   return place;
 }
 
+test.concurrent.each(["fsync:error=EINVAL", "fsync:error=EOPNOTSUPP", "rename,renameat,renameat2:error=EEXIST"])(
+  "a disk that knows less gets FILE all the same: %s",
+  async (injected) => {
+    await using place = await makePlace(OLD);
+    using origin = scripted([serving()]);
+    const failing = ["strace", "-f", "-o", "/dev/null", "-e", `inject=${injected}`];
+    const argv = [...failing, ...(await command("client-robust", "binary")), "-s", "-o", place.file, origin.url];
+    expect((await run(argv)).exitCode).toBe(EXIT_CODES.ok);
+    expectWhole(place);
+  },
+);
+
+test.concurrent.if(isRoot)("a part of the folder's owner is continued, and of nobody else but the user", async () => {
+  for (const [owner, range] of [
+    [NOBODY, HALF],
+    [1234, undefined],
+  ] as const) {
+    await using place = await makePlace(OLD);
+    using origin = scripted([serving({ cut: HALF }), serving()]);
+    const save = () => runProgram("client-robust", "binary", ["--retry", "0", "-s", "-o", place.file, origin.url]);
+    expect((await save()).exitCode).toBe(EXIT_CODES.partial);
+    chownSync(place.folder, NOBODY, NOBODY);
+    for (const name of place.names()) chownSync(`${place.folder}/${name}`, owner, owner);
+    expect((await save()).exitCode).toBe(EXIT_CODES.ok);
+    expect(origin.requests.map(rangeOf)).toEqual([undefined, range]);
+    expect(place.isWhole(CONTENT)).toBeTrue();
+  }
+});
+
 test.concurrent("a part that may not be opened is in nobody's way", async () => {
   await using place = await makeTheirPlace(0o644);
   using origin = scripted([serving({ cut: HALF }), serving()]);
