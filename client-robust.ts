@@ -140,7 +140,7 @@ export class TransferError extends Error {
   readonly isFinal: boolean = false; // another attempt cannot help, though the outcome alone would not say so
   readonly isQuiet: boolean = false; // no line on stderr: `| head` has what it wanted
   readonly isPart: boolean = false; // the response was complete, but only a part of the missing bytes: the server has more
-  readonly refusesRest: boolean = false; // the answer to a request for the rest, and of no use: the whole may be had
+  readonly refusesRest: boolean = false; // a request for the rest got an answer of no use: the whole may still be had
   readonly spoils: boolean = false; // the content held may be wrong
 
   constructor(
