@@ -1131,76 +1131,76 @@ class ProgressLine {
 
 // ═══ 9 Sockets ═════════════════════════════════════════════════════════════════════════════════
 
-/** A socket turned from events into steps: send, receive, receive …, close. */
+/** A socket turned from events into steps: open, send, receive, receive …, close. */
 export class Connection implements Source {
   private readonly received: Uint8Array[] = [];
   private receivedBytes = 0;
-  private isPaused = false;
-  private hasEnded = false;
+  private end: "FIN" | TransferError | undefined; // nothing more comes
   private isClosed = false;
-  private failure: TransferError | undefined;
   private socket: Bun.Socket | undefined;
-  private raw: Bun.Socket | undefined; // under TLS
-  /** Over TLS: sees the encrypted records. */
-  private records: RecordWatch | undefined;
+  private encrypted: Bun.Socket | undefined; // the socket under TLS
+  private records: RecordWatch | undefined; // over TLS: sees the encrypted records
   private wake = () => {};
 
   /** Each handler stores what has happened, and wakes the step that waits. */
   readonly handlers = {
-    open: (socket: Bun.Socket) => {
-      this.socket = socket;
-      if (this.isClosed) socket.close(); // the step that waited for it has ended
-    },
-    /** Bytes from the network: the peer's message, or TLS records of it. */
-    data: (_: Bun.Socket, bytes: Uint8Array) => {
-      if (this.records === undefined) return this.onData(bytes);
-      this.records.take(bytes);
-      release(bytes);
-    },
-    drain: () => this.wake(),
-    /** A FIN: the peer has sent everything. */
-    end: () => {
-      this.hasEnded = true;
+    open: (socket: Bun.Socket) => void (this.socket = socket),
+    data: (socket: Bun.Socket, bytes: Uint8Array) => {
+      if (this.records !== undefined) this.records.content += bytes.length;
+      this.received.push(bytes);
+      this.receivedBytes += bytes.length;
+      if (this.receivedBytes >= LIMITS.receivedBytesMax) socket.pause();
       this.wake();
     },
-    /** Over TLS, the layer above reports an end, but it cannot tell a reset. */
-    close: (_: Bun.Socket, error?: SystemError) => {
-      if (this.records === undefined || error !== undefined) this.onClose(error);
+    drain: () => this.wake(),
+    end: () => {
+      this.end ??= "FIN"; // the peer has sent everything
+      this.wake();
     },
-    error: (_: Bun.Socket, error: SystemError) => this.onClose(error),
-    connectError() {}, // the promise of Bun.connect is rejected too
+    /** A close without FIN is a reset, which never ends a message. Bun reports an alert of TLS here, and then again. */
+    close: (_: Bun.Socket, error: SystemError = new Error("reset")) => {
+      if (/SSL.*_ALERT_/.test(error.message))
+        this.end = new TransferError("tls", `the server refused: ${error.message}`, { isFinal: true });
+      this.end ??= new TransferError("receive", `the connection was lost: ${error.code ?? error.message}`);
+      this.wake();
+    },
+    error: (socket: Bun.Socket, error: SystemError) => this.handlers.close(socket, error),
   };
 
   constructor(
-    private readonly clock: Clock,
+    private readonly job: Options,
     private readonly trace?: Trace,
   ) {}
-
-  private onData(bytes: Uint8Array): void {
-    if (this.records !== undefined) this.records.content += bytes.length;
-    this.received.push(bytes);
-    this.receivedBytes += bytes.length;
-    this.isPaused ||= this.receivedBytes >= LIMITS.receivedBytesMax;
-    if (this.isPaused) this.socket?.pause();
-    this.wake();
-  }
-
-  /** A close without FIN is a reset, which never ends a message. Bun reports an alert of TLS here, and then again. */
-  private onClose(error: SystemError = new Error("reset")): void {
-    if (/SSL.*_ALERT_/.test(error.message))
-      this.failure ??= new TransferError("tls", `the server refused: ${error.message}`, { isFinal: true });
-    if (!this.hasEnded)
-      this.failure ??= new TransferError("receive", `the connection was lost: ${error.code ?? error.message}`);
-    this.wake();
-  }
 
   /** Over TLS, anyone on the way can send a FIN. */
   get endsInOrder(): boolean {
     return this.records?.endsInOrder ?? true;
   }
 
+  /** Connects, and starts TLS if the URL asks for it. @throws TransferError, or what Bun throws */
+  async open({ protocol, hostname, port }: URL): Promise<void> {
+    const { isInsecure, authoritiesFile } = this.job;
+    const [host, isSecure] = [hostname.replace(/^\[|\]$/g, ""), protocol === "https:"];
+    const authorities = isSecure && !isInsecure ? readAuthorities(authoritiesFile) : [];
+    const watch = (_: Bun.Socket, bytes: Uint8Array) => {
+      this.records?.take(bytes);
+      release(bytes);
+    };
+    const socket = await Bun.connect({
+      hostname: host,
+      port: Number(port || (isSecure ? 443 : 80)),
+      allowHalfOpen: true, // the server's FIN must not stop us from sending, nor hide what it sent before
+      socket: isSecure ? { data: watch } : this.handlers,
+    });
+    if (this.isClosed) return void socket.close(); // the step that waited for it has ended
+    const { remoteAddress, remotePort } = socket;
+    this.trace?.step("connect", `${remoteAddress.includes(":") ? `[${remoteAddress}]` : remoteAddress}:${remotePort}`);
+    if (isSecure) await this.secure(socket, host, authorities);
+  }
+
   /** Starts TLS. @throws TransferError "tls" or "certificate" */
-  async secure(hostname: string, authorities: string[], isInsecure: boolean): Promise<void> {
+  private async secure(socket: Bun.Socket, hostname: string, ca: string[]): Promise<void> {
+    const { isInsecure } = this.job;
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
@@ -1212,32 +1212,30 @@ export class Connection implements Source {
       const isFinal = !error?.code?.startsWith("ECONN");
       fail("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal });
     };
-    const close = (_: unknown, error?: SystemError) => {
+    const close = (socket: Bun.Socket, error?: SystemError) => {
       fail("tls", `the connection to ${hostname} was closed before there was TLS`);
-      this.onClose(error);
+      this.handlers.close(socket, error);
     };
     // RFC 6066 §3: the name is sent without the dot of the root, and an address is not sent. Without a name, the
     // certificate is checked against the address that was connected to.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
-    const tls = { serverName, ca: authorities, rejectUnauthorized: !isInsecure };
+    const tls = { serverName, ca, rejectUnauthorized: !isInsecure };
     this.records = new RecordWatch();
-    const data = (_: Bun.Socket, bytes: Uint8Array) => this.onData(bytes);
-    const socket = { ...this.handlers, handshake, data, close };
-    [this.raw, this.socket] = this.socket?.upgradeTLS({ data: undefined, tls, socket }) ?? [];
+    [this.encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
     await promise;
+    this.trace?.step("TLS", `with ${hostname}`);
   }
 
   /** The content has a length or a last chunk, so nobody asks how the connection ends: spares a copy of each record. */
   stopWatching(): void {
-    const { data: _, ...others } = this.handlers;
-    this.raw?.reload({ socket: others });
+    this.encrypted?.reload({ socket: { drain() {} } });
   }
 
   /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
   async send(bytes: Uint8Array): Promise<boolean> {
     for (let sent = 0; sent < bytes.length && !this.isAnswered;) {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
-      if (written < 0 && (this.hasEnded || this.failure !== undefined))
+      if (written < 0 && this.end !== undefined)
         throw new TransferError("send", "the connection was lost while the request was sent");
       this.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
       sent += Math.max(0, written);
@@ -1255,73 +1253,58 @@ export class Connection implements Source {
   }
 
   async receive(): Promise<Uint8Array | undefined> {
-    while (this.received.length === 0) {
+    let bytes;
+    while ((bytes = this.received.shift()) === undefined) {
       this.throwFailure();
-      if (this.hasEnded) return void this.trace?.step("FIN", "received");
-      if (this.isPaused) this.socket?.resume();
-      this.isPaused = false;
+      if (this.end === "FIN") return void this.trace?.step("FIN", "received");
+      this.socket?.resume();
       await this.event();
     }
-    const bytes = this.received.shift();
-    this.receivedBytes -= bytes?.length ?? 0;
-    if (bytes !== undefined) this.trace?.receive(bytes);
+    this.receivedBytes -= bytes.length;
+    this.trace?.receive(bytes);
     return bytes;
   }
 
   private throwFailure(): void {
-    if (this.failure === undefined) return;
-    this.trace?.step(this.failure.outcome === "timeout" ? "deadline" : "reset", this.failure.message);
-    throw this.failure;
+    if (!(this.end instanceof TransferError)) return;
+    this.trace?.step(this.end.outcome === "timeout" ? "deadline" : "reset", this.end.message);
+    throw this.end;
   }
 
   /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
   close(): void {
-    if (this.socket !== undefined) this.trace?.step("close", this.failure?.outcome === "receive" ? "" : "FIN sent");
+    const isReset = this.end instanceof TransferError && this.end.outcome === "receive";
+    if (this.socket !== undefined) this.trace?.step("close", isReset ? "" : "FIN sent");
     this.isClosed = true;
     this.socket?.close();
   }
 
   /** Waits for the next event, but only as long as the peer may be silent. */
-  private event(): Promise<void> {
+  private async event(): Promise<void> {
     this.trace?.flush();
-    return new Promise((resolve) => {
-      const fail = (failure: TransferError) => resolve(void (this.failure = failure));
-      const cancel = this.clock.startTimer("stallMs", "no byte for", fail);
-      this.wake = () => resolve(cancel());
-    });
+    const event = new Promise<void>((resolve) => (this.wake = resolve));
+    const { stallMs } = this.job;
+    await within(stallMs, event, () => `no byte for ${stallMs / 1000} s`).catch((late) => (this.end = late));
   }
 }
 
 /** @throws TransferError "resolve", "connect", "timeout", "tls", "certificate" or "authorities" */
-async function connect(url: URL, { job, clock, trace }: Session): Promise<Connection> {
-  const hostname = url.hostname.startsWith("[") ? url.hostname.slice(1, -1) : url.hostname;
-  const isSecure = url.protocol === "https:";
-  const port = Number(url.port || (isSecure ? 443 : 80));
-  const connection = new Connection(clock, trace);
-  const { promise: late, reject } = Promise.withResolvers<never>();
-  const cancel = clock.startTimer("connectMs", `no connection to ${url.host} within`, reject);
+async function connect(url: URL, { job, trace }: Session): Promise<Connection> {
+  const connection = new Connection(job, trace);
   trace?.begin();
   try {
-    const authorities = isSecure && !job.isInsecure ? readAuthorities(job.authoritiesFile) : [];
-    // Half-open: the server's FIN must not stop us from sending, nor hide what it sent before.
-    const connecting = Bun.connect({ hostname, port, allowHalfOpen: true, socket: connection.handlers });
-    const { remoteAddress } = await Promise.race([late, connecting]);
-    trace?.step("connect", `${remoteAddress.includes(":") ? `[${remoteAddress}]` : remoteAddress}:${port}`);
-    if (!isSecure) return connection;
-    await Promise.race([late, connection.secure(hostname, authorities, job.isInsecure)]);
-    trace?.step("TLS", `with ${hostname}`);
+    const message = () => `no connection to ${url.host} within ${job.connectMs / 1000} s`;
+    await within(job.connectMs, connection.open(url), message);
     return connection;
   } catch (error) {
-    const failure = explainConnectError(error, url.host, hostname);
+    const failure = explainConnectError(error, url);
     trace?.step(failure.outcome === "timeout" ? "deadline" : "connect", failure.message);
     connection.close();
     throw failure;
-  } finally {
-    cancel();
   }
 }
 
-function explainConnectError(error: unknown, host: string, hostname: string): TransferError {
+function explainConnectError(error: unknown, { host, hostname }: URL): TransferError {
   if (error instanceof TransferError) return error;
   const { syscall, code, message } = error as SystemError; // Bun throws those
   if (syscall === "getaddrinfo") return new TransferError("resolve", `cannot resolve ${hostname}`);
@@ -1338,35 +1321,31 @@ function readAuthorities(file: string | undefined): string[] {
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
 }
 
-/** The time since the start, and what may take only so long. */
-export class Clock {
+/** Waits for a step, but only for so long. @throws TransferError "timeout" */
+async function within<T>(ms: number, step: T | Promise<T>, message: () => string, isFinal = false): Promise<T> {
+  if (ms === Number.POSITIVE_INFINITY) return step;
+  const { promise: late, reject } = Promise.withResolvers<never>();
+  const fail = () => reject(new TransferError("timeout", message(), { isFinal }));
+  // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may be there already: first it looks.
+  let timer = setTimeout(() => (timer = setTimeout(fail, 1)), ms);
+  return Promise.race([step, late]).finally(() => clearTimeout(timer));
+}
+
+/** The time since the start, and --max-time. */
+class Clock {
   before = ""; // how the last attempt failed, as the end of a message
   private readonly startedAt = performance.now();
 
-  constructor(private readonly job: Pick<Job, "connectMs" | "stallMs" | "maxMs">) {}
+  constructor(private readonly maxMs: number) {}
 
   get elapsedMs(): number {
     return performance.now() - this.startedAt;
   }
 
-  /** @param what the start of the failure's message: the seconds follow @returns a function that stops the timer */
-  startTimer(which: "connectMs" | "stallMs", what: string, then: (failure: TransferError) => void): () => void {
-    const limit = this.job[which];
-    const fail = () => then(new TransferError("timeout", `${what} ${limit / 1000} s`));
-    // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may be there already: first it looks.
-    let timer = setTimeout(() => (timer = setTimeout(fail, 1)), limit);
-    return () => clearTimeout(timer);
-  }
-
   /** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
-  async within<T>(step: T | Promise<T>, moreMs = 0): Promise<T> {
-    const { maxMs } = this.job;
-    if (maxMs === Number.POSITIVE_INFINITY) return step;
-    const { promise: late, reject } = Promise.withResolvers<never>();
-    const fail = () =>
-      reject(new TransferError("timeout", `not done within ${maxMs / 1000} s${this.before}`, { isFinal: true }));
-    const timer = setTimeout(fail, Math.max(0, maxMs - this.elapsedMs) + moreMs);
-    return Promise.race([step, late]).finally(() => clearTimeout(timer));
+  within<T>(step: T | Promise<T>, moreMs = 0): Promise<T> {
+    const message = () => `not done within ${this.maxMs / 1000} s${this.before}`;
+    return within(Math.max(0, this.maxMs - this.elapsedMs) + moreMs, step, message, true);
   }
 }
 
@@ -1440,10 +1419,8 @@ const [ALERT, APPLICATION_DATA] = [21, 23];
  * was an alert. In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
  */
 export class RecordWatch {
-  private header: number[] = [];
-  private left = 0;
-  private type = 0;
-  private length = 0;
+  private header: number[] = []; // of the last record: type, version, length
+  private left = 0; // bytes of that record that are still to come
   private room = 0; // plaintext bytes that the records of the last read could hold
   content = 0; // plaintext bytes decrypted from them, which the caller adds
 
@@ -1451,23 +1428,27 @@ export class RecordWatch {
   take(bytes: Uint8Array): void {
     this.room = this.content = 0;
     for (let at = 0; at < bytes.length;) {
+      if (this.left === 0) {
+        if (this.header.length === 5) this.header = [];
+        if (this.header.push(byteAt(bytes, at++)) === 5) this.left = this.length;
+        continue;
+      }
       const taken = Math.min(this.left, bytes.length - at);
       at += taken;
       this.left -= taken;
-      if (taken > 0 && this.left === 0 && this.type === APPLICATION_DATA)
-        this.room += this.length - ALERT_RECORD_LENGTH + 2;
-      if (taken > 0 || this.header.push(byteAt(bytes, at++)) < 5) continue;
-      const [type = 0, , , high = 0, low = 0] = this.header;
-      this.type = type;
-      this.left = this.length = high * 256 + low;
-      this.header = [];
+      if (this.left === 0 && this.header[0] === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
     }
   }
 
+  private get length(): number {
+    const [, , , high = 0, low = 0] = this.header;
+    return high * 256 + low;
+  }
+
   get endsInOrder(): boolean {
-    if (this.left > 0 || this.header.length > 0) return false;
-    if (this.type === ALERT) return true;
-    return this.type === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.content < this.room;
+    if (this.left > 0 || this.header.length < 5) return false;
+    if (this.header[0] === ALERT) return true;
+    return this.header[0] === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.content < this.room;
   }
 }
 
@@ -2242,7 +2223,7 @@ async function main(): Promise<number> {
   try {
     const { show, options, data } = parseCommandLine(process.argv.slice(2));
     if (show !== "") return await Bun.write(Bun.stdout, show).then(() => EXIT_CODES.ok);
-    const clock = new Clock(options);
+    const clock = new Clock(options.maxMs);
     const request = { ...options.request, content: await clock.within(readData(data)) };
     const sink = await clock.within(openSink({ ...options, request }));
     if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
