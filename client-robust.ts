@@ -260,38 +260,42 @@ function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, T
 
 /** What one attempt and the next ones share. */
 type Session = ReturnType<typeof beginSession>;
-function beginSession(job: Job, sink: Sink, clock: Clock) {
+function beginSession(job: Job, sink: Sink) {
   return {
     job,
     delivery: new Delivery(sink, job),
-    clock,
-    progress: new ProgressLine(job, clock, sink),
+    progress: new ProgressLine(job, sink),
     trace: job.isTraced ? new Trace(tell) : undefined,
     first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
     request: job.request, // the last request
     asksForWhole: false, // the next request is for the whole, though something is held
     wasSent: false, // a request has been sent, in part at least
     failures: 0, // attempts in a row that have failed and brought no new data
+    before: "", // how the last attempt failed, as the end of a message
   };
 }
 
 /** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
-async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
-  const session = beginSession(job, sink, clock);
+async function download(job: Job, sink: Sink): Promise<number> {
+  const session = beginSession(job, sink);
   const { delivery, progress } = session;
   if (job.isTraced) fs(); // loaded before the first step, which would count the time
   if (job.canStartOver) keepPartOnSignals(session);
   try {
-    await clock.within(tryUntilDone(session));
+    await withinMaxTime(job, tryUntilDone(session));
     progress.finish(delivery);
     return EXIT_CODES.ok;
   } catch (error) {
-    const { outcome, isFinal, message } = asTransferError(error);
-    if (outcome === "timeout" && isFinal) session.trace?.step("deadline", message);
-    return tellFailure(error);
+    const failure = asTransferError(error);
+    if (failure.outcome === "timeout" && failure.isFinal) {
+      failure.message += session.before;
+      session.trace?.step("deadline", failure.message);
+    }
+    return tellFailure(failure);
   } finally {
     progress.clear();
-    const advice = await clock.within(delivery.sink.close(delivery.held), LIMITS.lastWriteMs).catch(() => "");
+    const closing = delivery.sink.close(delivery.held);
+    const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
     if (advice !== "" && !job.isSilent) tell(advice);
   }
 }
@@ -336,10 +340,10 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
-  const { job, delivery, clock, progress, wasSent, request } = session;
+  const { job, delivery, progress, wasSent, request } = session;
   const { isPart, refusesRest } = failure;
   session.failures = delivery.takeProgress() ? Number(!isPart) : session.failures + Number(!refusesRest);
-  const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
+  const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: elapsedMs(job) };
   const decision = decideNext(attempt, delivery.held, job, Math.random);
   progress.clear();
   delivery.sink.endLine?.();
@@ -348,9 +352,9 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
     throw failure;
   }
   session.asksForWhole = decision.asksForWhole;
-  clock.before = `; before that, ${failure.message}`;
+  session.before = `; before that, ${failure.message}`;
   const seconds = (decision.afterMs / 1000).toFixed(1);
-  if (!job.isSilent && decision.afterMs < job.maxMs - clock.elapsedMs)
+  if (!job.isSilent && decision.afterMs < job.maxMs - elapsedMs(job))
     tell(`Retry in ${seconds} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
   await Bun.sleep(decision.afterMs);
 }
@@ -1095,13 +1099,12 @@ class ProgressLine {
 
   constructor(
     private readonly job: Job,
-    private readonly clock: Clock,
     private readonly sink: Sink,
   ) {}
 
   show({ bytes, total }: Held): void {
     this.firstBytes ??= bytes;
-    const now = this.clock.elapsedMs;
+    const now = elapsedMs(this.job);
     if (now - this.shownAt < LIMITS.progressEveryMs) return;
     this.shownAt = now;
     const isUnwanted = this.job.isSilent || this.job.isTraced || this.sink.isTerminal;
@@ -1118,7 +1121,7 @@ class ProgressLine {
       this.clear();
       this.sink.endLine?.();
       const verified = isToVerify ? "SHA-256 verified" : "not verified";
-      tell(`${formatBytes(held.bytes)} in ${(this.clock.elapsedMs / 1000).toFixed(1)} s, ${verified}`);
+      tell(`${formatBytes(held.bytes)} in ${(elapsedMs(this.job) / 1000).toFixed(1)} s, ${verified}`);
     }
     if (note !== "" && !this.job.isSilent) tell(note);
   }
@@ -1287,7 +1290,7 @@ export class Connection implements Source {
     this.trace?.flush();
     const event = new Promise<void>((resolve) => (this.wake = resolve));
     const { stallMs } = this.job;
-    await within(stallMs, event, () => `no byte for ${stallMs / 1000} s`).catch((late) => (this.end = late));
+    await within(stallMs, event, `no byte for ${stallMs / 1000} s`).catch((late) => (this.end = late));
   }
 }
 
@@ -1296,8 +1299,7 @@ async function connect(url: URL, { job, trace }: Session): Promise<Connection> {
   const connection = new Connection(job, trace);
   trace?.begin();
   try {
-    const message = () => `no connection to ${url.host} within ${job.connectMs / 1000} s`;
-    await within(job.connectMs, connection.open(url), message);
+    await within(job.connectMs, connection.open(url), `no connection to ${url.host} within ${job.connectMs / 1000} s`);
     return connection;
   } catch (error) {
     const failure = asTransferError(error);
@@ -1318,32 +1320,20 @@ function readAuthorities(file: string | undefined): string[] {
 }
 
 /** Waits for a step, but only for so long. @throws TransferError "timeout" */
-async function within<T>(ms: number, step: T | Promise<T>, message: () => string, isFinal = false): Promise<T> {
+async function within<T>(ms: number, step: T | Promise<T>, message: string, isFinal = false): Promise<T> {
   if (ms === Number.POSITIVE_INFINITY) return step;
   const { promise: late, reject } = Promise.withResolvers<never>();
-  const fail = () => reject(new TransferError("timeout", message(), { isFinal }));
+  const fail = () => reject(new TransferError("timeout", message, { isFinal }));
   // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may be there already: first it looks.
   let timer = setTimeout(() => (timer = setTimeout(fail, 1)), ms);
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
 
-/** The time since the start, and --max-time. */
-class Clock {
-  before = ""; // how the last attempt failed, as the end of a message
-  private readonly startedAt = performance.now();
+const elapsedMs = ({ startedAt }: Options) => performance.now() - startedAt;
 
-  constructor(private readonly maxMs: number) {}
-
-  get elapsedMs(): number {
-    return performance.now() - this.startedAt;
-  }
-
-  /** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
-  within<T>(step: T | Promise<T>, moreMs = 0): Promise<T> {
-    const message = () => `not done within ${this.maxMs / 1000} s${this.before}`;
-    return within(Math.max(0, this.maxMs - this.elapsedMs) + moreMs, step, message, true);
-  }
-}
+/** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
+const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promise<T> =>
+  within(Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, step, `not done within ${job.maxMs / 1000} s`, true);
 
 // ── shared: trace ──
 /**
@@ -2084,6 +2074,7 @@ export function parseCommandLine(args: readonly string[]) {
   if (since !== undefined) fields.push(["If-Modified-Since", since.toUTCString()]); // RFC 9110 §13.1.3
   const request: Request = { method, url, fields, content: [] };
   const options = {
+    startedAt: performance.now(), // the limits of time count from here
     request,
     output, // undefined: print the whole response
     keepsOnlyContent: output !== undefined, // the page of an error or of a redirect must not pass for content
@@ -2202,12 +2193,11 @@ async function main(): Promise<number> {
   try {
     const { show, options, data } = parseCommandLine(process.argv.slice(2));
     if (show !== "") return await Bun.write(Bun.stdout, show).then(() => EXIT_CODES.ok);
-    const clock = new Clock(options.maxMs);
-    const request = { ...options.request, content: await clock.within(readData(data)) };
-    const sink = await clock.within(openSink({ ...options, request }));
+    const request = { ...options.request, content: await withinMaxTime(options, readData(data)) };
+    const sink = await withinMaxTime(options, openSink({ ...options, request }));
     if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
     if (sink === undefined) return EXIT_CODES.ok;
-    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink, clock);
+    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
   } catch (error) {
     return tellFailure(error);
   }
