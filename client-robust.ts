@@ -1182,18 +1182,13 @@ export class Connection implements Source {
 
   /** Connects, and starts TLS if the URL asks for it. @throws TransferError */
   async open(url: URL): Promise<void> {
-    const { isInsecure, authoritiesFile } = this.job;
     const [hostname, isSecure] = [url.hostname.replace(/^\[|\]$/g, ""), url.protocol === "https:"];
-    const authorities = isSecure && !isInsecure ? readAuthorities(authoritiesFile) : [];
-    const watch = (_: Bun.Socket, bytes: Uint8Array) => {
-      this.records?.take(bytes);
-      release(bytes);
-    };
+    const authorities = isSecure && !this.job.isInsecure ? readAuthorities(this.job.authoritiesFile) : [];
     const socket = await Bun.connect({
       hostname,
       port: Number(url.port || (isSecure ? 443 : 80)),
       allowHalfOpen: true, // the server's FIN must not stop us from sending, nor hide what it sent before
-      socket: isSecure ? { data: watch } : this.handlers,
+      socket: isSecure ? { data: (_, bytes) => this.records?.take(bytes) } : this.handlers,
     }).catch(({ syscall, code, message }: SystemError) => {
       if (syscall === "getaddrinfo") throw new TransferError("resolve", `cannot resolve ${hostname}`);
       throw new TransferError("connect", `cannot connect to ${url.host}: ${code ?? message}`);
@@ -1222,8 +1217,7 @@ export class Connection implements Source {
       fail("tls", `the connection to ${hostname} was closed before there was TLS`);
       this.handlers.close(socket, error);
     };
-    // RFC 6066 §3: the name is sent without the dot of the root, and an address is not sent. Without a name, the
-    // certificate is checked against the address that was connected to.
+    // RFC 6066 §3: a name goes without the root's dot, an address not at all: then the certificate must name that.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
     const tls = { serverName, ca, rejectUnauthorized: !isInsecure };
     this.records = new RecordWatch();
@@ -1410,7 +1404,7 @@ export class RecordWatch {
   private room = 0; // plaintext bytes that the records of the last read could hold
   content = 0; // plaintext bytes decrypted from them, which the caller adds
 
-  /** Records, or pieces of them, before they are decrypted. */
+  /** Records, or pieces of them, before they are decrypted: a copy of their bytes, which is given back. */
   take(bytes: Uint8Array): void {
     this.room = this.content = 0;
     for (let at = 0; at < bytes.length;) {
@@ -1424,6 +1418,7 @@ export class RecordWatch {
       this.left -= taken;
       if (this.left === 0 && this.header[0] === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
     }
+    release(bytes);
   }
 
   private get length(): number {
@@ -1551,19 +1546,16 @@ const tty = (): typeof import("node:tty") => require("node:tty");
 
 /** @returns undefined if it does not exist, or cannot be reached */
 const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path));
-/** May this user do that with it? */
-const isOpen = (path: string, mode: number) => ignoreErrors(() => (fs().accessSync(path, mode), true)) ?? false;
+/** @param mode what this user wants to do with it, as for access(2) */
+const canUse = (path: string, mode: number) => ignoreErrors(() => (fs().accessSync(path, mode), true)) ?? false;
 
 /** For a step that may block for any time: another thread takes it, and deadlines go on here. */
 const inThread = <T>(step: (done: (error: Error | null, value: T) => void) => void) =>
   new Promise<T>((resolve, reject) => step((error, value) => (error ? reject(error) : resolve(value))));
 
-/**
- * Writes all of it. A pipe or a terminal may block for any time, so another thread writes to it, and deadlines go on
- * here; a file or a device is written at once, as that takes less time than to ask a thread.
- * @param position in the file; null continues where the last write ended
- */
+/** Writes all of it. @param position in the file; null continues where the last write ended */
 async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, position: number | null): Promise<void> {
+  // Only for a pipe or a terminal is a thread asked: that takes longer than to write to a file or a device at once.
   for (let written = 0; written < bytes.length;) {
     const [length, at] = [bytes.length - written, position === null ? null : position + written];
     try {
@@ -1580,17 +1572,16 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
 /** On Linux, the devices of major number 1 are /dev/null, /dev/full and their like: node:tty is not loaded for them. */
 const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && found.rdev >> 8 !== 1 && tty().isatty(fd);
 
-/** Pipes, devices and terminals: output there cannot be taken back. */
+/** Pipes, devices and terminals: output cannot be taken back. Without -o, it has the head, and a terminal safe text. */
 class StreamSink implements Sink {
   readonly found = NOTHING;
   readonly isTerminal: boolean;
   private readonly mayBlock: boolean;
   private head = ""; // still to be printed: with the first content, when no other response can replace it
   private isInLine = false;
-  private textDecoder: TextDecoder | undefined;
+  private readonly textDecoder = new TextDecoder();
   private left: number; // bytes to print before node:fs is loaded
 
-  /** @param job with -o, only content is written, as it is; otherwise the head is too, and a terminal gets safe text */
   constructor(
     private readonly fd: number,
     private readonly job: Options,
@@ -1635,15 +1626,12 @@ class StreamSink implements Sink {
     if (!this.isTerminal || this.job.keepsOnlyContent) return this.put(bytes);
     if (bytes.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
-    this.textDecoder ??= new TextDecoder();
     return this.put(new TextEncoder().encode(printable(this.textDecoder.decode(bytes, { stream: true }))));
   }
 
-  /**
-   * Bun.write needs no module, but if a non-blocking descriptor takes a part, it writes that part again: it is only for
-   * output that is taken whole. node:fs, once it is loaded, takes less time for each write.
-   */
   private put(bytes: Uint8Array): Promise<unknown> {
+    // Bun.write needs no module, but if a non-blocking descriptor takes a part, it writes that part again: it is only
+    // for output that is taken whole. node:fs, once it is loaded, takes less time for each write.
     this.left -= bytes.length;
     if (this.left < 0) return writeAll(this.fd, bytes, this.mayBlock, null);
     return Bun.write(Bun.file(this.fd), bytes);
@@ -1682,7 +1670,7 @@ function* findParts(file: string, folder: string): Generator<FoundPart> {
     const [found, part] = [statOf(`${path}.json`), statOf(path)];
     if (!found?.isFile() || found.size > LIMITS.headBytesMax) continue;
     const label = ignoreErrors(() => readLabel(`${path}.json`, paths().basename(file)));
-    const isOurs = part?.nlink === 1 && part.isFile() && owners.includes(part.uid) && isOpen(path, R_OK | W_OK);
+    const isOurs = part?.nlink === 1 && part.isFile() && owners.includes(part.uid) && canUse(path, R_OK | W_OK);
     if (label !== undefined) yield { path, label, bytes: isOurs ? part.size : 0, labelledAt: found.mtimeMs };
   }
 }
@@ -1736,11 +1724,10 @@ class FileSink implements Sink {
   /** The part that this run writes. Its inode tells whether the name is still its own. */
   private part: { path: string; fd: number; inode: number; canBeContinued: boolean } | undefined;
 
-  /** @param old FILE as it is, if it exists; @param folder of the parts */
   constructor(
     private readonly path: string,
-    private readonly old: Stats | undefined,
-    private readonly folder: string,
+    private readonly old: Stats | undefined, // FILE as it is, if it exists
+    private readonly folder: string, // of the parts
     private readonly canContinue: boolean,
     private readonly job: Options,
   ) {
@@ -1768,8 +1755,8 @@ class FileSink implements Sink {
     const { path, fd } = await this.ready(held);
     if (fs().fstatSync(fd).size !== held.bytes) throw changed(path);
     // Meanwhile FILE may have got another mode, or have become a link.
+    const old = fs().statSync(this.path, { throwIfNoEntry: false });
     const file = followLinks(this.path);
-    const old = fs().statSync(file, { throwIfNoEntry: false });
     if (old?.isFile() === false) throw changed(file);
     if (old !== undefined) keepOwnerAndMode(fd, old);
     sync(fd);
@@ -1795,9 +1782,10 @@ class FileSink implements Sink {
     const { ino, size = 0 } = statOf(path) ?? {}; // what a full disk has taken of a piece counts, too
     const isWhole = ino === inode && size > 0 && size >= held.bytes && statOf(`${path}.json`) !== undefined;
     const isTooLong = held.bytes > 0 && size > (held.total ?? size);
-    if (!canBeContinued || !isWhole || isTooLong) return this.discard() ?? "";
-    fs().closeSync(fd);
-    return `Kept ${size} bytes in ${path}: the same command continues from there`;
+    const isKept = canBeContinued && isWhole && !isTooLong;
+    if (isKept) fs().closeSync(fd);
+    else this.discard();
+    return isKept ? `Kept ${size} bytes in ${path}: the same command continues from there` : "";
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
@@ -1809,11 +1797,9 @@ class FileSink implements Sink {
     return part;
   }
 
-  /**
-   * Another run has taken the part over. If that run has died, nobody writes to the part any more, and it can be taken
-   * back; with --sha256 it may have joined other bytes. @throws TransferError if that run goes on or the part is gone
-   */
+  /** Another run has taken the part over. @throws TransferError if that run goes on or the part is gone */
   private async findAgain({ path, fd, inode }: NonNullable<FileSink["part"]>): Promise<FoundPart> {
+    // If that run has died, nobody writes to the part any more. With --sha256 it may have joined other bytes.
     for (let waitedMs = 0; waitedMs < this.job.stallMs; waitedMs += LIMITS.idlePartMs) {
       const { mtimeMs } = fs().fstatSync(fd);
       await Bun.sleep(LIMITS.idlePartMs);
@@ -1901,8 +1887,12 @@ async function openSink(job: Options): Promise<Sink | undefined> {
     return openDescriptor(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   const folder = paths().dirname(path);
   fs().accessSync(old === undefined ? folder : path, old === undefined ? W_OK | X_OK : W_OK);
-  if (old !== undefined && sha256 !== "" && ignoreErrors(() => sha256Of(path)) === sha256) return undefined;
-  const isBeside = isOpen(folder, W_OK | X_OK);
+  const hasDigest = () => {
+    using file = openFile(path, "r");
+    return sha256Of(file.fd) === sha256;
+  };
+  if (old !== undefined && sha256 !== "" && ignoreErrors(hasDigest)) return undefined;
+  const isBeside = canUse(folder, W_OK | X_OK);
   const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
   // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
   const { method, content } = job.request;
@@ -1958,11 +1948,10 @@ function sync(fd: number): void {
   }
 }
 
-/** SHA-256 in hex of a file, or of all that a descriptor reads. */
-function sha256Of(file: string | number): string {
-  using opened = typeof file === "string" ? openFile(file, "r") : { fd: file, [Symbol.dispose]() {} };
+/** SHA-256 in hex of all that a descriptor reads. */
+function sha256Of(fd: number): string {
   const hash = new Bun.CryptoHasher("sha256");
-  for (const [piece] of piecesOf(opened.fd)) hash.update(piece);
+  for (const [piece] of piecesOf(fd)) hash.update(piece);
   return hash.digest("hex");
 }
 
@@ -2063,8 +2052,7 @@ export function parseCommandLine(args: readonly string[]) {
   check(!output?.includes("\ufffd"), "--output takes a name in UTF-8"); // others come to us as another name
   check(!isHead || (output === undefined && data.length === 0), "--head goes with neither --output nor --data");
   const method = last("request") ?? (isHead ? "HEAD" : data.length > 0 ? "POST" : "GET");
-  const isMethod = !values.has("request") || (method !== "CONNECT" && new RegExp(`^${TOKEN}$`).test(method));
-  check(isMethod, `--request takes no ${JSON.stringify(method)}`);
+  check(method !== "CONNECT" && new RegExp(`^${TOKEN}$`).test(method), `--request takes no ${JSON.stringify(method)}`);
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
@@ -2153,10 +2141,7 @@ export function parseUrl(text: string): URL {
   return url;
 }
 
-/**
- * The content to send. Several -d are joined with "&", as in forms. A file is read while it is sent, again for each
- * attempt; a pipe can be read only once, and is held in memory.
- */
+/** The content to send. Several -d are joined with "&", as in forms. */
 async function readData(data: readonly string[]): Promise<Blob[]> {
   const blobs: Blob[] = [];
   let text = ""; // up to the next file: it is sent in one write
@@ -2169,6 +2154,7 @@ async function readData(data: readonly string[]): Promise<Blob[]> {
   return data.length === 0 ? [] : [...blobs, new Blob([text])];
 }
 
+/** A file is read while it is sent, again for each attempt. A pipe can be read only once, and is held in memory. */
 async function openData(path: string): Promise<Blob> {
   try {
     const found = path === "-" ? undefined : fs().statSync(path);
