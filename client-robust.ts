@@ -1149,7 +1149,7 @@ export class Connection implements Source {
   readonly handlers = {
     open: (socket: Bun.Socket) => void (this.socket = socket),
     data: (socket: Bun.Socket, bytes: Uint8Array) => {
-      if (this.records !== undefined) this.records.content += bytes.length;
+      if (this.records !== undefined) this.records.room -= bytes.length;
       this.received.push(bytes);
       this.receivedBytes += bytes.length;
       if (this.receivedBytes >= LIMITS.receivedBytesMax) socket.pause();
@@ -1390,8 +1390,7 @@ class Trace {
 }
 // ── end shared ──
 
-/** close_notify as TLS 1.3 sends it: level, description and inner type under a tag of 16 bytes (RFC 8446 §5.2, §6). */
-const ALERT_RECORD_LENGTH = 19;
+const ALERT_RECORD_LENGTH = 19; // in TLS 1.3: level, description, inner type, and a tag of 16 bytes (RFC 8446 §5.2, §6)
 const [ALERT, APPLICATION_DATA] = [21, 23];
 
 /**
@@ -1401,12 +1400,11 @@ const [ALERT, APPLICATION_DATA] = [21, 23];
 export class RecordWatch {
   private header: number[] = []; // of the last record: type, version, length
   private left = 0; // bytes of that record that are still to come
-  private room = 0; // plaintext bytes that the records of the last read could hold
-  content = 0; // plaintext bytes decrypted from them, which the caller adds
+  room = 0; // plaintext bytes that the records of the last read could hold; the caller subtracts those that came of them
 
   /** Records, or pieces of them, before they are decrypted: a copy of their bytes, which is given back. */
   take(bytes: Uint8Array): void {
-    this.room = this.content = 0;
+    this.room = 0;
     for (let at = 0; at < bytes.length;) {
       if (this.left === 0) {
         if (this.header.length === 5) this.header = [];
@@ -1429,7 +1427,7 @@ export class RecordWatch {
   get endsInOrder(): boolean {
     if (this.left > 0 || this.header.length < 5) return false;
     if (this.header[0] === ALERT) return true;
-    return this.header[0] === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.content < this.room;
+    return this.header[0] === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
   }
 }
 
@@ -1519,9 +1517,8 @@ class Delivery {
     const found = this.hash?.digest("hex") ?? (await this.sink.digest?.(this.held));
     const message = "the first part of the content is not at hand to be verified";
     if (found === undefined) throw new TransferError("digest", message, { isFinal: true });
-    const { sha256 } = this.job;
     const told = Buffer.from(this.expectedDigest, "base64").toString("hex");
-    if (found === (sha256 || told)) return;
+    if (found === (this.job.sha256 || told)) return;
     // Another attempt helps if pieces were joined that do not fit, or if the server says that bytes were damaged.
     const isFinal = found === told || (told === "" && !this.isJoined);
     const mismatch = `the content is not what its digest says: its SHA-256 is ${found}`;
@@ -1622,19 +1619,16 @@ class StreamSink implements Sink {
     return this.finish().catch(() => "");
   }
 
-  private print(bytes: Uint8Array): Promise<unknown> {
-    if (!this.isTerminal || this.job.keepsOnlyContent) return this.put(bytes);
-    if (bytes.includes(0))
+  private print(content: Uint8Array): Promise<unknown> {
+    const isText = this.isTerminal && !this.job.keepsOnlyContent;
+    if (isText && content.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
-    return this.put(new TextEncoder().encode(printable(this.textDecoder.decode(bytes, { stream: true }))));
-  }
-
-  private put(bytes: Uint8Array): Promise<unknown> {
+    const text = () => printable(this.textDecoder.decode(content, { stream: true }));
+    const bytes = isText ? new TextEncoder().encode(text()) : content;
     // Bun.write needs no module, but if a non-blocking descriptor takes a part, it writes that part again: it is only
     // for output that is taken whole. node:fs, once it is loaded, takes less time for each write.
     this.left -= bytes.length;
-    if (this.left < 0) return writeAll(this.fd, bytes, this.mayBlock, null);
-    return Bun.write(Bun.file(this.fd), bytes);
+    return this.left < 0 ? writeAll(this.fd, bytes, this.mayBlock, null) : Bun.write(Bun.file(this.fd), bytes);
   }
 }
 
@@ -1648,10 +1642,8 @@ interface Label extends Omit<Held, "bytes"> {
 /** A part that lies beside FILE. `bytes` is 0 if there is only its label, or if it is not ours. */
 type FoundPart = { readonly path: string; readonly label: Label; readonly bytes: number; readonly labelledAt: number };
 
-/** The random end of a part's name: FILE.0123456789ab.part has the label FILE.0123456789ab.part.json. */
-const LABEL_END = /^\.[0-9a-f]{12}\.part\.json$/;
-/** A name may have 255 bytes, on some file systems fewer: a part's begins with this much of FILE's. */
-const STEM_BYTES = 100;
+const LABEL_END = /^\.[0-9a-f]{12}\.part\.json$/; // FILE.0123456789ab.part has the label FILE.0123456789ab.part.json
+const STEM_BYTES = 100; // of FILE's name stand in that of a part: a name may have 255 bytes, on some file systems fewer
 
 /** The name of a part of FILE, up to its random end. */
 const stemOf = (file: string) =>
@@ -1848,12 +1840,11 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
     if (!exists || !isRefused) throw error;
     using target = openFile(file, fs().constants.O_WRONLY);
     const { size } = fs().fstatSync(target.fd);
-    try {
-      await copy(fd, target.fd, size); // what goes beyond the old content comes first: is there room for it?
-    } catch (error) {
+    // What goes beyond the old content comes first: is there room for it?
+    await copy(fd, target.fd, size).catch((error) => {
       fs().ftruncateSync(target.fd, size);
       throw error;
-    }
+    });
     fs().ftruncateSync(target.fd, fs().fstatSync(fd).size);
     await copy(fd, target.fd, 0);
     return `${file} was overwritten in place, since it cannot be replaced (${code})`;

@@ -160,7 +160,7 @@ test("RecordWatch tells an alert from content of the same length, however the re
     watch.take(record(22, 300));
     watch.take(Buffer.concat([content, last]).subarray(0, cut));
     if (cut < content.length + last.length) watch.take(Buffer.concat([content, last]).subarray(cut));
-    watch.content += plaintext;
+    watch.room -= plaintext;
     return watch.endsInOrder;
   };
   const whole = content.length + alert.length;
