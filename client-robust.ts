@@ -180,9 +180,9 @@ function tellFailure(error: unknown): number {
  */
 export async function transfer(session: Session): Promise<undefined | Redirect | TransferError> {
   const { delivery, request, trace } = session;
-  let connection: Connection | undefined;
+  const connection = new Connection(session.job, trace);
   try {
-    connection = await connect(request.url, session);
+    await connection.connect(request.url);
     await sendRequest(connection, session);
     const { head, rest } = await receiveHead(connection, request.method);
     trace?.complete("head");
@@ -206,7 +206,7 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
     if (failure.spoils) delivery.discard();
     return failure;
   } finally {
-    connection?.close();
+    connection.close();
   }
 }
 
@@ -1134,7 +1134,7 @@ class ProgressLine {
 
 // ═══ 9 Sockets ═════════════════════════════════════════════════════════════════════════════════
 
-/** A socket turned from events into steps: open, send, receive, receive …, close. */
+/** A socket turned from events into steps: connect, send, receive, receive …, close. */
 export class Connection implements Source {
   private readonly received: Uint8Array[] = [];
   private receivedBytes = 0;
@@ -1180,8 +1180,15 @@ export class Connection implements Source {
     return this.records?.endsInOrder ?? true;
   }
 
-  /** Connects, and starts TLS if the URL asks for it. @throws TransferError */
-  async open(url: URL): Promise<void> {
+  /** @throws TransferError "resolve", "connect", "timeout", "tls", "certificate" or "authorities" */
+  async connect(url: URL): Promise<void> {
+    const { connectMs } = this.job;
+    this.trace?.begin();
+    const late = `no connection to ${url.host} within ${connectMs / 1000} s`;
+    await within(connectMs, this.open(url), late).catch((error) => this.fail("connect", asTransferError(error)));
+  }
+
+  private async open(url: URL): Promise<void> {
     const [hostname, isSecure] = [url.hostname.replace(/^\[|\]$/g, ""), url.protocol === "https:"];
     const authorities = isSecure && !this.job.isInsecure ? readAuthorities(this.job.authoritiesFile) : [];
     const socket = await Bun.connect({
@@ -1241,7 +1248,7 @@ export class Connection implements Source {
       sent += Math.max(0, written);
       // If the connection is lost, an answer may still be unread: its event comes before that of the loss.
       if (sent < bytes.length) await this.event();
-      if (written >= 0 && !this.isAnswered) this.throwFailure();
+      if (written >= 0 && !this.isAnswered && this.end instanceof TransferError) this.fail("reset", this.end);
     }
     return !this.isAnswered;
   }
@@ -1255,7 +1262,7 @@ export class Connection implements Source {
   async receive(): Promise<Uint8Array | undefined> {
     let bytes;
     while ((bytes = this.received.shift()) === undefined) {
-      this.throwFailure();
+      if (this.end instanceof TransferError) this.fail("reset", this.end);
       if (this.end === "FIN") return void this.trace?.step("FIN", "received");
       this.socket?.resume();
       await this.event();
@@ -1265,10 +1272,9 @@ export class Connection implements Source {
     return bytes;
   }
 
-  private throwFailure(): void {
-    if (!(this.end instanceof TransferError)) return;
-    this.trace?.step(this.end.outcome === "timeout" ? "deadline" : "reset", this.end.message);
-    throw this.end;
+  private fail(event: string, failure: TransferError): never {
+    this.trace?.step(failure.outcome === "timeout" ? "deadline" : event, failure.message);
+    throw failure;
   }
 
   /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
@@ -1285,21 +1291,6 @@ export class Connection implements Source {
     const event = new Promise<void>((resolve) => (this.wake = resolve));
     const { stallMs } = this.job;
     await within(stallMs, event, `no byte for ${stallMs / 1000} s`).catch((late) => (this.end = late));
-  }
-}
-
-/** @throws TransferError "resolve", "connect", "timeout", "tls", "certificate" or "authorities" */
-async function connect(url: URL, { job, trace }: Session): Promise<Connection> {
-  const connection = new Connection(job, trace);
-  trace?.begin();
-  try {
-    await within(job.connectMs, connection.open(url), `no connection to ${url.host} within ${job.connectMs / 1000} s`);
-    return connection;
-  } catch (error) {
-    const failure = asTransferError(error);
-    trace?.step(failure.outcome === "timeout" ? "deadline" : "connect", failure.message);
-    connection.close();
-    throw failure;
   }
 }
 
@@ -1678,17 +1669,15 @@ function readLabel(path: string, file: string): Label | undefined {
 
 /** The part of an earlier run that is worth most: of the version that was seen last, the longest. */
 function findLeftover(parts: readonly FoundPart[], request: string, sha256: string): FoundPart | undefined {
-  let best: FoundPart | undefined;
-  for (const part of parts) {
-    const { label, bytes, labelledAt } = part;
+  const usable = parts.filter(({ label, bytes }) => {
     // The same digest is the same content, whatever the request was.
     const isNamed = label.request === request && (sha256 === "" ? label.validator !== "" : label.sha256 === "");
     const isVouched = isNamed || (sha256 !== "" && label.sha256 === sha256);
-    if (bytes === 0 || bytes > (label.total ?? bytes) || !isVouched) continue;
-    const isSame = label.validator === best?.label.validator && label.resource === best.label.resource;
-    if (best === undefined || (isSame ? bytes > best.bytes : labelledAt > best.labelledAt)) best = part;
-  }
-  return best;
+    return isVouched && bytes > 0 && bytes <= (label.total ?? bytes);
+  });
+  const newest = usable.toSorted((a, b) => b.labelledAt - a.labelledAt)[0]?.label;
+  const isSame = ({ label }: FoundPart) => label.validator === newest?.validator && label.resource === newest.resource;
+  return usable.filter(isSame).toSorted((a, b) => b.bytes - a.bytes)[0];
 }
 
 function removePart(path: string): void {
@@ -2082,8 +2071,7 @@ export function parseCommandLine(args: readonly string[]) {
 
 /** As in curl, the last segment of the path as it was typed. */
 function remoteName(text: string, url: URL): string {
-  const [path = ""] = text.split(/[?#]/, 1);
-  const name = path.slice(path.lastIndexOf("/") + 1);
+  const name = text.replace(/[?#].*/s, "").replace(/.*\//s, "");
   const isName = !url.pathname.endsWith("/") && !/^\.{0,2}$|[\\\0]/.test(name);
   check(isName, `--remote-name finds no name of a file in ${JSON.stringify(text)}`);
   return name === "-" ? "./-" : name;
