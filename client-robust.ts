@@ -1141,9 +1141,10 @@ export class Connection implements Source {
   private end: "FIN" | TransferError | undefined; // nothing more comes
   private isClosed = false;
   private socket: Bun.Socket | undefined;
-  private encrypted: Bun.Socket | undefined; // the socket under TLS
   private records: RecordWatch | undefined; // over TLS: sees the encrypted records
   private wake = () => {};
+  /** The content has a length or a last chunk, so nobody asks how the connection ends: spares a copy of each record. */
+  stopWatching = () => {};
 
   /** Each handler stores what has happened, and wakes the step that waits. */
   readonly handlers = {
@@ -1228,14 +1229,10 @@ export class Connection implements Source {
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
     const tls = { serverName, ca, rejectUnauthorized: !isInsecure };
     this.records = new RecordWatch();
-    [this.encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
+    const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
+    this.stopWatching = () => encrypted.reload({ socket: { drain() {} } });
     await promise;
     this.trace?.step("TLS", `with ${hostname}`);
-  }
-
-  /** The content has a length or a last chunk, so nobody asks how the connection ends: spares a copy of each record. */
-  stopWatching(): void {
-    this.encrypted?.reload({ socket: { drain() {} } });
   }
 
   /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
