@@ -1387,7 +1387,8 @@ const [ALERT, APPLICATION_DATA] = [21, 23];
  */
 export class RecordWatch {
   private header: number[] = []; // of the last record: type, version, length
-  private left = 0; // bytes of that record that are still to come
+  private length = 0; // of that record
+  private left = 0; // bytes of it that are still to come
   room = 0; // plaintext bytes that the records of the last read could hold; the caller subtracts those that came of them
 
   /** Records, or pieces of them, before they are decrypted: a copy of their bytes, which is given back. */
@@ -1396,7 +1397,8 @@ export class RecordWatch {
     for (let at = 0; at < bytes.length;) {
       if (this.left === 0) {
         if (this.header.length === 5) this.header = [];
-        if (this.header.push(byteAt(bytes, at++)) === 5) this.left = this.length;
+        if (this.header.push(byteAt(bytes, at++)) === 5) this.length = Buffer.from(this.header).readUInt16BE(3);
+        if (this.header.length === 5) this.left = this.length;
         continue;
       }
       const taken = Math.min(this.left, bytes.length - at);
@@ -1405,11 +1407,6 @@ export class RecordWatch {
       if (this.left === 0 && this.header[0] === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
     }
     release(bytes);
-  }
-
-  private get length(): number {
-    const [, , , high = 0, low = 0] = this.header;
-    return high * 256 + low;
   }
 
   get endsInOrder(): boolean {
@@ -1824,7 +1821,7 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
     // A mount point, a folder in which nothing may be renamed, a part on another disk, a disk that replaces no file.
     const isRefused = /^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code);
     if (!exists || !isRefused) throw error;
-    using target = openFile(file, fs().constants.O_WRONLY);
+    await using target = await fs().promises.open(file, fs().constants.O_WRONLY);
     const { size } = fs().fstatSync(target.fd);
     // What goes beyond the old content comes first: is there room for it?
     await copy(fd, target.fd, size).catch((error) => {
@@ -1864,11 +1861,11 @@ async function openSink(job: Options): Promise<Sink | undefined> {
     return openDescriptor(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   const folder = paths().dirname(path);
   fs().accessSync(old === undefined ? folder : path, old === undefined ? W_OK | X_OK : W_OK);
-  const hasDigest = () => {
-    using file = openFile(path, "r");
+  const hasDigest = async () => {
+    await using file = await fs().promises.open(path);
     return sha256Of(file.fd) === sha256;
   };
-  if (old !== undefined && sha256 !== "" && ignoreErrors(hasDigest)) return undefined;
+  if (old !== undefined && sha256 !== "" && (await hasDigest().catch(() => false))) return undefined;
   const isBeside = canUse(folder, W_OK | X_OK);
   const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
   // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
@@ -1896,12 +1893,6 @@ function followLinks(path: string): string {
     path = resolve(folder, fs().readlinkSync(path));
   }
   return path;
-}
-
-/** A descriptor that is closed at the end of its block. */
-function openFile(path: string, flags: number | "r") {
-  const fd = fs().openSync(path, flags);
-  return { fd, [Symbol.dispose]: () => fs().closeSync(fd) };
 }
 
 function* piecesOf(fd: number, from = 0): Generator<[piece: Uint8Array, at: number]> {
