@@ -1427,7 +1427,7 @@ class Delivery {
   note = ""; // what the user should know about the content
   isUnchanged = false; // the user has the content already
   private best: number; // the most ever held of this version: only what goes beyond it is progress, no new start
-  private isJoined: boolean; // the content held came in several responses
+  private isJoined = true; // the content held came in several responses, or in an earlier run
   private hash: Bun.CryptoHasher | undefined;
   private skip = 0; // bytes of the response under way that are held already
   private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
@@ -1439,7 +1439,6 @@ class Delivery {
   ) {
     this.held = sink.found;
     this.best = this.held.bytes;
-    this.isJoined = this.best > 0;
   }
 
   /** A response has ended. @returns true once if more is held than ever before */
