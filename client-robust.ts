@@ -1209,13 +1209,12 @@ export class Connection implements Source {
 
   /** Starts TLS. @throws TransferError "tls" or "certificate" */
   private async secure(socket: Bun.Socket, hostname: string, ca: string[]): Promise<void> {
-    const { isInsecure } = this.job;
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
       // A fault: the peer speaks no TLS, or not ours. Otherwise only its certificate is not trusted.
       const isFault = error === null || /^(EPROTO|ECONN|ERR_SSL)/.test(error.code ?? "");
-      if (isTrusted || (isInsecure && !isFault)) return resolve();
+      if (isTrusted || (this.job.isInsecure && !isFault)) return resolve();
       if (!isFault) return fail("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`);
       // A refusal will not change; a lost connection may be transient.
       const isFinal = !error?.code?.startsWith("ECONN");
@@ -1227,7 +1226,7 @@ export class Connection implements Source {
     };
     // RFC 6066 §3: a name goes without the root's dot, an address not at all: then the certificate must name that.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
-    const tls = { serverName, ca, rejectUnauthorized: !isInsecure };
+    const tls = { serverName, ca, rejectUnauthorized: !this.job.isInsecure };
     this.records = new RecordWatch();
     const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
     this.stopWatching = () => encrypted.reload({ socket: { drain() {} } });
