@@ -138,7 +138,7 @@ describe("judgeHead", () => {
     expect(judge(head(200, PART), NOTHING, { keepsOnlyContent: false })).toBe("deliver from 0");
   });
 
-  test("takes content of a GET from 200 and 203 alone", () => {
+  test("takes the content of a GET from 200 and 203, not from another 2xx", () => {
     for (const status of [200, 203]) expect(judge(head(status))).toBe("deliver from 0");
     for (const status of [201, 204, 205, 207, 226, 299]) expect(judge(head(status))).toBe("final status");
     expect(judge(head(202))).toBe("status");
@@ -474,7 +474,7 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
 
   const hasRetried = (stderr: string) => stderr.split("\n").filter((line) => line.startsWith("Retry in ")).length;
 
-  test.concurrent("goes on from where it broke off, three times over, and gets every byte once", async () => {
+  test.concurrent("goes on from where it broke off, twice, and gets every byte once", async () => {
     using origin = scripted([serving({ cut: 9000 }), serving({ cut: 5000, end: "reset" }), serving()]);
     const { content, exitCode, stderr, files } = await save(origin.url, "--sha256", SHA256);
     expect([exitCode, content?.equals(CONTENT), files]).toEqual([0, true, ["file"]]);
@@ -641,7 +641,7 @@ describe.each(VARIANTS)("client-robust, when things go wrong (%s)", (variant) =>
     expect(readdirSync(folder.path).filter((name) => name.endsWith(".part")).length).toBe(1);
   });
 
-  test.concurrent("verifies: a digest that does not fit is a failure, whoever gives it", async () => {
+  test.concurrent("verifies: a digest that does not fit is a failure, of the user or of the server", async () => {
     using good = scripted([serving({ cut: 9000, fields: REPR_DIGEST }), serving({ fields: REPR_DIGEST })]);
     expect((await save(good.url)).exitCode).toBe(0);
     using cutInOrder = scripted([
