@@ -836,7 +836,11 @@ export async function receiveHead(source: Source, method: string): Promise<{ hea
   let [text, passed] = ["", 0]; // all that has come, and how much of it is 1xx
   for (;;) {
     const bytes = await source.receive();
-    if (bytes === undefined) throw endOfHead(text.slice(passed), method, passed > 0);
+    if (bytes === undefined) {
+      parseResponseHead(text.slice(passed), method); // a line that is malformed is so whatever would have followed
+      if (text === "") throw new TransferError("empty", "the server closed the connection without an answer");
+      throw new TransferError("partial", "the response ends inside its head");
+    }
     const before = text.length;
     const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - before));
     text += piece;
@@ -855,21 +859,10 @@ export async function receiveHead(source: Source, method: string): Promise<{ hea
   }
 }
 
-/** What the end of the connection means inside a head. A CR inside the last line makes it malformed, not merely cut. */
-function endOfHead(text: string, method: string, isAfterInterim: boolean): TransferError {
-  parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
-  if (text.slice(text.lastIndexOf("\n") + 1, -1).includes("\r")) return unparsable(NO_FIELD_LINE);
-  if (text === "" && !isAfterInterim)
-    return new TransferError("empty", "the server closed the connection without an answer");
-  return new TransferError("partial", "the response ends inside its head");
-}
-
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
 const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
-/** A field-line as some servers send it. NUL and CR stay refused: another reader may take them for an end. */
-const LOOSE_FIELD_LINE = /^([^:\0\r]*):[^\0\r]*$/;
-/** The fields that this client reads: their lines must be field-lines to the letter. */
+/** The fields that this client reads: their lines must be field-lines to the letter. Some servers send other lines, too. */
 const READ_STRICTLY =
   /^(content-(length|range|encoding)|transfer-encoding|etag|last-modified|date|location|retry-after|repr-digest)$/i;
 
@@ -880,38 +873,37 @@ const READ_STRICTLY =
  * @throws TransferError "unparsable"; it is final, unless the response is no HTTP at all
  */
 export function parseResponseHead(text: string, method: string): ResponseHead | undefined {
+  const end = EMPTY_LINE.exec(text);
+  const begun = end === null ? text : text.slice(0, end.index + 1);
+  // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print. NUL and CR
+  // stay refused, even in a line that has not ended: another reader may take them for an end.
+  const [first = "", ...lines] = begun.split(/\r?\n/);
+  const isMalformed = /\0|\r[^\n]/.test(begun);
+  const statusLine = STATUS_LINE.exec(first);
   // A response that does not start like one is refused before the end of its line has come.
-  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7));
-  let statusLine: RegExpExecArray | null = null;
+  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : statusLine !== null);
+  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {});
+  lines.pop(); // it has not ended
+  if (isMalformed) throw unparsable(NO_FIELD_LINE);
+  if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   const fields = new Map<string, string[]>();
-  let [count, last]: [number, string[]] = [0, []];
-  for (let at = 0, lf = 0; isHttp && (lf = text.indexOf("\n", at)) >= 0; at = lf + 1) {
-    // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
-    const line = text.slice(at, text[lf - 1] === "\r" ? lf - 1 : lf);
-    if (statusLine === null) {
-      statusLine = STATUS_LINE.exec(line);
-      if (statusLine === null) break;
-      continue;
-    }
-    if (line === "") {
-      const [, minorVersion, status, reasonPhrase = ""] = statusLine;
-      const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, lf + 1) };
-      return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
-    }
+  let last: string[] | undefined;
+  for (const line of lines) {
     // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
     const isFold = /^[ \t]/.test(line);
-    const name = isFold ? undefined : LOOSE_FIELD_LINE.exec(line)?.[1]?.toLowerCase();
-    if (isFold && count > 0 && FIELD_LINE.test(`x:${line}`)) last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
+    const name = isFold ? undefined : /^([^:]*):/.exec(line)?.[1]?.toLowerCase();
+    if (isFold && last !== undefined && FIELD_LINE.test(`x:${line}`))
+      last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
     else if (name !== undefined && (FIELD_LINE.test(line) || !READ_STRICTLY.test(name.replace(/[^\w-]/g, "")))) {
       last = fields.get(name) ?? [];
       fields.set(name, last);
       last.push(trimOws(line.slice(name.length + 1)));
     } else throw unparsable(NO_FIELD_LINE);
-    if (++count > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   }
-  if (!isHttp || (statusLine === null && text.includes("\n")))
-    throw unparsable("its first line is not a status-line of HTTP/1", {});
-  return undefined;
+  if (end === null || statusLine === null) return undefined;
+  const [, minorVersion, status, reasonPhrase = ""] = statusLine;
+  const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, end.index + end[0].length) };
+  return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
 }
 
 const fieldValues = ({ fields }: Pick<ResponseHead, "fields">, name: string) => fields.get(name) ?? [];
