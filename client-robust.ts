@@ -270,8 +270,8 @@ function beginSession(job: Job, sink: Sink, clock: Clock) {
     first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
     request: job.request, // the last request
     asksForWhole: false, // the next request is for the whole, though something is held
-    wasSent: false, // a request has been sent, in part at least
-    failures: 0, // attempts in a row that have failed and brought no new data
+    wasSent: false, // a request may have reached the server
+    failures: 0, // attempts in a row that have failed and brought no new data, the last one included
   };
 }
 
@@ -339,8 +339,8 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
   const { job, delivery, clock, progress, wasSent, request } = session;
   const { isPart, refusesRest } = failure;
   session.failures = delivery.takeProgress() ? Number(!isPart) : session.failures + Number(!refusesRest);
-  const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
-  const decision = decideNext(attempt, delivery.held, job, Math.random);
+  const attempt = { method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
+  const decision = decideNext(failure, attempt, delivery.held, job, Math.random);
   progress.clear();
   delivery.sink.endLine?.();
   if (decision.action === "give-up") {
@@ -374,16 +374,11 @@ const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
 /** RFC 9110 §9.2.2: asking twice has the effect of asking once. */
 const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 
-/**
- * What to do with a response, where `held` is what we have.
- * @param asked `hasRange`: for the rest of `held`; `isLastTry`: an error page is shown instead of another try
- */
-export function judgeHead(
-  head: ResponseHead,
-  held: Held,
-  job: Job,
-  asked: { method: string; resource: string; hasRange: boolean; isLastTry: boolean },
-): Verdict {
+/** The request. `hasRange`: for the rest of what is held; `isLastTry`: an error page is shown instead of another try. */
+type Asked = { method: string; resource: string; hasRange: boolean; isLastTry: boolean };
+
+/** What to do with a response, where `held` is what we have. */
+export function judgeHead(head: ResponseHead, held: Held, job: Job, asked: Asked): Verdict {
   const { status } = head;
   const [place = ""] = REDIRECT_STATUSES.includes(status) ? fieldValues(head, "location") : [];
   // Not every server encodes what is not ASCII. Its bytes are sent back as they came, whatever their charset.
@@ -393,57 +388,60 @@ export function judgeHead(
   const isOld = job.sinceMs !== undefined && parseHttpDate(singleValue(head, "last-modified")) <= job.sinceMs;
   const isUnchanged = status === 304 || (status === 200 && isOld);
   if (isUnchanged && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
-  const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
   if (status === 206 && asked.hasRange) return judgePart(head, held, job);
   if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  const isPending = status === 202 && onlyContentCounts && asked.method === "GET";
-  if ((isPending || TRANSIENT_STATUSES.includes(status)) && !asked.isLastTry)
+  const [isGet, onlyContentCounts] = [asked.method === "GET", job.keepsOnlyContent || held.bytes > 0];
+  const isTransient = TRANSIENT_STATUSES.includes(status);
+  if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !asked.isLastTry)
     return new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
+  // Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205 or
+  // 207 is about something else. To another method any 2xx does.
+  const hasContent = isGet ? [200, 203, 206].includes(status) : status >= 200 && status < 300;
+  if (!onlyContentCounts || hasContent) return judgeWhole(head, held, job, asked);
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
   // Some servers answer so to a Range that they do not like, or that the file has become too short for.
-  const refusesRest = asked.hasRange && status >= 400 && (status === 500 || !TRANSIENT_STATUSES.includes(status));
-  if (onlyContentCounts && !hasContent(head, asked.method))
-    return new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
-  return judgeWhole(head, held, job, asked.method === "GET", asked.resource);
+  const refusesRest = asked.hasRange && status >= 400 && (status === 500 || !isTransient);
+  return new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean, resource: string): Verdict {
-  const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
-  const stated = onlyContentCounts && (isGet || head.status === 206) ? rangesOfWhole(head) : [];
-  const length = typeof head.framing === "number" ? head.framing : stated[0];
-  for (const complete of stated)
-    if (complete !== length)
-      return new TransferError("range", "the server sent a part of the content as if it were the whole");
+function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource }: Asked): Verdict {
+  const [isGet, onlyContentCounts] = [method === "GET", job.keepsOnlyContent || held.bytes > 0];
+  // Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
+  // so, and their content is the part that the field says; others send 206 unasked.
+  const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
+  const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
+  const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
+  const isPart = ranges.some(({ first, last, complete }) => first > 0 || last + 1 !== complete || complete !== length);
+  if (isPart || (onlyContentCounts && head.status === 206 && ranges.length === 0))
+    return new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) return tooLarge(job);
-  const isNamed = isGet && (head.status === 200 || (head.status === 206 && stated.length > 0));
+  const isNamed = isGet && (head.status === 200 || (head.status === 206 && onlyContentCounts));
   const version = { ...versionOf(head), resource, ...(isNamed ? {} : { validator: "" }) };
+  const isNamedSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
+  const isSame = isNamedSame && agrees(head, held);
   // What an earlier response said of this version still holds: its length, if this one does not tell any.
   const total = length ?? held.total;
-  const isSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
-  const isNamedSame = isSame && agrees(head, held);
-  if (held.bytes > 0 && (isNamedSame || job.hasSha256) && total === (held.total ?? total))
+  if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
   if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", changed, { isFinal: true });
-  const fresh = { ...version, bytes: 0, total: isNamedSame ? total : length };
+  const fresh = { ...version, bytes: 0, total: isSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
-  const [total, length] = [complete ?? held.total, last + 1 - first];
+  const total = complete ?? held.total;
   const fits =
-    // Caches that work in blocks begin earlier: bytes that are held already are passed over.
-    first <= resumeFrom(held) &&
-    // RFC 9110 §15.3.7: it may be less than what was asked for; the next attempt gets the rest.
-    last >= resumeFrom(held) &&
+    first <= resumeFrom(held) && // caches that work in blocks begin earlier: bytes that are held already are passed over
+    last >= resumeFrom(held) && // RFC 9110 §15.3.7: it may be less than what was asked for; the next attempt gets the rest
     total !== undefined &&
     last < total &&
     total === (held.total ?? total) &&
-    (typeof head.framing !== "number" || head.framing === length) &&
+    (typeof head.framing !== "number" || head.framing === last + 1 - first) &&
     (job.hasSha256 || agrees(head, held));
   if (!fits) return misfit("the server sent another part than the one that is missing");
   if (total > job.sizeMax) return tooLarge(job);
@@ -464,31 +462,10 @@ const tooLarge = ({ sizeMax }: Job) => new TransferError("tooLarge", `the conten
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
-/**
- * Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205 or
- * 207 is about something else. To another method any 2xx does.
- */
-const hasContent = ({ status }: ResponseHead, method: string) =>
-  method === "GET" ? status === 200 || status === 203 || status === 206 : status >= 200 && status < 300;
-
 /** RFC 9110 §14.4: bytes first-last/complete. `complete` is undefined for "*"; what does not match is NaN, which fits nothing. */
 function parseContentRange(value: string): { first: number; last: number; complete: number | undefined } {
   const [, first, last, complete] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
   return { first: Number(first), last: Number(last), complete: complete === "*" ? undefined : Number(complete) };
-}
-
-/**
- * Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
- * so, and their content is the part that the field says; others send 206 unasked.
- * @returns for each range the length of the whole, or NaN if it is not the range of a whole, or a 206 has none
- */
-function rangesOfWhole(head: ResponseHead): number[] {
-  const lengths: number[] = [];
-  for (const value of fieldValues(head, "content-range")) {
-    const { first, last, complete } = parseContentRange(value);
-    if (/^bytes\b/i.test(value)) lengths.push(first === 0 && last + 1 === complete ? complete : Number.NaN);
-  }
-  return lengths.length === 0 && head.status === 206 ? [Number.NaN] : lengths;
 }
 
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of every version
@@ -533,14 +510,8 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
   return /^\d+$/.test(value) ? Number(value) * 1000 : Math.max(0, parseHttpDate(value) - now) || 0;
 }
 
-/** An attempt that has failed. */
-export interface Attempt {
-  readonly failure: TransferError;
-  readonly method: string;
-  readonly wasSent: boolean; // the request may have reached the server
-  readonly failures: number; // attempts in a row that have failed and brought no new data, this one included
-  readonly elapsedMs: number; // since the first attempt
-}
+/** An attempt that has failed, and the time since the first one began. */
+export type Attempt = Pick<Session, "wasSent" | "failures"> & { method: string; elapsedMs: number };
 
 /**
  * The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
@@ -565,16 +536,16 @@ const backoffMs = (failures: number, random: () => number) =>
  * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
  * | anything else | continue after the bytes held |
  */
-export function decideNext(attempt: Attempt, held: Held, job: Job, random: () => number) {
-  const { failure, failures } = attempt;
+export function decideNext(failure: TransferError, attempt: Attempt, held: Held, job: Job, random: () => number) {
+  const { method, wasSent, failures, elapsedMs } = attempt;
   const giveUp = (why: string) => ({ action: "give-up", why }) as const;
   // RFC 9110 §15.3.7 allows it. If parts bring nothing new, it is a failure.
   if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
   if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const;
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
-  if (attempt.wasSent && !IDEMPOTENT_METHODS.includes(attempt.method)) return giveUp("");
+  if (wasSent && !IDEMPOTENT_METHODS.includes(method)) return giveUp("");
   if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
-  const leftMs = job.retryMaxMs - attempt.elapsedMs;
+  const leftMs = job.retryMaxMs - elapsedMs;
   if (leftMs <= 0) return giveUp("no time is left for another attempt");
   const { retryAfterMs } = failure;
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))

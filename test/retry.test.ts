@@ -274,12 +274,12 @@ describe("judgeHead", () => {
 function decide(
   outcome: Outcome,
   held: Held = NOTHING,
-  attempt: Partial<Attempt> = {},
+  attempt: Partial<Attempt> & { failure?: TransferError } = {},
   policy: Partial<Job> = {},
 ): string {
   const failure = attempt.failure ?? new TransferError(outcome, "");
-  const all: Attempt = { failure, method: "GET", wasSent: true, failures: 1, elapsedMs: 0, ...attempt };
-  const decision = decideNext(all, held, { ...JOB, ...policy }, () => 1);
+  const all: Attempt = { method: "GET", wasSent: true, failures: 1, elapsedMs: 0, ...attempt };
+  const decision = decideNext(failure, all, held, { ...JOB, ...policy }, () => 1);
   if (decision.action === "give-up") return "give up";
   return `${decision.asksForWhole ? "ask for the whole" : "go on"} within ${decision.afterMs}`;
 }
@@ -307,14 +307,10 @@ describe("decideNext", () => {
   test("waits a second, then two, four …, and a minute at the most: half of it fixed, half random", () => {
     const waits = [1, 2, 3, 4, 20].map((failures) => decide("receive", NOTHING, { failures }, { retries: 99 }));
     expect(waits).toEqual([1000, 2000, 4000, 8000, 60_000].map((wait) => `go on within ${wait}`));
-    const attempt = {
-      failure: new TransferError("receive", ""),
-      method: "GET",
-      wasSent: true,
-      failures: 1,
-      elapsedMs: 0,
-    };
-    expect(decideNext(attempt, NOTHING, JOB, () => 0)).toMatchObject({ afterMs: 500 });
+    const attempt = { method: "GET", wasSent: true, failures: 1, elapsedMs: 0 };
+    expect(decideNext(new TransferError("receive", ""), attempt, NOTHING, JOB, () => 0)).toMatchObject({
+      afterMs: 500,
+    });
     for (const failures of [1, 5])
       expect(decide("receive", NOTHING, { failures }, { retryDelayMs: 300 })).toBe("go on within 300");
   });
