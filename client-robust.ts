@@ -102,9 +102,7 @@ interface Sink {
 
 /** What the command line says: parseCommandLine has the fields, and what they mean. */
 type Options = Readonly<ReturnType<typeof parseCommandLine>["options"]>;
-export interface Job extends Options {
-  readonly canStartOver: boolean; // the content held can be deleted; output on stdout cannot
-}
+export type Job = Options & { readonly canStartOver: boolean }; // false on stdout: what is held cannot be deleted
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -136,6 +134,7 @@ export type Outcome = keyof typeof EXIT_CODES;
 
 /** A transfer that failed: `outcome` says how, the message says it in a line. */
 export class TransferError extends Error {
+  readonly outcome: Outcome;
   readonly retryAfterMs: number = 0; // RFC 9110 §10.2.3: no attempt before this wait
   readonly isFinal: boolean = false; // another attempt cannot help, though the outcome alone would not say so
   readonly isQuiet: boolean = false; // no line on stderr: `| head` has what it wanted
@@ -143,12 +142,9 @@ export class TransferError extends Error {
   readonly refusesRest: boolean = false; // a request for the rest got an answer of no use: the whole may still be had
   readonly spoils: boolean = false; // the content held may be wrong
 
-  constructor(
-    readonly outcome: Outcome,
-    message: string,
-    more: Partial<Omit<TransferError, "outcome" | keyof Error>> = {},
-  ) {
+  constructor(outcome: Outcome, message: string, more: Partial<Omit<TransferError, "outcome" | keyof Error>> = {}) {
     super(message);
+    this.outcome = outcome;
     Object.assign(this, more);
   }
 }
@@ -176,9 +172,9 @@ function tellFailure(error: unknown): number {
 
 /**
  * The heart: one request, one response, from connect to close.
- * @returns nothing if the response is whole and delivered, the redirect that it is, or why the transfer failed
+ * @returns nothing if the response is whole and delivered, the request that it redirects to, or why the transfer failed
  */
-export async function transfer(session: Session): Promise<undefined | Redirect | TransferError> {
+export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
   const { delivery, request, trace } = session;
   let connection: Connection | undefined;
   try {
@@ -188,7 +184,7 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
     trace?.complete("head");
     if (head.framing !== "close") connection.stopWatching();
     const verdict = beginResponse(head, session);
-    if (verdict.action === "redirect") return verdict;
+    if (verdict.action === "redirect") return redirect(request, verdict);
     if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
     for await (const content of receiveContent(connection, head.framing, rest)) {
@@ -249,7 +245,7 @@ function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, T
   if (verdict instanceof TransferError) throw verdict;
   delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
   if (verdict.action !== "deliver") return verdict;
-  if (held.bytes > 0 && verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
+  if (held.bytes > 0 && verdict.held.bytes === 0 && !job.isSilent) {
     session.progress.clear();
     const why = held.validator === "" ? "nothing tells whether the content has changed" : "the content has changed";
     tell(`Starting over: ${why}`);
@@ -323,13 +319,9 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
   for (let redirects = 0; redirects <= LIMITS.redirectsMax; redirects++) {
     const ending = await transfer(session);
     if (ending === undefined || ending instanceof TransferError) return ending;
-    const url = URL.parse(ending.location, session.request.url);
-    if (url === null || !isSpoken(url))
-      return new TransferError("url", `cannot follow the redirect to ${ending.location}`);
-    const next = redirect(session.request, ending.status, url);
     // RFC 9110 §15.4.4: the first request has been carried out, and a retry repeats the GET alone.
-    if (next.method !== session.request.method) session.first = next;
-    session.request = next;
+    if (ending.method !== session.request.method) session.first = ending;
+    session.request = ending;
   }
   return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
 }
@@ -495,12 +487,9 @@ const digestOf = (text: string) => text && new Bun.CryptoHasher("sha256").update
 export const resourceOf = ({ pathname, search }: URL) =>
   `${pathname}?${search && digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
 
-/**
- * No field of the response contradicts the version held. A 206 need not repeat the coding (RFC 9110 §15.3.7), but some
- * servers name two codings by one entity-tag.
- */
+/** No field of the response contradicts the version held. */
 const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
-  codingOf(head) === coding &&
+  codingOf(head) === coding && // a 206 may leave it out (RFC 9110 §15.3.7), but some servers name two codings by one tag
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
   fieldValues(head, "last-modified").every((value) => lastModified === "" || value === lastModified);
 
@@ -558,10 +547,7 @@ export function decideNext(failure: TransferError, attempt: Attempt, held: Held,
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
 
-/**
- * The first byte to ask for. If all may be held already, it is the last byte held: past the end a server answers 416,
- * which need not name the version.
- */
+/** The first byte to ask for. If all may be held, it is the last one held: the 416 past the end need not name a version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
 const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
 
@@ -571,15 +557,13 @@ const contentLength = ({ content }: Request) => content.reduce((length, { size }
  */
 export function formatRequest(request: Request, held: Held): Uint8Array {
   const { method, url, fields, content } = request;
-  const defaults = [
+  const ours = [
     ["Host", url.host],
     ["User-Agent", `http-over-tcp/${VERSION}`],
     ["Accept", "*/*"],
     ["Accept-Encoding", "identity"], // RFC 9110 §12.5.3: without it any coding would be acceptable
     ["Want-Repr-Digest", "sha-256=10"], // RFC 9530 §4: then the content can be verified
     ["Content-Type", content.length === 0 ? "" : "application/x-www-form-urlencoded"],
-  ] as const;
-  const own = [
     ["Content-Length", content.length === 0 ? "" : `${contentLength(request)}`],
     ["Connection", "close"],
     ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""],
@@ -588,7 +572,7 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
   const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
   const target = url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, ""); // not pathname and search: they forget a "?" at the end
   let head = `${method} ${target} HTTP/1.1\r\n`;
-  for (const [name, value] of [...defaults.filter(([name]) => !isReplaced(name)), ...own, ...fields])
+  for (const [name, value] of [...ours.filter(([name]) => !isReplaced(name)), ...fields])
     if (value !== "") head += `${name}: ${value}\r\n`;
   // Values may be any bytes but CTL; the command line has made them ISO 8859-1, one character a byte.
   return toBytes(`${head}\r\n`);
@@ -607,26 +591,21 @@ const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i;
 
 const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
 
-/** The request that a redirect asks for (RFC 9110 §15.4). */
-function redirect(request: Request, status: number, url: URL): Request {
-  const { method } = request;
+/** The request that a redirect asks for (RFC 9110 §15.4). @throws TransferError "url" */
+function redirect({ method, url: from, fields, content }: Request, { status, location }: Redirect): Request {
+  const url = URL.parse(location, from);
+  if (url === null || !isSpoken(url)) throw new TransferError("url", `cannot follow the redirect to ${location}`);
   const becomesGet = status === 303 ? method !== "HEAD" : method === "POST" && (status === 301 || status === 302);
-  const isElsewhere = url.origin !== request.url.origin;
   const isDropped = (name: string) =>
-    (isElsewhere && SECRET_FIELD.test(name)) || (becomesGet && CONTENT_FIELD.test(name));
-  const fields = request.fields.filter(([name]) => !isDropped(name));
-  const same = { ...request, url, fields };
-  return becomesGet ? { ...same, method: "GET", content: [] } : same;
+    (url.origin !== from.origin && SECRET_FIELD.test(name)) || (becomesGet && CONTENT_FIELD.test(name));
+  const kept = fields.filter(([name]) => !isDropped(name));
+  return becomesGet ? { method: "GET", url, fields: kept, content: [] } : { method, url, fields: kept, content };
 }
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
 
 /** Where a response comes from: a connection, or a test. */
-export interface Source {
-  /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
-  receive(): Promise<Uint8Array | undefined>;
-  readonly endsInOrder: boolean; // the peer has announced its end: the connection was not cut
-}
+export type Source = Pick<Connection, "receive" | "endsInOrder">;
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
@@ -923,8 +902,8 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
   // Item 8: no length at all: until the connection is closed.
   if (lengths.length === 0) return "close";
   // Items 5 and 6: one value, or the same one again.
-  const [text = "", ...others] = lengths.join(",").split(",");
-  const isOne = /^[\t ]*\d+[\t ]*$/.test(text) && others.every((other) => trimOws(other) === trimOws(text));
+  const [text = "", ...others] = lengths.join(",").split(",").map(trimOws);
+  const isOne = /^\d+$/.test(text) && others.every((other) => other === text);
   if (!isOne || !Number.isSafeInteger(Number(text))) throw unparsable("its Content-Length is not one number");
   return Number(text);
 }
@@ -939,10 +918,8 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
 export async function* receiveContent(source: Source, framing: Framing, begun: Uint8Array): AsyncGenerator<Uint8Array> {
   const decoder = framing === "chunked" ? new ChunkedDecoder(LIMITS, true) : undefined;
   const length = typeof framing === "number" ? framing : Number.POSITIVE_INFINITY;
-  let [rest, kept]: [Uint8Array, number] = [begun, 0]; // the beginning of a line of chunked content: `kept` bytes
-  for (let [came, isFirst] = [0, begun.length > 0]; came < length; isFirst = false) {
-    const bytes = isFirst ? begun : await receiveMore(source, framing, came);
-    if (bytes === undefined) return;
+  let [rest, kept, came]: [Uint8Array, number, number] = [begun, 0, 0]; // `kept` bytes: a line of chunks, incomplete
+  for (let bytes: Uint8Array | undefined = begun; bytes !== undefined;) {
     if (kept > 0 && rest.length < kept + bytes.length)
       rest = Buffer.concat([rest.subarray(0, kept)], 2 * (kept + bytes.length));
     if (kept > 0) rest.set(bytes, kept);
@@ -956,7 +933,8 @@ export async function* receiveContent(source: Source, framing: Framing, begun: U
     if (decoder !== undefined && decoder.fault !== "")
       // The content before it may have been damaged as well.
       throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
-    if (decoder?.state === "done") return;
+    if (came === length || decoder?.state === "done") return;
+    bytes = await receiveMore(source, framing, came);
   }
 }
 
@@ -1095,7 +1073,7 @@ class ProgressLine {
 // ═══ 9 Sockets ═════════════════════════════════════════════════════════════════════════════════
 
 /** A socket turned from events into steps: send, receive, receive …, close. */
-export class Connection implements Source {
+export class Connection {
   private readonly received: Uint8Array[] = [];
   private receivedBytes = 0;
   private isPaused = false;
@@ -1157,7 +1135,7 @@ export class Connection implements Source {
     this.wake();
   }
 
-  /** Over TLS, anyone on the way can send a FIN. */
+  /** The peer has announced its end: the connection was not cut. Over TLS, anyone on the way can send a FIN. */
   get endsInOrder(): boolean {
     return this.records?.endsInOrder ?? true;
   }
@@ -1217,6 +1195,7 @@ export class Connection implements Source {
     return this.receivedBytes > 0 && /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(text());
   }
 
+  /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
   async receive(): Promise<Uint8Array | undefined> {
     while (this.received.length === 0) {
       this.throwFailure();
