@@ -55,8 +55,7 @@ export const DEFAULTS = Object.freeze({
 export interface Request {
   readonly method: string;
   readonly url: URL;
-  /** The user's field-lines. They replace those of the same name that would be sent otherwise. */
-  readonly fields: readonly (readonly [name: string, value: string])[];
+  readonly fields: readonly (readonly [name: string, value: string])[]; // the user's: each replaces ours of that name
   readonly content: readonly Blob[]; // read again for each attempt; no Blob, no content
 }
 
@@ -89,10 +88,8 @@ export const NOTHING: Held = Object.freeze({ bytes: 0, ...NAMELESS, total: undef
 interface Sink {
   readonly found: Held; // what an earlier run has left, to be continued
   write(content: Uint8Array, held: Held): Promise<void>;
-  /** The content is whole and verified. @returns what the user should know about it, or "" */
-  finish(held: Held): Promise<string>;
-  /** Called last, whatever happened. @returns how to continue, or "" */
-  close(held: Held): string | Promise<string>;
+  finish(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
+  close(held: Held): string | Promise<string>; // called last, whatever happened. Returns how to continue, or ""
   start?(head: ResponseHead): void; // the content of this response follows, from its first byte on
   digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
@@ -341,15 +338,14 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
   }
   session.asksForWhole = decision.asksForWhole;
   clock.before = `; before that, ${failure.message}`;
-  const seconds = (decision.afterMs / 1000).toFixed(1);
-  if (!job.isSilent && decision.afterMs < job.maxMs - clock.elapsedMs)
-    tell(`Retry in ${seconds} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(decision.afterMs);
+  const { afterMs } = decision;
+  if (!job.isSilent && afterMs < job.maxMs - clock.elapsedMs)
+    tell(`Retry in ${(afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
+  await Bun.sleep(afterMs);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
-// Two pure functions: `judgeHead` says what to do with a response once its head is here, `decideNext`
-// what to do after an attempt has failed.
+// Two pure functions: `judgeHead` is for a response whose head is here, `decideNext` for an attempt that has failed.
 
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
@@ -502,35 +498,23 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
 /** An attempt that has failed, and the time since the first one began. */
 export type Attempt = Pick<Session, "wasSent" | "failures"> & { method: string; elapsedMs: number };
 
-/**
- * The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
- * just starting. "tls": the connection was lost during the handshake.
- */
+// The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
+// just starting. "tls": the connection was lost during the handshake.
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
 /** Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once. */
 const backoffMs = (failures: number, random: () => number) =>
   Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random() / 2);
 
-/**
- * What to do after an attempt that failed.
- *
- * | the failure | then |
- * | --- | --- |
- * | is none: the response was complete, but only a part of the missing bytes | ask for the next part at once |
- * | is that of a request for the rest, and the whole may be had | ask for the whole at once; this is no retry |
- * | is permanent (a certificate, 404, conflicting lengths, disk full) | give up |
- * | the method is not idempotent, and the request was sent | give up |
- * | no retries are left, or no time, or Retry-After is too long | give up |
- * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
- * | anything else | continue after the bytes held |
- */
+/** What to do after an attempt that failed: the first of these lines that applies decides. */
 export function decideNext(failure: TransferError, attempt: Attempt, held: Held, job: Job, random: () => number) {
   const { method, wasSent, failures, elapsedMs } = attempt;
   const giveUp = (why: string) => ({ action: "give-up", why }) as const;
-  // RFC 9110 §15.3.7 allows it. If parts bring nothing new, it is a failure.
+  // RFC 9110 §15.3.7 allows a response with a part of what is missing: the next part is asked for at once. If parts
+  // bring nothing new, it is a failure.
   if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
-  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const;
+  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const; // this is no retry either
+  // It is permanent: a certificate, 404, conflicting lengths, a full disk. Or the request must not be sent twice.
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
   if (wasSent && !IDEMPOTENT_METHODS.includes(method)) return giveUp("");
   if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
@@ -539,6 +523,7 @@ export function decideNext(failure: TransferError, attempt: Attempt, held: Held,
   const { retryAfterMs } = failure;
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
     return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
+  // Continue after the bytes held; but ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
   if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
   const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs(failures, random), leftMs));
@@ -551,10 +536,7 @@ export function decideNext(failure: TransferError, attempt: Attempt, held: Held,
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
 const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
 
-/**
- * The head of the request as it goes over the wire (RFC 9112 §3), for the whole content or for the bytes after
- * `held`. Range (RFC 9110 §14.2) asks for the rest; If-Range (§13.1.5) makes it the whole if the version has changed.
- */
+/** The head of the request as it goes over the wire (RFC 9112 §3): for the whole content, or for the bytes after `held`. */
 export function formatRequest(request: Request, held: Held): Uint8Array {
   const { method, url, fields, content } = request;
   const ours = [
@@ -566,8 +548,8 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
     ["Content-Type", content.length === 0 ? "" : "application/x-www-form-urlencoded"],
     ["Content-Length", content.length === 0 ? "" : `${contentLength(request)}`],
     ["Connection", "close"],
-    ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""],
-    ["If-Range", held.bytes > 0 ? held.validator : ""],
+    ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""], // RFC 9110 §14.2
+    ["If-Range", held.bytes > 0 ? held.validator : ""], // §13.1.5: the whole instead, if the version has changed
   ] as const;
   const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
   const target = url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, ""); // not pathname and search: they forget a "?" at the end
@@ -885,22 +867,19 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 
 /** Where the content of a response ends: RFC 9112 §6.3, item by item. @throws TransferError "unparsable" */
 export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boolean, method: string): Framing {
-  // Item 1: never any content, whatever the fields say.
+  // Item 1: never any content, whatever the fields say. Item 2 is about CONNECT, which this client does not send.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
-  // Item 2 is about CONNECT, which this client does not send.
   const codings = fieldValues(head, "transfer-encoding");
   const lengths = fieldValues(head, "content-length");
   if (codings.length > 0) {
-    // Item 3: both present is an attempt at smuggling or at splitting.
+    // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
     if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
-    // §6.1: an HTTP/1.0 server cannot know it: its framing is faulty.
     if (isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
     // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
     if (!/^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","))) throw unparsable("its transfer coding is not chunked");
     return "chunked";
   }
-  // Item 8: no length at all: until the connection is closed.
-  if (lengths.length === 0) return "close";
+  if (lengths.length === 0) return "close"; // item 8: until the connection is closed
   // Items 5 and 6: one value, or the same one again.
   const [text = "", ...others] = lengths.join(",").split(",").map(trimOws);
   const isOne = /^\d+$/.test(text) && others.every((other) => other === text);
@@ -959,8 +938,7 @@ function takeContent(decoder: ChunkedDecoder | undefined, bytes: Uint8Array, lef
     next = decoder.next(bytes, at, bytes.length);
     if (decoder.contentTo > decoder.contentFrom) bytes.copyWithin(to, decoder.contentFrom, decoder.contentTo);
     to += decoder.contentTo - decoder.contentFrom;
-    if (next === at || decoder.state === "done" || decoder.state === "failed")
-      return { content: bytes.subarray(0, to), used: next };
+    if (next === at) return { content: bytes.subarray(0, to), used: next };
   }
 }
 
@@ -1004,9 +982,8 @@ function formatBytes(bytes: number): string {
 function ignoreErrors<T>(step: () => T): T | undefined {
   try {
     return step();
-  } catch {
-    return undefined;
-  }
+  } catch {}
+  return undefined;
 }
 
 /** A head or a reason phrase for people: UTF-8 if it is that, otherwise ISO 8859-1. */
@@ -1030,7 +1007,7 @@ function formatProgress(bytes: number, total: number | undefined, bytesPerSecond
 
 /** Size, speed and time left, in one line of stderr that is overwritten; only on a terminal that gets no content. */
 class ProgressLine {
-  private shownAt = LIMITS.progressAfterMs - LIMITS.progressEveryMs;
+  private dueAt: number = LIMITS.progressAfterMs;
   private firstBytes: number | undefined;
   private isOnScreen = false;
 
@@ -1043,10 +1020,9 @@ class ProgressLine {
   show({ bytes, total }: Held): void {
     this.firstBytes ??= bytes;
     const now = this.clock.elapsedMs;
-    if (now - this.shownAt < LIMITS.progressEveryMs) return;
-    this.shownAt = now;
-    const isUnwanted = this.job.isSilent || this.job.isTraced || this.sink.isTerminal;
-    if (isUnwanted || !isTerminal(2, fs().fstatSync(2))) return;
+    if (now < this.dueAt) return;
+    this.dueAt = now + LIMITS.progressEveryMs;
+    if (this.job.isSilent || this.job.isTraced || this.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
     // In a narrow terminal the line is cut off, not wrapped.
