@@ -232,14 +232,13 @@ const isForRest = ({ job, delivery: { held }, request, asksForWhole }: Session) 
   held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
 
 /** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
-function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, TransferError> {
+function beginResponse(head: ResponseHead, session: Session): Verdict {
   const { job, delivery, request } = session;
   const { held } = delivery;
   if (job.isVerbose) tellHead("< ", head.text);
   const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
   const asked = { method: request.method, resource: resourceOf(request.url), hasRange: isForRest(session), isLastTry };
   const verdict = judgeHead(head, held, job, asked);
-  if (verdict instanceof TransferError) throw verdict;
   delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
   if (verdict.action !== "deliver") return verdict;
   if (held.bytes > 0 && verdict.held.bytes === 0 && !job.isSilent) {
@@ -352,8 +351,7 @@ export type Verdict =
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
   | { readonly action: "complete" } // the bytes held are the whole content
   | { readonly action: "unchanged" } // the user has it already
-  | Redirect
-  | TransferError;
+  | Redirect;
 type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
 
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
@@ -365,7 +363,7 @@ const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
 /** The request. `hasRange`: for the rest of what is held; `isLastTry`: an error page is shown instead of another try. */
 type Asked = { method: string; resource: string; hasRange: boolean; isLastTry: boolean };
 
-/** What to do with a response, where `held` is what we have. */
+/** What to do with a response, where `held` is what we have. @throws TransferError if it is a failure */
 export function judgeHead(head: ResponseHead, held: Held, job: Job, asked: Asked): Verdict {
   const { status } = head;
   const [place = ""] = REDIRECT_STATUSES.includes(status) ? fieldValues(head, "location") : [];
@@ -382,7 +380,7 @@ export function judgeHead(head: ResponseHead, held: Held, job: Job, asked: Asked
   const [isGet, onlyContentCounts] = [asked.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   const isTransient = TRANSIENT_STATUSES.includes(status);
   if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !asked.isLastTry)
-    return new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
+    throw new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   // Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205 or
   // 207 is about something else. To another method any 2xx does.
   const hasContent = isGet ? [200, 203, 206].includes(status) : status >= 200 && status < 300;
@@ -390,7 +388,7 @@ export function judgeHead(head: ResponseHead, held: Held, job: Job, asked: Asked
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
   // Some servers answer so to a Range that they do not like, or that the file has become too short for.
   const refusesRest = asked.hasRange && status >= 400 && (status === 500 || !isTransient);
-  return new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
+  throw new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
@@ -403,8 +401,8 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource
   const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
   const isPart = ranges.some(({ first, last, complete }) => first > 0 || last + 1 !== complete || complete !== length);
   if (isPart || (onlyContentCounts && head.status === 206 && ranges.length === 0))
-    return new TransferError("range", "the server sent a part of the content as if it were the whole");
-  if (length !== undefined && length > job.sizeMax) return tooLarge(job);
+    throw new TransferError("range", "the server sent a part of the content as if it were the whole");
+  if (length !== undefined && length > job.sizeMax) throw tooLarge(job);
   const isNamed = isGet && (head.status === 200 || (head.status === 206 && onlyContentCounts));
   const version = { ...versionOf(head), resource, ...(isNamed ? {} : { validator: "" }) };
   const isNamedSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
@@ -414,7 +412,7 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource
   if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
-  if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", changed, { isFinal: true });
+  if (held.bytes > 0 && !job.canStartOver) throw new TransferError("partial", changed, { isFinal: true });
   const fresh = { ...version, bytes: 0, total: isSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
@@ -431,8 +429,8 @@ function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === last + 1 - first) &&
     (job.hasSha256 || agrees(head, held));
-  if (!fits) return misfit("the server sent another part than the one that is missing");
-  if (total > job.sizeMax) return tooLarge(job);
+  if (!fits) throw misfit("the server sent another part than the one that is missing");
+  if (total > job.sizeMax) throw tooLarge(job);
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
 }
 
@@ -442,7 +440,8 @@ function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
   const { validator } = versionOf(head);
   const isLength = Number(complete) === held.bytes && (held.total ?? held.bytes) === held.bytes;
   const isWhole = isLength && validator === held.validator && validator !== "";
-  return isWhole ? { action: "complete" } : misfit("the server has no such part");
+  if (!isWhole) throw misfit("the server has no such part");
+  return { action: "complete" };
 }
 
 const misfit = (message: string) => new TransferError("range", message, { refusesRest: true });
@@ -909,9 +908,8 @@ export async function* receiveContent(source: Source, framing: Framing, begun: U
     if (used > 0 || kept === 0) rest = new Uint8Array(all.subarray(used));
     kept = all.length - used;
     release(bytes);
-    if (decoder !== undefined && decoder.fault !== "")
-      // The content before it may have been damaged as well.
-      throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
+    // What came before a fault may have been damaged as well.
+    if (decoder?.fault) throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
     if (came === length || decoder?.state === "done") return;
     bytes = await receiveMore(source, framing, came);
   }
@@ -997,14 +995,6 @@ function tellHead(mark: string, head: string): void {
   for (const line of asText(head).trimEnd().split(/\r?\n/)) tell(mark + line);
 }
 
-/** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
-function formatProgress(bytes: number, total: number | undefined, bytesPerSecond: number): string {
-  const speed = `${formatBytes(bytesPerSecond)}/s`;
-  if (total === undefined || total === 0) return `${formatBytes(bytes)}, ${speed}`;
-  const left = bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
-  return `${formatBytes(bytes)} of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %, ${speed}${left}`;
-}
-
 /** Size, speed and time left, in one line of stderr that is overwritten; only on a terminal that gets no content. */
 class ProgressLine {
   private dueAt: number = LIMITS.progressAfterMs;
@@ -1017,7 +1007,8 @@ class ProgressLine {
     private readonly sink: Sink,
   ) {}
 
-  show({ bytes, total }: Held): void {
+  /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
+  show({ bytes, total = 0 }: Held): void {
     this.firstBytes ??= bytes;
     const now = this.clock.elapsedMs;
     if (now < this.dueAt) return;
@@ -1025,8 +1016,10 @@ class ProgressLine {
     if (this.job.isSilent || this.job.isTraced || this.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
-    // In a narrow terminal the line is cut off, not wrapped.
-    ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${formatProgress(bytes, total, bytesPerSecond)}\x1b[?7h\x1b[K`));
+    const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
+    const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
+    const line = `${formatBytes(bytes)}${share}, ${formatBytes(bytesPerSecond)}/s${left}`;
+    ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
   }
 
   /** Ends the line with a summary. */

@@ -26,6 +26,7 @@ import {
   resourceOf,
   type ResponseHead,
   TransferError,
+  type Verdict,
   versionOf,
 } from "../client-robust.ts";
 import { canMount, command, run, runProgram, saveToFile, temporaryFolder, VARIANTS } from "./harness.ts";
@@ -58,10 +59,20 @@ function judge(
   request: { method?: string; resource?: string; isLastTry?: boolean; hasRange?: boolean } = {},
 ): string {
   const asked = { method: "GET", resource: RESOURCE, hasRange: held.bytes > 0, isLastTry: false, ...request };
-  const verdict = judgeHead(response, held, { ...JOB, ...policy }, asked);
+  const verdict = verdictOf(() => judgeHead(response, held, { ...JOB, ...policy }, asked));
   if (verdict instanceof TransferError) return `${verdict.isFinal ? "final " : ""}${verdict.outcome}`;
   if (verdict.action !== "deliver") return verdict.action;
   return held.bytes > 0 && verdict.held.bytes === 0 ? "start over" : `deliver from ${verdict.from}`;
+}
+
+/** A failure that is thrown is a verdict, too. */
+function verdictOf(judging: () => Verdict): Verdict | TransferError {
+  try {
+    return judging();
+  } catch (error) {
+    if (error instanceof TransferError) return error;
+    throw error;
+  }
 }
 
 const PART = { "Content-Range": "bytes 40-99/100", ETag: '"a"', "Content-Length": "60" };
@@ -296,7 +307,8 @@ describe("decideNext", () => {
     const failure = new TransferError("range", "", { refusesRest: true });
     expect(decide("range", HELD, { failure, failures: 0 }, { retries: 0 })).toBe("ask for the whole within 0");
     const refusing = (status: number, isLastTry = true, hasRange = true) => {
-      const verdict = judgeHead(head(status), HELD, JOB, { method: "GET", resource: RESOURCE, hasRange, isLastTry });
+      const asked = { method: "GET", resource: RESOURCE, hasRange, isLastTry };
+      const verdict = verdictOf(() => judgeHead(head(status), HELD, JOB, asked));
       return verdict instanceof TransferError && verdict.refusesRest;
     };
     expect([206, 400, 403, 404, 416, 500, 501].map((status) => refusing(status))).not.toContain(false);
