@@ -195,9 +195,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
     return undefined;
   } catch (error) {
-    const failure = asTransferError(error);
-    if (failure.spoils) delivery.discard();
-    return failure;
+    return asTransferError(error);
   } finally {
     connection?.close();
   }
@@ -325,7 +323,8 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
   const { job, delivery, clock, progress, wasSent, request } = session;
-  const { isPart, refusesRest } = failure;
+  const { isPart, refusesRest, spoils } = failure;
+  if (spoils) delivery.discard();
   session.failures = delivery.takeProgress() ? Number(!isPart) : session.failures + Number(!refusesRest);
   const attempt = { method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
   const decision = decideNext(failure, attempt, delivery.held, job, Math.random);
