@@ -568,7 +568,6 @@ function toBytes(text: string): Uint8Array {
 /** Fields that only the first server may see, and fields about content that is not sent again. */
 const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i;
 const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i;
-
 const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
 
 /** The request that a redirect asks for (RFC 9110 §15.4). @throws TransferError "url" */
@@ -759,8 +758,6 @@ const unparsable = (fault: string, details: ConstructorParameters<typeof Transfe
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 
-const EMPTY_LINE = /\n\r?\n/;
-
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
   let [text, passed] = ["", 0]; // all that has come, and how much of it is 1xx
@@ -791,6 +788,7 @@ export async function receiveHead(source: Source, method: string): Promise<{ hea
 
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
 const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
+const EMPTY_LINE = /\n\r?\n/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
 /** The fields that this client reads: their lines must be field-lines to the letter. Some servers send other lines, too. */
 const READ_STRICTLY =
@@ -813,7 +811,7 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   // A response that does not start like one is refused before the end of its line has come.
   const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : statusLine !== null);
   if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {});
-  lines.pop(); // it has not ended
+  lines.pop(); // what is behind the last line end: a line that has not ended
   if (isMalformed) throw unparsable(NO_FIELD_LINE);
   if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   const fields = new Map<string, string[]>();
@@ -886,11 +884,9 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
 }
 
 /**
- * Receives the content of a response, piece by piece, and no byte after it. Each piece is valid until the next is asked
- * for. RFC 9112 §8: only content without a length may end with the connection, and over TLS only if the peer has
- * announced that (§9.8), since anyone on the path can cut a connection.
- * @param begun what came with the head
- * @throws TransferError
+ * Receives the content of a response, of which `begun` came with the head: piece by piece, and no byte after it. Each
+ * piece is valid until the next is asked for. RFC 9112 §8: only content without a length may end with the connection,
+ * and over TLS only if the peer has announced that (§9.8), since anyone on the path can cut it. @throws TransferError
  */
 export async function* receiveContent(source: Source, framing: Framing, begun: Uint8Array): AsyncGenerator<Uint8Array> {
   const decoder = framing === "chunked" ? new ChunkedDecoder(LIMITS, true) : undefined;
