@@ -146,8 +146,7 @@ export class TransferError extends Error {
   }
 }
 
-/** What Bun and node:fs throw. */
-type SystemError = Error & { code?: string; syscall?: string; path?: string };
+type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
 /** Turns everything that is thrown into a TransferError. Only calls of node:fs get this far with another error. */
 export function asTransferError(error: unknown): TransferError {
@@ -288,8 +287,7 @@ async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
 
 /** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
 function keepPartOnSignals({ delivery, progress }: Session): void {
-  // A signal that is ignored from the start, as by nohup, stays so: bit 0 is signal 1. Only Linux tells; elsewhere SIGHUP
-  // is left alone.
+  // Signals ignored from the start, as by nohup, stay so: bit 0 is signal 1. Without Linux, SIGHUP is left alone.
   const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
   const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
   for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
@@ -356,10 +354,9 @@ type Redirect = { readonly action: "redirect"; readonly status: number; readonly
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
 const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
-/** RFC 9110 §9.2.2: asking twice has the effect of asking once. */
-const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
+const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2: twice is as once
 
-/** The request. `hasRange`: for the rest of what is held; `isLastTry`: an error page is shown instead of another try. */
+/** The request. `hasRange`: for the rest of what is held; `isLastTry`: show an error page instead of another try. */
 type Asked = { method: string; resource: string; hasRange: boolean; isLastTry: boolean };
 
 /** What to do with a response, where `held` is what we have. @throws TransferError if it is a failure */
@@ -380,8 +377,8 @@ export function judgeHead(head: ResponseHead, held: Held, job: Job, asked: Asked
   const isTransient = TRANSIENT_STATUSES.includes(status);
   if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !asked.isLastTry)
     throw new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
-  // Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205 or
-  // 207 is about something else. To another method any 2xx does.
+  // Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205
+  // or 207 is about something else. To another method any 2xx does.
   const hasContent = isGet ? [200, 203, 206].includes(status) : status >= 200 && status < 300;
   if (!onlyContentCounts || hasContent) return judgeWhole(head, held, job, asked);
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
@@ -406,8 +403,7 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource
   const version = { ...versionOf(head), resource, ...(isNamed ? {} : { validator: "" }) };
   const isNamedSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
   const isSame = isNamedSame && agrees(head, held);
-  // What an earlier response said of this version still holds: its length, if this one does not tell any.
-  const total = length ?? held.total;
+  const total = length ?? held.total; // what an earlier response said of this version still holds
   if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
@@ -421,8 +417,8 @@ function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
   const total = complete ?? held.total;
   const fits =
-    first <= resumeFrom(held) && // caches that work in blocks begin earlier: bytes that are held already are passed over
-    last >= resumeFrom(held) && // RFC 9110 §15.3.7: it may be less than what was asked for; the next attempt gets the rest
+    first <= resumeFrom(held) && // caches that work in blocks begin earlier: what is held already is passed over
+    last >= resumeFrom(held) && // RFC 9110 §15.3.7: it may be less than was asked for; the next attempt gets the rest
     total !== undefined &&
     last < total &&
     total === (held.total ?? total) &&
@@ -483,7 +479,7 @@ export const resourceOf = ({ pathname, search }: URL) =>
 
 /** No field of the response contradicts the version held. */
 const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
-  codingOf(head) === coding && // a 206 may leave it out (RFC 9110 §15.3.7), but some servers name two codings by one tag
+  codingOf(head) === coding && // a 206 may omit it (RFC 9110 §15.3.7), but some servers name two codings by one tag
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
   fieldValues(head, "last-modified").every((value) => lastModified === "" || value === lastModified);
 
@@ -508,10 +504,9 @@ const backoffMs = (failures: number, random: () => number) =>
 export function decideNext(failure: TransferError, attempt: Attempt, held: Held, job: Job, random: () => number) {
   const { method, wasSent, failures, elapsedMs } = attempt;
   const giveUp = (why: string) => ({ action: "give-up", why }) as const;
-  // RFC 9110 §15.3.7 allows a response with a part of what is missing: the next part is asked for at once. If parts
-  // bring nothing new, it is a failure.
+  // RFC 9110 §15.3.7 allows parts of what is missing: the next is asked for at once. Without progress it is a failure.
   if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
-  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const; // this is no retry either
+  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const; // no retry, either
   // It is permanent: a certificate, 404, conflicting lengths, a full disk. Or the request must not be sent twice.
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
   if (wasSent && !IDEMPOTENT_METHODS.includes(method)) return giveUp("");
@@ -521,7 +516,7 @@ export function decideNext(failure: TransferError, attempt: Attempt, held: Held,
   const { retryAfterMs } = failure;
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
     return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
-  // Continue after the bytes held; but ask for the whole if the content does not fit, or nothing names the version held.
+  // Continue after the bytes held; ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
   if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
   const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs(failures, random), leftMs));
@@ -530,11 +525,11 @@ export function decideNext(failure: TransferError, attempt: Attempt, held: Held,
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
 
-/** The first byte to ask for. If all may be held, it is the last one held: the 416 past the end need not name a version. */
+/** The first byte to ask for. If all may be held, it is the last one held: a 416 past the end names no version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
 const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
 
-/** The head of the request as it goes over the wire (RFC 9112 §3): for the whole content, or for the bytes after `held`. */
+/** The head of the request as it goes over the wire (RFC 9112 §3): for the whole, or for the bytes after `held`. */
 export function formatRequest(request: Request, held: Held): Uint8Array {
   const { method, url, fields, content } = request;
   const ours = [
@@ -554,8 +549,7 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
   let head = `${method} ${target} HTTP/1.1\r\n`;
   for (const [name, value] of [...ours.filter(([name]) => !isReplaced(name)), ...fields])
     if (value !== "") head += `${name}: ${value}\r\n`;
-  // Values may be any bytes but CTL; the command line has made them ISO 8859-1, one character a byte.
-  return toBytes(`${head}\r\n`);
+  return toBytes(`${head}\r\n`); // values may be any bytes but CTL: the command line has made them ISO 8859-1
 }
 
 /** The bytes of ISO 8859-1 text. (Buffer.from and Uint8Array.from take longer, the first time.) */
@@ -565,9 +559,8 @@ function toBytes(text: string): Uint8Array {
   return bytes;
 }
 
-/** Fields that only the first server may see, and fields about content that is not sent again. */
-const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i;
-const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i;
+const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i; // only the first server may see it
+const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i; // about content that is not sent again
 const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
 
 /** The request that a redirect asks for (RFC 9110 §15.4). @throws TransferError "url" */
@@ -772,14 +765,12 @@ export async function receiveHead(source: Source, method: string): Promise<{ hea
     const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - before));
     text += piece;
     const fits = piece.length === bytes.length;
-    // Parsing starts at the head's first byte: at its start, when its first line has ended, and when an empty line has
-    // come. So a byte at a time stays cheap.
+    // Parsed anew only at the start, when the first line has ended, and at an empty line: a byte at a time is cheap.
     const isDue = () => !text.slice(passed, before).includes("\n") || EMPTY_LINE.test(text.slice(before - 2));
     if (before - passed > 7 && fits && !(piece.includes("\n") && isDue())) continue;
     for (let head; (head = parseResponseHead(text.slice(passed), method)) !== undefined;) {
       passed += head.text.length;
-      // RFC 9110 §15.2.2: 101 answers an Upgrade, and we sent none.
-      if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that");
+      if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that"); // RFC 9110 §15.2.2
       if (head.status >= 200) return { head, rest: bytes.subarray(passed - before) };
     }
     if (!fits) throw unparsable("the head is too large");
@@ -790,7 +781,7 @@ export async function receiveHead(source: Source, method: string): Promise<{ hea
 const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
 const EMPTY_LINE = /\n\r?\n/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
-/** The fields that this client reads: their lines must be field-lines to the letter. Some servers send other lines, too. */
+/** The fields that this client reads: their lines must be field-lines to the letter. Some servers send others. */
 const READ_STRICTLY =
   /^(content-(length|range|encoding)|transfer-encoding|etag|last-modified|date|location|retry-after|repr-digest)$/i;
 
@@ -803,10 +794,9 @@ const READ_STRICTLY =
 export function parseResponseHead(text: string, method: string): ResponseHead | undefined {
   const end = EMPTY_LINE.exec(text);
   const begun = end === null ? text : text.slice(0, end.index + 1);
-  // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print. NUL and CR
-  // stay refused, even in a line that has not ended: another reader may take them for an end.
+  // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
   const [first = "", ...lines] = begun.split(/\r?\n/);
-  const isMalformed = /\0|\r[^\n]/.test(begun);
+  const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
   const statusLine = STATUS_LINE.exec(first);
   // A response that does not start like one is refused before the end of its line has come.
   const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : statusLine !== null);
@@ -876,9 +866,8 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
     return "chunked";
   }
   if (lengths.length === 0) return "close"; // item 8: until the connection is closed
-  // Items 5 and 6: one value, or the same one again.
   const [text = "", ...others] = lengths.join(",").split(",").map(trimOws);
-  const isOne = /^\d+$/.test(text) && others.every((other) => other === text);
+  const isOne = /^\d+$/.test(text) && others.every((other) => other === text); // items 5 and 6: or the same again
   if (!isOne || !Number.isSafeInteger(Number(text))) throw unparsable("its Content-Length is not one number");
   return Number(text);
 }
