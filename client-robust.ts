@@ -287,7 +287,7 @@ async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
 
 /** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
 function keepPartOnSignals({ delivery, progress }: Session): void {
-  // Signals ignored from the start, as by nohup, stay so: bit 0 is signal 1. Without Linux, SIGHUP is left alone.
+  // Signals ignored from the start (nohup) stay so: bit 0 is signal 1. Only Linux tells; else SIGHUP is left alone.
   const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
   const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
   for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
