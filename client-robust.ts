@@ -240,8 +240,7 @@ function beginResponse(head: ResponseHead, session: Session): Verdict {
   if (verdict.action !== "deliver") return verdict;
   if (held.bytes > 0 && verdict.held.bytes === 0 && !job.isSilent) {
     session.progress.clear();
-    const why = held.validator === "" ? "nothing tells whether the content has changed" : "the content has changed";
-    tell(`Starting over: ${why}`);
+    tell(`Starting over: ${held.validator === "" ? "nothing tells whether " : ""}the content has changed`);
   }
   delivery.start(head, verdict);
   return verdict;
