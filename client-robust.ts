@@ -1084,7 +1084,7 @@ export class Connection {
 
   private async open(url: URL): Promise<void> {
     const [hostname, isSecure] = [url.hostname.replace(/^\[|\]$/g, ""), url.protocol === "https:"];
-    const authorities = isSecure && !this.job.isInsecure ? readAuthorities(this.job.authoritiesFile) : [];
+    if (isSecure && !this.job.isInsecure) authorities ??= readAuthorities(this.job.authoritiesFile);
     const socket = await Bun.connect({
       hostname,
       port: Number(url.port || (isSecure ? 443 : 80)),
@@ -1097,11 +1097,11 @@ export class Connection {
     if (this.isClosed) return void socket.close(); // the step that waited for it has ended
     const { remoteAddress, remotePort } = socket;
     this.trace?.step("connect", `${remoteAddress.includes(":") ? `[${remoteAddress}]` : remoteAddress}:${remotePort}`);
-    if (isSecure) await this.secure(socket, hostname, authorities);
+    if (isSecure) await this.secure(socket, hostname);
   }
 
   /** Starts TLS. @throws TransferError "tls" or "certificate" */
-  private async secure(socket: Bun.Socket, hostname: string, ca: string[]): Promise<void> {
+  private async secure(socket: Bun.Socket, hostname: string): Promise<void> {
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
     const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
@@ -1119,7 +1119,7 @@ export class Connection {
     };
     // RFC 6066 §3: a name goes without the root's dot, an address not at all: then the certificate must name that.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
-    const tls = { serverName, ca, rejectUnauthorized: !this.job.isInsecure };
+    const tls = { serverName, ca: authorities ?? [], rejectUnauthorized: !this.job.isInsecure };
     this.records = new RecordWatch();
     const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
     this.stopWatching = () => encrypted.reload({ socket: { drain() {} } });
@@ -1183,6 +1183,8 @@ export class Connection {
     await within(stallMs, event, `no byte for ${stallMs / 1000} s`).catch((late) => (this.end = late));
   }
 }
+
+let authorities: string[] | undefined; // read once: `--cacert <(command)` is a pipe
 
 /** The authorities that are trusted, as PEM texts. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {

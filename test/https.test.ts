@@ -1,6 +1,8 @@
 /** client-robust.ts over TLS: against server.ts, and python's ssl for what a server should not do. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
+import { mkdirSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 import { EXIT_CODES, RecordWatch } from "../client-robust.ts";
 import {
   command,
@@ -56,6 +58,18 @@ describe.each(VARIANTS)("client-robust over TLS (%s)", (variant) => {
       expect((await get("--cacert", "/nowhere", server.url)).exitCode).toBe(EXIT_CODES.authorities);
     },
   );
+
+  test.concurrent.if(hasTool("openssl"))("reads --cacert once: it may be a pipe, and a redirect follows", async () => {
+    await using folder = await temporaryFolder();
+    const { cert, key } = await makeCertificate(folder.path);
+    mkdirSync(join(folder.path, "sub"));
+    writeFileSync(join(folder.path, "sub", "index.html"), "here");
+    const options = ["--log", "off", "--root", folder.path, "--tls-cert", cert, "--tls-key", key];
+    await using server = await startServer(variant, options);
+    const args = [...(await command("client-robust", variant)), "--retry", "0", "-L", "-o", "-", `${server.url}/sub`];
+    const { stdout, stderr } = await run(["bash", "-c", 'exec "$@" --cacert <(cat "$0")', cert, ...args]);
+    expect([stdout, stderr]).toEqual(["here", ""]);
+  });
 
   test.concurrent.if(hasTool("openssl"))("takes no certificate for another name", async () => {
     await using folder = await temporaryFolder();
