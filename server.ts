@@ -108,7 +108,7 @@ export interface Response {
   readonly head: Uint8Array;
   readonly content: Uint8Array;
   /** Content that is read while it is sent, instead of `content`. The holder must close it. */
-  readonly part?: OpenFile;
+  readonly part?: Part;
 }
 
 /** What a server answers with: a text, or files. */
@@ -1806,11 +1806,12 @@ export class FileSite implements Site {
     const found = this.open(path);
     if (typeof found === "string") return responseTo(found);
     if (!found.known.isFolder)
-      return asksForFolder ? found.closeWith(responseTo("not-found")) : this.respondFile(request, found);
-    if (asksForFolder) return found.closeWith(this.list(segments, path));
+      return asksForFolder ? closeWith(found, responseTo("not-found")) : this.respondFile(request, found);
+    fs.closeSync(found.fd);
+    if (asksForFolder) return this.list(segments, path);
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
-    return found.closeWith(prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n"));
+    return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
   }
 
   sweep(now: number): void {
@@ -1829,7 +1830,7 @@ export class FileSite implements Site {
       // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
       known = this.know(fd, path);
-      return known === undefined ? "not-found" : new OpenFile(fd, known);
+      return known === undefined ? "not-found" : { fd, known };
     } catch (error) {
       const rejection = rejectionFor(error);
       return rejection === "forbidden" && !this.isKnownBelow(path) ? "not-found" : rejection;
@@ -1885,12 +1886,12 @@ export class FileSite implements Site {
     const { method } = request;
     const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
     const status = evaluateConditions(fields, known);
-    if (status === 412) return file.closeWith(responseTo("precondition"));
-    if (status === 304) return file.closeWith(prepareResponse(304, known.validators));
+    if (status === 412) return closeWith(file, responseTo("precondition"));
+    if (status === 304) return closeWith(file, prepareResponse(304, known.validators));
     const ranges = decideRanges(method, fields, known, Date.now());
     if (ranges === "unsatisfiable") {
       const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
-      return file.closeWith(prepareResponse(416, about, "the file has none of these bytes\n"));
+      return closeWith(file, prepareResponse(416, about, "the file has none of these bytes\n"));
     }
     const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
     const answer = () => respondContent(method, file, ranges, wantsDigest ? known.digest : undefined);
@@ -1955,15 +1956,14 @@ const unused = new Uint8Array(PIECE_BYTES);
 const warm = (fd: number, position: number) =>
   new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position, () => resolve()));
 
-/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
-function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
+/** Fills a buffer with what stands at a position of a file. @returns false if there is less @throws SystemError */
+function readFully(fd: number, into: Uint8Array, position: number): boolean {
   const start = performance.now();
-  for (let at = from, more = 1; at < to; at += more) {
-    more = fs.readSync(fd, into, at, to - at, position + at - from);
+  for (let at = 0, more = 1; at < into.length; at += more) {
+    more = fs.readSync(fd, into, at, into.length - at, position + at);
     if (more === 0) return false;
   }
-  const end = performance.now();
-  if (end - start > SLOW_READ_MS) slowUntil = end + SLOW_DISK_MS;
+  if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
   return true;
 }
 
@@ -1976,8 +1976,8 @@ class KnownFile {
   /** In milliseconds since 1970, whole seconds. NaN, which equals nothing, if unknown. */
   readonly lastModified: number;
   readonly validators: Readonly<Record<string, string>>;
-  /** Another change may leave the same times. */
-  readonly isFresh: boolean;
+  /** What the open file must still show while it is sent. */
+  readonly expected: Pick<fs.Stats, "size" | "mtimeMs">;
   /** Another request may find the same version. */
   readonly isLasting: boolean;
   foundBelow = "";
@@ -2002,13 +2002,15 @@ class KnownFile {
     this.type = type.startsWith("text/") ? `${type}; charset=utf-8` : type;
     const now = Date.now();
     // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
-    this.isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
-    const once = this.isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+    const isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
+    const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+    // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
+    this.expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
     // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
     this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
     // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
-    this.isLasting = !this.isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
+    this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
     this.lastModified = modified > 1000 ? modified : Number.NaN;
     const date = modified > 1000 ? { "Last-Modified": new Date(modified).toUTCString() } : {};
     this.validators = { ETag: this.etag, ...date };
@@ -2035,7 +2037,7 @@ class KnownFile {
     const length = Math.min(PIECE_BYTES, this.size - this.hashedTo);
     this.hasher ??= new Bun.CryptoHasher("sha256");
     try {
-      if (this.digest !== undefined || !readFully(fd, piece, 0, length, this.hashedTo)) return false;
+      if (this.digest !== undefined || !readFully(fd, piece.subarray(0, length), this.hashedTo)) return false;
       this.hashOn(fd, piece.subarray(0, length), this.hashedTo);
       return this.digest === undefined && length > 0;
     } catch {
@@ -2145,10 +2147,12 @@ export const wantsSha256 = (wantReprDigest: string) =>
 // ── what is answered ──
 
 /** Content is ranges of the file, and texts between them. */
-type Segment = ByteRange | Uint8Array;
+type Segment = ByteRange & { readonly text?: Uint8Array };
 type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly Segment[]; length: number }>;
-
-const lengthOf = (segment: Segment) => (segment instanceof Uint8Array ? segment.length : segment.to - segment.from);
+/** An open file or folder below the root. The holder must close it. */
+type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
+/** Content that is read while it is sent. */
+export type Part = OpenFile & Pick<Prepared, "segments" | "length">;
 
 /** All that a response with content has before it is read. */
 function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, digest: string | undefined): Prepared {
@@ -2159,13 +2163,16 @@ function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, d
   if (more.length > 0) {
     // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
     const boundary = crypto.randomUUID();
-    const text = (lines: string) => encoder.encode(`\r\n--${boundary}${lines}\r\n`);
-    const head = (one: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
-    segments = [...[range, ...more].flatMap((one) => [head(one), one]), text("--")];
+    const line = (lines: string) => {
+      const text = encoder.encode(`\r\n--${boundary}${lines}\r\n`);
+      return { from: 0, to: text.length, text };
+    };
+    const head = (one: ByteRange) => line(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
+    segments = [...[range, ...more].flatMap((one) => [head(one), one]), line("--")];
     fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
   } else if (ranges !== undefined) fields["Content-Range"] = contentRange(range);
   if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
-  const length = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
+  const length = segments.reduce((sum, { from, to }) => sum + to - from, 0);
   fields["Content-Length"] = String(length);
   const status = ranges === undefined ? 200 : 206;
   return { status, head: formatHead(status, fields), segments, length };
@@ -2177,15 +2184,21 @@ function respondContent(method: Method, file: OpenFile, ranges: Ranges, digest: 
   const isUsual = ranges === undefined && digest === undefined;
   const prepared = (isUsual && known.usual) || prepareContent(known, ranges, digest);
   if (isUsual) known.usual = prepared;
-  const { status, head } = prepared;
-  if (method === "HEAD") return file.closeWith({ status, head, content: NO_BYTES });
-  file.start(prepared);
-  if (file.left <= SMALL_FILE_BYTES_MAX) {
-    const content = new Uint8Array(file.left);
-    if (file.read(content) === "same") return file.closeWith({ status, head, content });
+  const { status, head, segments, length } = prepared;
+  if (method === "HEAD") return closeWith(file, { status, head, content: NO_BYTES });
+  const part = { ...file, segments, length };
+  if (length <= SMALL_FILE_BYTES_MAX) {
+    const content = new Uint8Array(length);
+    if (readPart(part, 0, content, known.expected) === "same") return closeWith(file, { status, head, content });
   }
   // A file that has just changed comes here too: sendPart finds out whether it can be sent.
-  return { status, head, content: NO_BYTES, part: file };
+  return { status, head, content: NO_BYTES, part };
+}
+
+/** Closes a file: nothing of it is sent, or all has been read. */
+function closeWith(file: OpenFile, response: Response): Response {
+  fs.closeSync(file.fd);
+  return response;
 }
 
 // ── what is sent ──
@@ -2196,136 +2209,92 @@ const piece = new Uint8Array(PIECE_BYTES);
 /** Lets all other connections have a turn. */
 const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
-/**
- * An open file or folder below the root, and the part of it that is sent. The holder must close it. All of a part must be
- * one version: if the file has become longer, the last piece is held back until a checksum tells that the rest is as it was.
- */
-export class OpenFile {
-  private segments: readonly Segment[] = [];
-  /** How many bytes are left, and how many have been sent. */
-  left = 0;
-  sent = 0;
-  /** Where the next one is in the file. NaN for several ranges. */
-  position = 0;
-  /** CRC-32 of what was sent. It takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows. */
-  private checksum: number | undefined;
-  /** The file when it was last known to have what was sent. */
-  private compared: Pick<fs.Stats, "size" | "mtimeMs" | "ctimeMs">;
-
-  constructor(
-    readonly fd: number,
-    readonly known: KnownFile,
-  ) {
-    // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
-    this.compared = known.isFresh && known.size > SMALL_FILE_BYTES_MAX ? { ...known.stats, size: -1 } : known.stats;
+/** Reads what stands at a position of the content. @returns false if the file has less @throws SystemError */
+function readContent({ fd, segments }: Part, position: number, into: Uint8Array): boolean {
+  let start = -position; // of a segment, in `into`
+  for (const { from, to, text } of segments) {
+    const end = start + to - from;
+    const target = into.subarray(Math.max(0, start), Math.max(0, end));
+    const source = from + Math.max(0, -start);
+    if (text !== undefined) target.set(text.subarray(source, source + target.length));
+    else if (!readFully(fd, target, source)) return false;
+    start = end;
   }
+  return true;
+}
 
-  /** Closes it: nothing of it is sent, or all has been read. */
-  closeWith<R extends Response | Promise<Response>>(response: R): R {
-    fs.closeSync(this.fd);
-    return response;
-  }
-
-  start({ segments, length }: Prepared): void {
-    this.segments = segments;
-    this.left = length;
-    const [first] = segments;
-    this.position = first !== undefined && "from" in first ? first.from : Number.NaN;
-    this.checksum = Date.now() - this.compared.ctimeMs < LIVELY_MS ? 0 : undefined;
-  }
-
-  /** Reads the next bytes without moving on, and says what has become of the file. */
-  read(into: Uint8Array): "same" | "longer" | "changed" | "gone" {
-    try {
-      if (!this.readAt(this.sent, into)) return "gone";
-      const { size, mtimeMs } = fs.fstatSync(this.fd);
-      // Not the time of the last change: moving, replacing or deleting a file changes that too.
-      if (size === this.compared.size && mtimeMs === this.compared.mtimeMs) return "same";
-      return size > this.compared.size ? "longer" : "changed";
-    } catch (error) {
-      report(`Error: ${(error as Error).message}`); // of node:fs: the disk fails
-      return "gone";
-    }
-  }
-
-  /** Moves on: these bytes have been sent. */
-  advance(bytes: Uint8Array): void {
-    this.known.hashOn(this.fd, bytes, this.position);
-    if (this.checksum !== undefined) this.checksum = Bun.hash.crc32(bytes, this.checksum);
-    this.sent += bytes.length;
-    this.position += bytes.length;
-    this.left -= bytes.length;
-  }
-
-  /** Of a file that has become longer: is what was sent still there? @throws SystemError */
-  async hasOnlyGrown(): Promise<boolean> {
-    const found = fs.fstatSync(this.fd);
-    if (this.sent > 0 && this.checksum === undefined) return false;
-    let checksum = 0;
-    for (let at = 0; at < this.sent; at += PIECE_BYTES) {
-      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, this.sent - at));
-      if (!this.readAt(at, bytes)) return false;
-      checksum = Bun.hash.crc32(bytes, checksum);
-      await nextTurn();
-    }
-    this.compared = found;
-    return this.sent === 0 || checksum === this.checksum;
-  }
-
-  /** Reads what stands at a position of the content. @returns false if the file has less @throws SystemError */
-  private readAt(position: number, into: Uint8Array): boolean {
-    let skipped = position;
-    let at = 0;
-    for (const segment of this.segments) {
-      const to = Math.min(into.length, at + Math.max(0, lengthOf(segment) - skipped));
-      if (segment instanceof Uint8Array) into.set(segment.subarray(skipped, skipped + to - at), at);
-      else if (!readFully(this.fd, into, at, to, segment.from + skipped)) return false;
-      skipped = Math.max(0, skipped - lengthOf(segment));
-      at = to;
-    }
-    return true;
+/** Reads what stands at a position of the content, and says what has become of the file. */
+function readPart(part: Part, position: number, into: Uint8Array, { size, mtimeMs }: KnownFile["expected"]) {
+  try {
+    if (!readContent(part, position, into)) return "gone";
+    const found = fs.fstatSync(part.fd);
+    // Not the time of the last change: moving, replacing or deleting a file changes that too.
+    if (found.size === size && found.mtimeMs === mtimeMs) return "same";
+    return found.size > size ? "longer" : "changed";
+  } catch (error) {
+    report(`Error: ${(error as Error).message}`); // of node:fs: the disk fails
+    return "gone";
   }
 }
 
+/** CRC-32 of the start of the content, as it is now. @returns undefined if the file has less @throws SystemError */
+async function checksumOf(part: Part, length: number): Promise<number | undefined> {
+  let checksum = 0;
+  for (let at = 0; at < length; at += PIECE_BYTES) {
+    const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - at));
+    if (!readContent(part, at, bytes)) return undefined;
+    checksum = Bun.hash.crc32(bytes, checksum);
+    await nextTurn();
+  }
+  return checksum;
+}
+
 /**
- * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. If it cannot be
- * completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that it is short.
+ * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. All of it must be
+ * one version: if the file has become longer, the last piece is held back until a checksum tells that the rest is as it
+ * was. If it cannot be completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that
+ * it is short.
  */
-async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: OpenFile) {
+async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: Part) {
+  const { fd, known, segments, length } = part;
+  const start = segments.length === 1 ? (segments[0]?.from ?? 0) : Number.NaN; // in the file, of a single range
+  // A checksum takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows.
+  const isLively = Date.now() - known.stats.ctimeMs < LIVELY_MS;
+  let [sent, checksum, expected] = [0, 0, known.expected];
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
-    for (let pieces = 1, warmTo = 0; part.left > 0; pieces++) {
-      if (part.position >= warmTo && performance.now() < slowUntil) {
-        await warm(part.fd, part.position);
-        warmTo = part.position + PIECE_BYTES;
-      }
-      const room = part.position < warmTo ? warmTo - part.position : PIECE_BYTES;
-      const bytes = piece.subarray(0, Math.min(room, part.left));
-      let found = part.read(bytes);
+    for (let pieces = 1; sent < length; pieces++) {
+      const position = start + sent;
+      if (position >= 0 && performance.now() < slowUntil) await warm(fd, position);
+      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - sent));
+      let found = readPart(part, sent, bytes, expected);
       if (found === "changed") {
         await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
-        found = part.read(bytes);
+        found = readPart(part, sent, bytes, expected);
       }
-      if (found === "longer" && bytes.length === part.left) {
-        const isSame = await part.hasOnlyGrown();
+      if (found === "longer" && sent + bytes.length === length) {
+        expected = fs.fstatSync(fd);
+        const isSame = sent === 0 || (isLively && checksum === (await checksumOf(part, sent)));
         await Bun.sleep(CLOCK_TICK_MS); // as above
-        found = isSame ? part.read(bytes) : "changed";
+        found = isSame ? readPart(part, sent, bytes, expected) : "changed";
         deadline = connection.server.writeDeadline;
       }
-      if (found === "changed" || found === "gone") throw new Error(`${part.known.path} has changed or cannot be read`);
-      const taken = connection.write(bytes, bytes.length);
-      part.advance(bytes.subarray(0, taken));
-      if (taken > 0) deadline = connection.server.writeDeadline;
-      if (taken < bytes.length) await connection.waitForRoom(deadline);
+      if (found === "changed" || found === "gone") throw new Error(`${known.path} has changed or cannot be read`);
+      const taken = bytes.subarray(0, connection.write(bytes, bytes.length));
+      known.hashOn(fd, taken, position);
+      if (isLively) checksum = Bun.hash.crc32(taken, checksum);
+      sent += taken.length;
+      if (taken.length > 0) deadline = connection.server.writeDeadline;
+      if (taken.length < bytes.length) await connection.waitForRoom(deadline);
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {
     if (error !== GONE) report(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
     throw GONE;
   } finally {
-    log(connection, content, status, part.sent);
-    fs.closeSync(part.fd);
+    log(connection, content, status, sent);
+    fs.closeSync(fd);
   }
 }
 
