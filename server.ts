@@ -1771,7 +1771,6 @@ export class FileSite implements Site {
   /** Listings that wait for their turn, by the path of the folder, and the last of them. */
   private readonly listings = new Map<string, Promise<Response>>();
   private lastListing = Promise.resolve(this.options);
-  private digestWaiters = 0;
   /** The time that answers have as their Date. */
   private dateNow = Date.now();
 
@@ -1893,19 +1892,10 @@ export class FileSite implements Site {
       const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
       return closeWith(file, prepareResponse(416, about, "the file has none of these bytes\n"));
     }
-    const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
-    const answer = () => respondContent(method, file, ranges, wantsDigest ? known.digest : undefined);
-    if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return answer();
-    return this.hashInTurns(file).then(answer);
-  }
-
-  /** Hashes a file until it has its digest, for as long as an answer waits. */
-  private async hashInTurns({ fd, known }: OpenFile): Promise<void> {
-    const deadline = performance.now() + DIGEST_TIMEOUT_MS;
-    this.digestWaiters++;
-    do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
-    while (performance.now() < deadline && known.hashNext(fd));
-    this.digestWaiters--;
+    const answer = (digest?: string) => respondContent(method, file, ranges, digest);
+    if (!wantsSha256(fields.get("want-repr-digest") ?? "")) return answer();
+    if (known.digest !== undefined) return answer(known.digest);
+    return known.hash(file.fd).then(() => answer(known.digest));
   }
 
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
@@ -1949,6 +1939,8 @@ export class FileSite implements Site {
 
 /** Until then a disk is slow. */
 let slowUntil = 0;
+/** So many responses wait for a digest. */
+let digestWaiters = 0;
 /** Filled by several threads at once, and never looked at. */
 const unused = new Uint8Array(PIECE_BYTES);
 
@@ -1986,7 +1978,7 @@ class KnownFile {
   /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
   digest: string | undefined;
   private hasher: Bun.CryptoHasher | undefined; // once a digest was wanted
-  hashedTo = 0;
+  private hashedTo = 0;
 
   /** @param foundAt when it was found below the root: the time that answers have as their Date */
   constructor(
@@ -2032,17 +2024,19 @@ class KnownFile {
     if (this.hashedTo === this.size && this.isOf(fs.fstatSync(fd))) this.digest = this.hasher.digest("base64");
   }
 
-  /** Reads and hashes the next piece. @returns whether there may be more to hash; if the disk fails, sending will tell */
-  hashNext(fd: number): boolean {
-    const length = Math.min(PIECE_BYTES, this.size - this.hashedTo);
+  /** Hashes what is left of the file, for as long as a response waits: a piece at least. */
+  async hash(fd: number): Promise<void> {
+    const deadline = digestWaiters++ < DIGEST_WAITERS_MAX ? performance.now() + DIGEST_TIMEOUT_MS : 0;
     this.hasher ??= new Bun.CryptoHasher("sha256");
     try {
-      if (this.digest !== undefined || !readFully(fd, piece.subarray(0, length), this.hashedTo)) return false;
-      this.hashOn(fd, piece.subarray(0, length), this.hashedTo);
-      return this.digest === undefined && length > 0;
-    } catch {
-      return false;
-    }
+      do {
+        const bytes = piece.subarray(0, Math.min(PIECE_BYTES, this.size - this.hashedTo));
+        if (!readFully(fd, bytes, this.hashedTo)) break;
+        this.hashOn(fd, bytes, this.hashedTo);
+        await (performance.now() < slowUntil ? warm(fd, this.hashedTo) : nextTurn());
+      } while (this.hashedTo < this.size && performance.now() < deadline);
+    } catch {} // the disk fails: sending will tell
+    digestWaiters--;
   }
 }
 
