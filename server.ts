@@ -1794,20 +1794,16 @@ export class FileSite implements Site {
     if (refusal !== undefined) return refusal;
     const target = parseTargetPath(request.requestTarget);
     if (target === undefined) return responseTo("path");
-    const { segments, isFolder: asksForFolder, query } = target;
+    const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
-    const path = [this.root, ...segments].join(sep);
+    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : ""); // with it, no file is found
     // The index comes first: a folder that may be entered, but not read, can have one.
-    const index = asksForFolder ? this.open(join(path, "index.html")) : "not-found";
-    if (typeof index !== "string" && index.known.isFolder) fs.closeSync(index.fd);
-    else if (index !== "not-found")
-      return typeof index === "string" ? responseTo(index) : this.respondFile(request, index);
-    const found = this.open(path);
-    if (typeof found === "string") return responseTo(found);
-    if (!found.known.isFolder)
-      return asksForFolder ? closeWith(found, responseTo("not-found")) : this.respondFile(request, found);
-    fs.closeSync(found.fd);
-    if (asksForFolder) return this.list(segments, path);
+    const index = isFolder ? this.open(`${path}index.html`) : "not-found";
+    const file = index === "not-found" ? this.open(path) : index;
+    if (typeof file === "string") return responseTo(file);
+    if (!file.known.isFolder) return this.respondFile(request, file);
+    fs.closeSync(file.fd);
+    if (isFolder) return this.list(segments, path); // even if the index is one
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
     return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
