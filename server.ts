@@ -1724,8 +1724,7 @@ export function parseTargetPath(requestTarget: string) {
   const segments: string[] = [];
   let isFolder = false;
   try {
-    for (const encoded of path.split("/")) {
-      const name = encoded.includes("%") ? decodeURIComponent(encoded) : encoded;
+    for (const name of path.split("/").map(decodeURIComponent)) {
       if (NO_FILE_NAME.test(name)) return undefined;
       isFolder = name === "" || name === "." || name === "..";
       if (!isFolder) segments.push(name);
@@ -1764,15 +1763,11 @@ export class FileSite implements Site {
   private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
   private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
   private readonly root: string;
-  /** Ends in a slash. "" at each sweep: links in the path of the root are followed anew. */
-  private realRoot = "";
-  /** By path. */
-  private readonly knownFiles = new Map<string, KnownFile>();
-  /** Listings that wait for their turn, by the path of the folder, and the last of them. */
-  private readonly listings = new Map<string, Promise<Response>>();
+  private realRoot = ""; // Ends in a slash. "" at each sweep: links in the path of the root are followed anew.
+  private readonly knownFiles = new Map<string, KnownFile>(); // by path
+  private readonly listings = new Map<string, Promise<Response>>(); // those that wait for their turn, by path
   private lastListing = Promise.resolve(this.options);
-  /** The time that answers have as their Date. */
-  private dateNow = Date.now();
+  private dateNow = Date.now(); // the time that answers have as their Date
 
   /** @throws StartError if it is not the path of a folder that may be entered */
   constructor(path: string) {
@@ -1801,7 +1796,7 @@ export class FileSite implements Site {
     const index = isFolder ? this.open(`${path}index.html`) : "not-found";
     const file = index === "not-found" ? this.open(path) : index;
     if (typeof file === "string") return responseTo(file);
-    if (!file.known.isFolder) return this.respondFile(request, file);
+    if (file.known.stats.isFile()) return this.respondFile(request, file);
     fs.closeSync(file.fd);
     if (isFolder) return this.list(segments, path); // even if the index is one
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
@@ -1933,12 +1928,13 @@ export class FileSite implements Site {
 
 // ── what is opened ──
 
-/** Until then a disk is slow. */
-let slowUntil = 0;
-/** So many responses wait for a digest. */
-let digestWaiters = 0;
-/** Filled by several threads at once, and never looked at. */
-const unused = new Uint8Array(PIECE_BYTES);
+let slowUntil = 0; // The disk is slow until then.
+let digestWaiters = 0; // So many responses wait for a digest.
+const piece = new Uint8Array(PIECE_BYTES); // Shared: its content is used before the event loop turns.
+const unused = new Uint8Array(PIECE_BYTES); // Filled by several threads at once, and never looked at.
+
+/** Lets all other connections have a turn. */
+const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
 /** Reads a piece in the thread pool, for the page cache alone: to read it then does not wait for the disk. */
 const warm = (fd: number, position: number) =>
@@ -1958,21 +1954,14 @@ function readFully(fd: number, into: Uint8Array, position: number): boolean {
 /** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
 class KnownFile {
   readonly size: number;
-  readonly isFolder: boolean;
-  readonly type: string;
   readonly etag: string;
-  /** In milliseconds since 1970, whole seconds. NaN, which equals nothing, if unknown. */
-  readonly lastModified: number;
+  readonly lastModified: number; // in milliseconds since 1970, whole seconds; NaN, which equals nothing, if unknown
   readonly validators: Readonly<Record<string, string>>;
-  /** What the open file must still show while it is sent. */
-  readonly expected: Pick<fs.Stats, "size" | "mtimeMs">;
-  /** Another request may find the same version. */
-  readonly isLasting: boolean;
+  readonly expected: Pick<fs.Stats, "size" | "mtimeMs">; // what the open file must still show while it is sent
+  readonly isLasting: boolean; // Another request may find the same version.
   foundBelow = "";
-  /** What most requests get: all of the file, without a digest. */
-  usual: Prepared | undefined;
-  /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
-  digest: string | undefined;
+  usual: Prepared | undefined; // what most requests get: all of the file, without a digest
+  digest: string | undefined; // SHA-256 in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3)
   private hasher: Bun.CryptoHasher | undefined; // once a digest was wanted
   private hashedTo = 0;
 
@@ -1984,24 +1973,20 @@ class KnownFile {
   ) {
     const { size, ino, mtimeMs, ctimeMs } = stats;
     this.size = size;
-    this.isFolder = stats.isDirectory();
-    // By the name's extension. All text is taken for UTF-8.
-    const [type = ""] = Bun.file(path).type.split(";");
-    this.type = type.startsWith("text/") ? `${type}; charset=utf-8` : type;
     const now = Date.now();
     // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
     const isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
     const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
-    // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
-    this.expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
     // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
     this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
+    // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
+    this.expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
     // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
     const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
-    this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
     this.lastModified = modified > 1000 ? modified : Number.NaN;
     const date = modified > 1000 ? { "Last-Modified": new Date(modified).toUTCString() } : {};
     this.validators = { ETag: this.etag, ...date };
+    this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
   }
 
   /** Is it the version of an open file? */
@@ -2110,22 +2095,19 @@ export function parseRanges(value: string, size: number): Ranges | "unsatisfiabl
   const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
   const specs = list.split(",").map(trimOws).filter(Boolean); // §5.6.1: empty elements are ignored
   if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
-  const ranges: ByteRange[] = [];
+  let ranges: ByteRange[] = [];
   for (const spec of specs) {
     const [, first = "", last = ""] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
     if (first + last === "" || (first !== "" && last !== "" && Number(last) < Number(first))) return undefined;
-    let from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
-    let to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
+    const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
+    const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
     if (from >= to) continue;
     // What it touches is joined with it, in the place of the first of these. No others can touch the result.
-    let place = ranges.length;
-    for (const [i, other] of [...ranges.entries()].reverse()) {
-      if (other.to < from || to < other.from) continue;
-      [from, to] = [Math.min(from, other.from), Math.max(to, other.to)];
-      ranges.splice(i, 1);
-      place = i;
-    }
-    ranges.splice(place, 0, { from, to });
+    const others = ranges.filter((other) => other.to < from || to < other.from);
+    const touched = ranges.filter((other) => !others.includes(other));
+    const [place = ranges.length] = touched.map((other) => ranges.indexOf(other));
+    const [froms, tos] = [touched.map((other) => other.from), touched.map((other) => other.to)];
+    ranges = others.toSpliced(place, 0, { from: Math.min(from, ...froms), to: Math.max(to, ...tos) });
   }
   return ranges.length === 0 ? "unsatisfiable" : ranges;
 }
@@ -2145,7 +2127,10 @@ type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
 export type Part = OpenFile & Pick<Prepared, "segments" | "length">;
 
 /** All that a response with content has before it is read. */
-function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, digest: string | undefined): Prepared {
+function prepareContent({ path, size, validators }: KnownFile, ranges?: Ranges, digest?: string): Prepared {
+  // By the name's extension. All text is taken for UTF-8.
+  const [mediaType = ""] = Bun.file(path).type.split(";");
+  const type = mediaType.startsWith("text/") ? `${mediaType}; charset=utf-8` : mediaType;
   const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
   const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
   const [range = { from: 0, to: size }, ...more] = ranges ?? [];
@@ -2153,12 +2138,10 @@ function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, d
   if (more.length > 0) {
     // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
     const boundary = crypto.randomUUID();
-    const line = (lines: string) => {
-      const text = encoder.encode(`\r\n--${boundary}${lines}\r\n`);
-      return { from: 0, to: text.length, text };
-    };
-    const head = (one: ByteRange) => line(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
-    segments = [...[range, ...more].flatMap((one) => [head(one), one]), line("--")];
+    const text = (lines: string) => encoder.encode(`\r\n--${boundary}${lines}\r\n`);
+    const head = (one: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
+    const asSegment = (text: Uint8Array) => ({ from: 0, to: text.length, text });
+    segments = [...[range, ...more].flatMap((one) => [asSegment(head(one)), one]), asSegment(text("--"))];
     fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
   } else if (ranges !== undefined) fields["Content-Range"] = contentRange(range);
   if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
@@ -2169,11 +2152,10 @@ function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, d
 }
 
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
-function respondContent(method: Method, file: OpenFile, ranges: Ranges, digest: string | undefined): Response {
+function respondContent(method: Method, file: OpenFile, ranges: Ranges, digest?: string): Response {
   const { known } = file;
   const isUsual = ranges === undefined && digest === undefined;
-  const prepared = (isUsual && known.usual) || prepareContent(known, ranges, digest);
-  if (isUsual) known.usual = prepared;
+  const prepared = isUsual ? (known.usual ??= prepareContent(known)) : prepareContent(known, ranges, digest);
   const { status, head, segments, length } = prepared;
   if (method === "HEAD") return closeWith(file, { status, head, content: NO_BYTES });
   const part = { ...file, segments, length };
@@ -2192,12 +2174,6 @@ function closeWith(file: OpenFile, response: Response): Response {
 }
 
 // ── what is sent ──
-
-/** Shared scratch buffer: its content is consumed before the event loop turns. */
-const piece = new Uint8Array(PIECE_BYTES);
-
-/** Lets all other connections have a turn. */
-const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
 
 /** Reads what stands at a position of the content. @returns false if the file has less @throws SystemError */
 function readContent({ fd, segments }: Part, position: number, into: Uint8Array): boolean {
@@ -2315,44 +2291,38 @@ const escapeText = (text: string) => Bun.escapeHTML(printable(text));
 
 /** "" for none, so that it can be left out of a sentence. */
 const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
+const joined = (parts: readonly string[], by: string) => parts.filter(Boolean).join(by);
 
 /**
  * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
- * @param segments the path of the folder
+ * @param path the names in the path of the folder
  * @param unlisted how many more names there are than the page may have
  * @param unreadable how many names are not UTF-8
  */
-export function formatListing(
-  segments: readonly string[],
-  entries: readonly ListingEntry[],
-  unlisted = 0,
-  unreadable = 0,
-) {
+export function formatListing(path: readonly string[], entries: readonly ListingEntry[], unlisted = 0, unreadable = 0) {
   // Folders first; then "file9" before "file10".
   const { compare } = new Intl.Collator("en", { numeric: true });
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
-  if (segments.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
-  const path = escapeText(["", ...segments, ""].join("/"));
+  if (path.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
+  const heading = escapeText(["", ...path, ""].join("/"));
   const folders = entries.filter(({ isFolder }) => isFolder).length;
   const more = unlisted > 0 ? `and ${unlisted} more that the page leaves out` : "";
-  const shown = [counted(folders, "folder"), counted(entries.length - folders, "file"), more]
-    .filter(Boolean)
-    .join(", ");
+  const shown = joined([counted(folders, "folder"), counted(entries.length - folders, "file"), more], ", ");
   const left = counted(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
   const sentences = shown + left === "" ? ["This folder is empty"] : [shown, left, "Times are in UTC"];
   return `<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Index of ${path}</title>
+<title>Index of ${heading}</title>
 <style>${LISTING_STYLE}</style>
 <main>
-<h1><bdi>${path}</bdi></h1>
+<h1><bdi>${heading}</bdi></h1>
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${sentences.filter(Boolean).join(". ")}.</p>
+<p>${joined(sentences, ". ")}.</p>
 </main>
 </html>
 `;
