@@ -1837,16 +1837,15 @@ export class FileSite implements Site {
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
     const last = this.knownFiles.get(path);
-    const isSame = last?.isOf(stats) === true;
+    const isSame = last !== undefined && areSame(last.stats, stats);
     const isRecent = Math.abs(this.dateNow - (last?.foundAt ?? 0)) < FOUND_BELOW_MS; // clocks may be set back
     if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
     this.knownFiles.delete(path);
     // Other systems resolve the path a second time: whoever can change links below the root may win that race.
     const realPath = () => (isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path));
     if (!isFileOrFolder(stats) || !this.hasBelow(realPath())) return undefined;
-    const known = isSame ? last : new KnownFile(path, stats, this.dateNow);
-    known.foundAt = this.dateNow;
-    known.foundBelow = this.realRoot;
+    const known: KnownFile = isSame ? last : describeFile(path, stats, this.dateNow, this.realRoot);
+    [known.foundAt, known.foundBelow] = [this.dateNow, this.realRoot];
     if (known.isLasting) this.knownFiles.set(path, known);
     const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
     this.knownFiles.delete(oldest);
@@ -1873,20 +1872,19 @@ export class FileSite implements Site {
 
   private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
     const { known } = file;
-    const { method } = request;
     const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
     const status = evaluateConditions(fields, known);
     if (status === 412) return closeWith(file, responseTo("precondition"));
     if (status === 304) return closeWith(file, prepareResponse(304, known.validators));
-    const ranges = decideRanges(method, fields, known, Date.now());
+    const ranges = decideRanges(request.method, fields, known, Date.now());
     if (ranges === "unsatisfiable") {
       const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
       return closeWith(file, prepareResponse(416, about, "the file has none of these bytes\n"));
     }
-    const answer = (digest?: string) => respondContent(method, file, ranges, digest);
+    const answer = (digest?: string) => respondContent(request.method, file, ranges, digest);
     if (!wantsSha256(fields.get("want-repr-digest") ?? "")) return answer();
     if (known.digest !== undefined) return answer(known.digest);
-    return known.hash(file.fd).then(() => answer(known.digest));
+    return hash(file).then(() => answer(known.digest));
   }
 
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
@@ -1952,73 +1950,63 @@ function readFully(fd: number, into: Uint8Array, position: number): boolean {
 }
 
 /** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
-class KnownFile {
-  readonly size: number;
-  readonly etag: string;
-  readonly lastModified: number; // in milliseconds since 1970, whole seconds; NaN, which equals nothing, if unknown
-  readonly validators: Readonly<Record<string, string>>;
-  readonly expected: Pick<fs.Stats, "size" | "mtimeMs">; // what the open file must still show while it is sent
-  readonly isLasting: boolean; // Another request may find the same version.
-  foundBelow = "";
-  usual: Prepared | undefined; // what most requests get: all of the file, without a digest
-  digest: string | undefined; // SHA-256 in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3)
-  private hasher: Bun.CryptoHasher | undefined; // once a digest was wanted
-  private hashedTo = 0;
+type KnownFile = ReturnType<typeof describeFile> & {
+  usual?: Prepared; // what most requests get: all of the file, without a digest
+  digest?: string; // SHA-256 in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3)
+  hasher?: Bun.CryptoHasher; // once a digest was wanted
+};
 
-  /** @param foundAt when it was found below the root: the time that answers have as their Date */
-  constructor(
-    readonly path: string,
-    readonly stats: fs.Stats,
-    public foundAt: number,
-  ) {
-    const { size, ino, mtimeMs, ctimeMs } = stats;
-    this.size = size;
-    const now = Date.now();
-    // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
-    const isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
-    const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
-    // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
-    this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
-    // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
-    this.expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
-    // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
-    const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
-    this.lastModified = modified > 1000 ? modified : Number.NaN;
-    const date = modified > 1000 ? { "Last-Modified": new Date(modified).toUTCString() } : {};
-    this.validators = { ETag: this.etag, ...date };
-    this.isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
-  }
+/** @param foundAt when it was found below the root: the time that answers have as their Date */
+function describeFile(path: string, stats: fs.Stats, foundAt: number, foundBelow: string) {
+  const { size, ino, mtimeMs, ctimeMs } = stats;
+  const now = Date.now();
+  // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
+  const isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
+  const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+  // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
+  const etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
+  // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
+  const expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
+  // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
+  const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
+  const lastModified = modified > 1000 ? modified : Number.NaN; // which equals nothing
+  const validators = { ETag: etag, ...(modified > 1000 && { "Last-Modified": new Date(modified).toUTCString() }) };
+  // Another request may find the same version.
+  const isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
+  const about = { size, etag, lastModified, validators, expected, isLasting };
+  return { path, stats, foundAt, foundBelow, ...about, hashedTo: 0 };
+}
 
-  /** Is it the version of an open file? */
-  isOf(found: fs.Stats): boolean {
-    const { dev, ino, size, mtimeMs, ctimeMs } = this.stats;
-    const isOne = found.dev === dev && found.ino === ino && found.size === size;
-    return isOne && found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
-  }
+/** Are these of one version of one file? */
+function areSame(one: fs.Stats, other: fs.Stats): boolean {
+  const isOne = one.dev === other.dev && one.ino === other.ino && one.size === other.size;
+  return isOne && one.mtimeMs === other.mtimeMs && one.ctimeMs === other.ctimeMs;
+}
 
-  /** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
-  hashOn(fd: number, bytes: Uint8Array, position: number): void {
-    const from = this.hashedTo - position;
-    if (this.hasher === undefined || this.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
-    this.hasher.update(bytes.subarray(from));
-    this.hashedTo = position + bytes.length;
-    if (this.hashedTo === this.size && this.isOf(fs.fstatSync(fd))) this.digest = this.hasher.digest("base64");
-  }
+/** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
+function hashOn({ fd, known }: OpenFile, bytes: Uint8Array, position: number): void {
+  const from = known.hashedTo - position;
+  if (known.hasher === undefined || known.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
+  known.hasher.update(bytes.subarray(from));
+  known.hashedTo = position + bytes.length;
+  if (known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd)))
+    known.digest = known.hasher.digest("base64");
+}
 
-  /** Hashes what is left of the file, for as long as a response waits: a piece at least. */
-  async hash(fd: number): Promise<void> {
-    const deadline = digestWaiters++ < DIGEST_WAITERS_MAX ? performance.now() + DIGEST_TIMEOUT_MS : 0;
-    this.hasher ??= new Bun.CryptoHasher("sha256");
-    try {
-      do {
-        const bytes = piece.subarray(0, Math.min(PIECE_BYTES, this.size - this.hashedTo));
-        if (!readFully(fd, bytes, this.hashedTo)) break;
-        this.hashOn(fd, bytes, this.hashedTo);
-        await (performance.now() < slowUntil ? warm(fd, this.hashedTo) : nextTurn());
-      } while (this.hashedTo < this.size && performance.now() < deadline);
-    } catch {} // the disk fails: sending will tell
-    digestWaiters--;
-  }
+/** Hashes what is left of the file, for as long as a response waits: a piece at least. */
+async function hash(file: OpenFile): Promise<void> {
+  const { fd, known } = file;
+  const deadline = digestWaiters++ < DIGEST_WAITERS_MAX ? performance.now() + DIGEST_TIMEOUT_MS : 0;
+  known.hasher ??= new Bun.CryptoHasher("sha256");
+  try {
+    do {
+      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, known.size - known.hashedTo));
+      if (!readFully(fd, bytes, known.hashedTo)) break;
+      hashOn(file, bytes, known.hashedTo);
+      await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
+    } while (known.hashedTo < known.size && performance.now() < deadline);
+  } catch {} // the disk fails: sending will tell
+  digestWaiters--;
 }
 
 // ── what is decided ──
@@ -2072,8 +2060,6 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 
 /** The bytes from `from` up to, but not including, `to`. */
 export type ByteRange = Readonly<{ from: number; to: number }>;
-/** The parts of a file that are sent; undefined is the whole. */
-type Ranges = readonly ByteRange[] | undefined;
 
 /** @returns "unsatisfiable" if the file has nothing of what is asked for */
 export function decideRanges(method: Method, fields: ReadonlyMap<string, string>, version: FileVersion, now: number) {
@@ -2091,7 +2077,7 @@ export function decideRanges(method: Method, fields: ReadonlyMap<string, string>
  * @returns in the order asked for; "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another
  * unit, a syntax error, too many, or an empty file, of which Content-Range can say nothing
  */
-export function parseRanges(value: string, size: number): Ranges | "unsatisfiable" {
+export function parseRanges(value: string, size: number): readonly ByteRange[] | "unsatisfiable" | undefined {
   const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
   const specs = list.split(",").map(trimOws).filter(Boolean); // §5.6.1: empty elements are ignored
   if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
@@ -2127,7 +2113,11 @@ type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
 export type Part = OpenFile & Pick<Prepared, "segments" | "length">;
 
 /** All that a response with content has before it is read. */
-function prepareContent({ path, size, validators }: KnownFile, ranges?: Ranges, digest?: string): Prepared {
+function prepareContent(
+  { path, size, validators }: KnownFile,
+  ranges?: readonly ByteRange[],
+  digest?: string,
+): Prepared {
   // By the name's extension. All text is taken for UTF-8.
   const [mediaType = ""] = Bun.file(path).type.split(";");
   const type = mediaType.startsWith("text/") ? `${mediaType}; charset=utf-8` : mediaType;
@@ -2152,7 +2142,7 @@ function prepareContent({ path, size, validators }: KnownFile, ranges?: Ranges, 
 }
 
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
-function respondContent(method: Method, file: OpenFile, ranges: Ranges, digest?: string): Response {
+function respondContent(method: Method, file: OpenFile, ranges?: readonly ByteRange[], digest?: string): Response {
   const { known } = file;
   const isUsual = ranges === undefined && digest === undefined;
   const prepared = isUsual ? (known.usual ??= prepareContent(known)) : prepareContent(known, ranges, digest);
@@ -2230,10 +2220,14 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
-    for (let pieces = 1; sent < length; pieces++) {
+    for (let pieces = 1, warmTo = 0; sent < length; pieces++) {
       const position = start + sent;
-      if (position >= 0 && performance.now() < slowUntil) await warm(fd, position);
-      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - sent));
+      if (position >= warmTo && performance.now() < slowUntil) {
+        await warm(fd, position);
+        warmTo = position + PIECE_BYTES;
+      }
+      const room = position < warmTo ? warmTo - position : PIECE_BYTES;
+      const bytes = piece.subarray(0, Math.min(room, length - sent));
       let found = readPart(part, sent, bytes, expected);
       if (found === "changed") {
         await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
@@ -2248,7 +2242,7 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
       }
       if (found === "changed" || found === "gone") throw new Error(`${known.path} has changed or cannot be read`);
       const taken = bytes.subarray(0, connection.write(bytes, bytes.length));
-      known.hashOn(fd, taken, position);
+      hashOn(part, taken, position);
       if (isLively) checksum = Bun.hash.crc32(taken, checksum);
       sent += taken.length;
       if (taken.length > 0) deadline = connection.server.writeDeadline;
