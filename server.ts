@@ -1724,7 +1724,8 @@ export function parseTargetPath(requestTarget: string) {
   const segments: string[] = [];
   let isFolder = false;
   try {
-    for (const name of path.split("/").map(decodeURIComponent)) {
+    for (const encoded of path.split("/")) {
+      const name = encoded.includes("%") ? decodeURIComponent(encoded) : encoded;
       if (NO_FILE_NAME.test(name)) return undefined;
       isFolder = name === "" || name === "." || name === "..";
       if (!isFolder) segments.push(name);
@@ -1930,19 +1931,17 @@ let slowUntil = 0; // The disk is slow until then.
 let digestWaiters = 0; // So many responses wait for a digest.
 const piece = new Uint8Array(PIECE_BYTES); // Shared: its content is used before the event loop turns.
 const unused = new Uint8Array(PIECE_BYTES); // Filled by several threads at once, and never looked at.
-
-/** Lets all other connections have a turn. */
-const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
+const nextTurn = () => new Promise(setImmediate); // Lets all other connections have a turn.
 
 /** Reads a piece in the thread pool, for the page cache alone: to read it then does not wait for the disk. */
 const warm = (fd: number, position: number) =>
   new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position, () => resolve()));
 
-/** Fills a buffer with what stands at a position of a file. @returns false if there is less @throws SystemError */
-function readFully(fd: number, into: Uint8Array, position: number): boolean {
+/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
+function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
   const start = performance.now();
-  for (let at = 0, more = 1; at < into.length; at += more) {
-    more = fs.readSync(fd, into, at, into.length - at, position + at);
+  for (let at = from, more = 1; at < to; at += more) {
+    more = fs.readSync(fd, into, at, to - at, position + at - from);
     if (more === 0) return false;
   }
   if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
@@ -1959,6 +1958,9 @@ type KnownFile = ReturnType<typeof describeFile> & {
 /** @param foundAt when it was found below the root: the time that answers have as their Date */
 function describeFile(path: string, stats: fs.Stats, foundAt: number, foundBelow: string) {
   const { size, ino, mtimeMs, ctimeMs } = stats;
+  // By the name's extension. All text is taken for UTF-8.
+  const [mediaType = ""] = Bun.file(path).type.split(";");
+  const type = mediaType.startsWith("text/") ? `${mediaType}; charset=utf-8` : mediaType;
   const now = Date.now();
   // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
   const isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
@@ -1973,7 +1975,7 @@ function describeFile(path: string, stats: fs.Stats, foundAt: number, foundBelow
   const validators = { ETag: etag, ...(modified > 1000 && { "Last-Modified": new Date(modified).toUTCString() }) };
   // Another request may find the same version.
   const isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
-  const about = { size, etag, lastModified, validators, expected, isLasting };
+  const about = { size, type, etag, lastModified, validators, expected, isLasting };
   return { path, stats, foundAt, foundBelow, ...about, hashedTo: 0 };
 }
 
@@ -2001,7 +2003,7 @@ async function hash(file: OpenFile): Promise<void> {
   try {
     do {
       const bytes = piece.subarray(0, Math.min(PIECE_BYTES, known.size - known.hashedTo));
-      if (!readFully(fd, bytes, known.hashedTo)) break;
+      if (!readFully(fd, bytes, 0, bytes.length, known.hashedTo)) break;
       hashOn(file, bytes, known.hashedTo);
       await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
     } while (known.hashedTo < known.size && performance.now() < deadline);
@@ -2113,14 +2115,8 @@ type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
 export type Part = OpenFile & Pick<Prepared, "segments" | "length">;
 
 /** All that a response with content has before it is read. */
-function prepareContent(
-  { path, size, validators }: KnownFile,
-  ranges?: readonly ByteRange[],
-  digest?: string,
-): Prepared {
-  // By the name's extension. All text is taken for UTF-8.
-  const [mediaType = ""] = Bun.file(path).type.split(";");
-  const type = mediaType.startsWith("text/") ? `${mediaType}; charset=utf-8` : mediaType;
+function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], digest?: string): Prepared {
+  const { size, type, validators } = known;
   const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
   const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
   const [range = { from: 0, to: size }, ...more] = ranges ?? [];
@@ -2148,7 +2144,7 @@ function respondContent(method: Method, file: OpenFile, ranges?: readonly ByteRa
   const prepared = isUsual ? (known.usual ??= prepareContent(known)) : prepareContent(known, ranges, digest);
   const { status, head, segments, length } = prepared;
   if (method === "HEAD") return closeWith(file, { status, head, content: NO_BYTES });
-  const part = { ...file, segments, length };
+  const part = { fd: file.fd, known, segments, length };
   if (length <= SMALL_FILE_BYTES_MAX) {
     const content = new Uint8Array(length);
     if (readPart(part, 0, content, known.expected) === "same") return closeWith(file, { status, head, content });
@@ -2165,40 +2161,34 @@ function closeWith(file: OpenFile, response: Response): Response {
 
 // ── what is sent ──
 
-/** Reads what stands at a position of the content. @returns false if the file has less @throws SystemError */
-function readContent({ fd, segments }: Part, position: number, into: Uint8Array): boolean {
-  let start = -position; // of a segment, in `into`
-  for (const { from, to, text } of segments) {
-    const end = start + to - from;
-    const target = into.subarray(Math.max(0, start), Math.max(0, end));
-    const source = from + Math.max(0, -start);
-    if (text !== undefined) target.set(text.subarray(source, source + target.length));
-    else if (!readFully(fd, target, source)) return false;
-    start = end;
-  }
-  return true;
-}
-
 /** Reads what stands at a position of the content, and says what has become of the file. */
-function readPart(part: Part, position: number, into: Uint8Array, { size, mtimeMs }: KnownFile["expected"]) {
+function readPart({ fd, segments }: Part, position: number, into: Uint8Array, expected: KnownFile["expected"]) {
   try {
-    if (!readContent(part, position, into)) return "gone";
-    const found = fs.fstatSync(part.fd);
+    let start = -position; // of a segment, in `into`
+    for (const { from, to, text } of segments) {
+      const at = Math.max(0, start);
+      const end = Math.min(into.length, start + to - from);
+      const source = from + at - start;
+      if (text === undefined && !readFully(fd, into, at, end, source)) return "gone";
+      if (text !== undefined && at < end) into.set(text.subarray(source, source + end - at), at);
+      start += to - from;
+    }
+    const { size, mtimeMs } = fs.fstatSync(fd);
     // Not the time of the last change: moving, replacing or deleting a file changes that too.
-    if (found.size === size && found.mtimeMs === mtimeMs) return "same";
-    return found.size > size ? "longer" : "changed";
+    if (size === expected.size && mtimeMs === expected.mtimeMs) return "same";
+    return size > expected.size ? "longer" : "changed";
   } catch (error) {
     report(`Error: ${(error as Error).message}`); // of node:fs: the disk fails
     return "gone";
   }
 }
 
-/** CRC-32 of the start of the content, as it is now. @returns undefined if the file has less @throws SystemError */
+/** CRC-32 of the start of the content, as the file has it now. @returns undefined if it has less, or cannot be read */
 async function checksumOf(part: Part, length: number): Promise<number | undefined> {
   let checksum = 0;
   for (let at = 0; at < length; at += PIECE_BYTES) {
     const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - at));
-    if (!readContent(part, at, bytes)) return undefined;
+    if (readPart(part, at, bytes, part.known.expected) === "gone") return undefined;
     checksum = Bun.hash.crc32(bytes, checksum);
     await nextTurn();
   }
@@ -2207,9 +2197,8 @@ async function checksumOf(part: Part, length: number): Promise<number | undefine
 
 /**
  * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. All of it must be
- * one version: if the file has become longer, the last piece is held back until a checksum tells that the rest is as it
- * was. If it cannot be completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that
- * it is short.
+ * one version: of a file that has become longer, the last piece waits until a checksum tells that the rest is as it was.
+ * If it cannot be completed it ends with FIN: the peer keeps what it has got, and Content-Length tells that it is short.
  */
 async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: Part) {
   const { fd, known, segments, length } = part;

@@ -1369,7 +1369,7 @@ test.concurrent(
     const changes = {
       [anchor]: `${anchor}\nconst floor = (ms) => Math.floor(ms / 1000) * 1000;\nconst whole = ${whole};`,
       "const stats = fs.fstatSync(fd);": "const stats = whole(fs.fstatSync(fd));",
-      "const found = fs.fstatSync(part.fd);": "const found = whole(fs.fstatSync(part.fd));",
+      "mtimeMs } = fs.fstatSync(fd);": "mtimeMs } = whole(fs.fstatSync(fd));",
       "expected = fs.fstatSync(fd);": "expected = whole(fs.fstatSync(fd));",
     };
     await using server = await startCopy(changes, ["--root", folder.path, "--log", "off", ...PATIENCE]);
