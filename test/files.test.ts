@@ -1077,6 +1077,7 @@ for part in message.get_payload():
     })) {
       const path = server.pathOf(name);
       writeSparse(path, size);
+      await settledTag(server.port, `/${name}`); // one that has just changed is sent as it is by then
       using peer = await Peer.connect(server.port);
       await peer.send(formatRequest([`GET /${name}`]));
       await peer.waitFor(/\r\n\r\n\0/);
