@@ -1792,14 +1792,15 @@ export class FileSite implements Site {
     if (target === undefined) return responseTo("path");
     const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
-    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : ""); // with it, no file is found
+    // A path that ends in a slash is never that of a file: ENOTDIR.
+    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : "");
     // The index comes first: a folder that may be entered, but not read, can have one.
     const index = isFolder ? this.open(`${path}index.html`) : "not-found";
     const file = index === "not-found" ? this.open(path) : index;
     if (typeof file === "string") return responseTo(file);
     if (file.known.stats.isFile()) return this.respondFile(request, file);
     fs.closeSync(file.fd);
-    if (isFolder) return this.list(segments, path); // even if the index is one
+    if (isFolder) return this.list(segments, path); // its index.html may be a folder, too
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
     return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
@@ -1971,7 +1972,7 @@ function describeFile(path: string, stats: fs.Stats, foundAt: number, foundBelow
   const expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
   // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
   const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
-  const lastModified = modified > 1000 ? modified : Number.NaN; // which equals nothing
+  const lastModified = modified > 1000 ? modified : Number.NaN; // in ms since 1970; unknown equals nothing
   const validators = { ETag: etag, ...(modified > 1000 && { "Last-Modified": new Date(modified).toUTCString() }) };
   // Another request may find the same version.
   const isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
