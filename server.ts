@@ -108,7 +108,7 @@ export interface Response {
   readonly head: Uint8Array;
   readonly content: Uint8Array;
   /** Content that is read while it is sent, instead of `content`. The holder must close it. */
-  readonly part?: OpenFile;
+  readonly part?: Part;
 }
 
 /** What a server answers with: a text, or files. */
@@ -1764,16 +1764,11 @@ export class FileSite implements Site {
   private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
   private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
   private readonly root: string;
-  /** Ends in a slash. "" at each sweep: links in the path of the root are followed anew. */
-  private realRoot = "";
-  /** By path. */
-  private readonly knownFiles = new Map<string, KnownFile>();
-  /** Listings that wait for their turn, by the path of the folder, and the last of them. */
-  private readonly listings = new Map<string, Promise<Response>>();
+  private realRoot = ""; // Ends in a slash. "" at each sweep: links in the path of the root are followed anew.
+  private readonly knownFiles = new Map<string, KnownFile>(); // by path
+  private readonly listings = new Map<string, Promise<Response>>(); // those that wait for their turn, by path
   private lastListing = Promise.resolve(this.options);
-  private digestWaiters = 0;
-  /** The time that answers have as their Date. */
-  private dateNow = Date.now();
+  private dateNow = Date.now(); // the time that answers have as their Date
 
   /** @throws StartError if it is not the path of a folder that may be entered */
   constructor(path: string) {
@@ -1795,22 +1790,20 @@ export class FileSite implements Site {
     if (refusal !== undefined) return refusal;
     const target = parseTargetPath(request.requestTarget);
     if (target === undefined) return responseTo("path");
-    const { segments, isFolder: asksForFolder, query } = target;
+    const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
-    const path = [this.root, ...segments].join(sep);
+    // A path that ends in a slash is never that of a file: ENOTDIR.
+    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : "");
     // The index comes first: a folder that may be entered, but not read, can have one.
-    const index = asksForFolder ? this.open(join(path, "index.html")) : "not-found";
-    if (typeof index !== "string" && index.known.isFolder) fs.closeSync(index.fd);
-    else if (index !== "not-found")
-      return typeof index === "string" ? responseTo(index) : this.respondFile(request, index);
-    const found = this.open(path);
-    if (typeof found === "string") return responseTo(found);
-    if (!found.known.isFolder)
-      return asksForFolder ? found.closeWith(responseTo("not-found")) : this.respondFile(request, found);
-    if (asksForFolder) return found.closeWith(this.list(segments, path));
+    const index = isFolder ? this.open(`${path}index.html`) : "not-found";
+    const file = index === "not-found" ? this.open(path) : index;
+    if (typeof file === "string") return responseTo(file);
+    if (file.known.stats.isFile()) return this.respondFile(request, file);
+    fs.closeSync(file.fd);
+    if (isFolder) return this.list(segments, path); // its index.html may be a folder, too
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
-    return found.closeWith(prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n"));
+    return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
   }
 
   sweep(now: number): void {
@@ -1829,7 +1822,7 @@ export class FileSite implements Site {
       // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
       known = this.know(fd, path);
-      return known === undefined ? "not-found" : new OpenFile(fd, known);
+      return known === undefined ? "not-found" : { fd, known };
     } catch (error) {
       const rejection = rejectionFor(error);
       return rejection === "forbidden" && !this.isKnownBelow(path) ? "not-found" : rejection;
@@ -1846,16 +1839,15 @@ export class FileSite implements Site {
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
     const last = this.knownFiles.get(path);
-    const isSame = last?.isOf(stats) === true;
+    const isSame = last !== undefined && areSame(last.stats, stats);
     const isRecent = Math.abs(this.dateNow - (last?.foundAt ?? 0)) < FOUND_BELOW_MS; // clocks may be set back
     if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
     this.knownFiles.delete(path);
     // Other systems resolve the path a second time: whoever can change links below the root may win that race.
     const realPath = () => (isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path));
     if (!isFileOrFolder(stats) || !this.hasBelow(realPath())) return undefined;
-    const known = isSame ? last : new KnownFile(path, stats, this.dateNow);
-    known.foundAt = this.dateNow;
-    known.foundBelow = this.realRoot;
+    const known: KnownFile = isSame ? last : describeFile(path, stats, this.dateNow, this.realRoot);
+    [known.foundAt, known.foundBelow] = [this.dateNow, this.realRoot];
     if (known.isLasting) this.knownFiles.set(path, known);
     const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
     this.knownFiles.delete(oldest);
@@ -1882,29 +1874,19 @@ export class FileSite implements Site {
 
   private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
     const { known } = file;
-    const { method } = request;
     const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
     const status = evaluateConditions(fields, known);
-    if (status === 412) return file.closeWith(responseTo("precondition"));
-    if (status === 304) return file.closeWith(prepareResponse(304, known.validators));
-    const ranges = decideRanges(method, fields, known, Date.now());
+    if (status === 412) return closeWith(file, responseTo("precondition"));
+    if (status === 304) return closeWith(file, prepareResponse(304, known.validators));
+    const ranges = decideRanges(request.method, fields, known, Date.now());
     if (ranges === "unsatisfiable") {
       const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
-      return file.closeWith(prepareResponse(416, about, "the file has none of these bytes\n"));
+      return closeWith(file, prepareResponse(416, about, "the file has none of these bytes\n"));
     }
-    const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
-    const answer = () => respondContent(method, file, ranges, wantsDigest ? known.digest : undefined);
-    if (!wantsDigest || !known.hashNext(file.fd) || this.digestWaiters >= DIGEST_WAITERS_MAX) return answer();
-    return this.hashInTurns(file).then(answer);
-  }
-
-  /** Hashes a file until it has its digest, for as long as an answer waits. */
-  private async hashInTurns({ fd, known }: OpenFile): Promise<void> {
-    const deadline = performance.now() + DIGEST_TIMEOUT_MS;
-    this.digestWaiters++;
-    do await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
-    while (performance.now() < deadline && known.hashNext(fd));
-    this.digestWaiters--;
+    const answer = (digest?: string) => respondContent(request.method, file, ranges, digest);
+    if (!wantsSha256(fields.get("want-repr-digest") ?? "")) return answer();
+    if (known.digest !== undefined) return answer(known.digest);
+    return hash(file).then(() => answer(known.digest));
   }
 
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
@@ -1946,10 +1928,11 @@ export class FileSite implements Site {
 
 // ── what is opened ──
 
-/** Until then a disk is slow. */
-let slowUntil = 0;
-/** Filled by several threads at once, and never looked at. */
-const unused = new Uint8Array(PIECE_BYTES);
+let slowUntil = 0; // The disk is slow until then.
+let digestWaiters = 0; // So many responses wait for a digest.
+const piece = new Uint8Array(PIECE_BYTES); // Shared: its content is used before the event loop turns.
+const unused = new Uint8Array(PIECE_BYTES); // Filled by several threads at once, and never looked at.
+const nextTurn = () => new Promise(setImmediate); // Lets all other connections have a turn.
 
 /** Reads a piece in the thread pool, for the page cache alone: to read it then does not wait for the disk. */
 const warm = (fd: number, position: number) =>
@@ -1962,86 +1945,71 @@ function readFully(fd: number, into: Uint8Array, from: number, to: number, posit
     more = fs.readSync(fd, into, at, to - at, position + at - from);
     if (more === 0) return false;
   }
-  const end = performance.now();
-  if (end - start > SLOW_READ_MS) slowUntil = end + SLOW_DISK_MS;
+  if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
   return true;
 }
 
 /** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
-class KnownFile {
-  readonly size: number;
-  readonly isFolder: boolean;
-  readonly type: string;
-  readonly etag: string;
-  /** In milliseconds since 1970, whole seconds. NaN, which equals nothing, if unknown. */
-  readonly lastModified: number;
-  readonly validators: Readonly<Record<string, string>>;
-  /** Another change may leave the same times. */
-  readonly isFresh: boolean;
-  /** Another request may find the same version. */
-  readonly isLasting: boolean;
-  foundBelow = "";
-  /** What most requests get: all of the file, without a digest. */
-  usual: Prepared | undefined;
-  /** SHA-256 of the file in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3). */
-  digest: string | undefined;
-  private hasher: Bun.CryptoHasher | undefined; // once a digest was wanted
-  hashedTo = 0;
+type KnownFile = ReturnType<typeof describeFile> & {
+  usual?: Prepared; // what most requests get: all of the file, without a digest
+  digest?: string; // SHA-256 in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3)
+  hasher?: Bun.CryptoHasher; // once a digest was wanted
+};
 
-  /** @param foundAt when it was found below the root: the time that answers have as their Date */
-  constructor(
-    readonly path: string,
-    readonly stats: fs.Stats,
-    public foundAt: number,
-  ) {
-    const { size, ino, mtimeMs, ctimeMs } = stats;
-    this.size = size;
-    this.isFolder = stats.isDirectory();
-    // By the name's extension. All text is taken for UTF-8.
-    const [type = ""] = Bun.file(path).type.split(";");
-    this.type = type.startsWith("text/") ? `${type}; charset=utf-8` : type;
-    const now = Date.now();
-    // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
-    this.isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
-    const once = this.isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
-    // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
-    this.etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
-    // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
-    const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
-    this.isLasting = !this.isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && !this.isFolder;
-    this.lastModified = modified > 1000 ? modified : Number.NaN;
-    const date = modified > 1000 ? { "Last-Modified": new Date(modified).toUTCString() } : {};
-    this.validators = { ETag: this.etag, ...date };
-  }
+/** @param foundAt when it was found below the root: the time that answers have as their Date */
+function describeFile(path: string, stats: fs.Stats, foundAt: number, foundBelow: string) {
+  const { size, ino, mtimeMs, ctimeMs } = stats;
+  // By the name's extension. All text is taken for UTF-8.
+  const [mediaType = ""] = Bun.file(path).type.split(";");
+  const type = mediaType.startsWith("text/") ? `${mediaType}; charset=utf-8` : mediaType;
+  const now = Date.now();
+  // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
+  const isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
+  const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+  // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
+  const etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
+  // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
+  const expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
+  // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
+  const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
+  const lastModified = modified > 1000 ? modified : Number.NaN; // in ms since 1970; unknown equals nothing
+  const validators = { ETag: etag, ...(modified > 1000 && { "Last-Modified": new Date(modified).toUTCString() }) };
+  // Another request may find the same version.
+  const isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
+  const about = { size, type, etag, lastModified, validators, expected, isLasting };
+  return { path, stats, foundAt, foundBelow, ...about, hashedTo: 0 };
+}
 
-  /** Is it the version of an open file? */
-  isOf(found: fs.Stats): boolean {
-    const { dev, ino, size, mtimeMs, ctimeMs } = this.stats;
-    const isOne = found.dev === dev && found.ino === ino && found.size === size;
-    return isOne && found.mtimeMs === mtimeMs && found.ctimeMs === ctimeMs;
-  }
+/** Are these of one version of one file? */
+function areSame(one: fs.Stats, other: fs.Stats): boolean {
+  const isOne = one.dev === other.dev && one.ino === other.ino && one.size === other.size;
+  return isOne && one.mtimeMs === other.mtimeMs && one.ctimeMs === other.ctimeMs;
+}
 
-  /** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
-  hashOn(fd: number, bytes: Uint8Array, position: number): void {
-    const from = this.hashedTo - position;
-    if (this.hasher === undefined || this.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
-    this.hasher.update(bytes.subarray(from));
-    this.hashedTo = position + bytes.length;
-    if (this.hashedTo === this.size && this.isOf(fs.fstatSync(fd))) this.digest = this.hasher.digest("base64");
-  }
+/** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
+function hashOn({ fd, known }: OpenFile, bytes: Uint8Array, position: number): void {
+  const from = known.hashedTo - position;
+  if (known.hasher === undefined || known.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
+  known.hasher.update(bytes.subarray(from));
+  known.hashedTo = position + bytes.length;
+  if (known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd)))
+    known.digest = known.hasher.digest("base64");
+}
 
-  /** Reads and hashes the next piece. @returns whether there may be more to hash; if the disk fails, sending will tell */
-  hashNext(fd: number): boolean {
-    const length = Math.min(PIECE_BYTES, this.size - this.hashedTo);
-    this.hasher ??= new Bun.CryptoHasher("sha256");
-    try {
-      if (this.digest !== undefined || !readFully(fd, piece, 0, length, this.hashedTo)) return false;
-      this.hashOn(fd, piece.subarray(0, length), this.hashedTo);
-      return this.digest === undefined && length > 0;
-    } catch {
-      return false;
-    }
-  }
+/** Hashes what is left of the file, for as long as a response waits: a piece at least. */
+async function hash(file: OpenFile): Promise<void> {
+  const { fd, known } = file;
+  const deadline = digestWaiters++ < DIGEST_WAITERS_MAX ? performance.now() + DIGEST_TIMEOUT_MS : 0;
+  known.hasher ??= new Bun.CryptoHasher("sha256");
+  try {
+    do {
+      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, known.size - known.hashedTo));
+      if (!readFully(fd, bytes, 0, bytes.length, known.hashedTo)) break;
+      hashOn(file, bytes, known.hashedTo);
+      await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
+    } while (known.hashedTo < known.size && performance.now() < deadline);
+  } catch {} // the disk fails: sending will tell
+  digestWaiters--;
 }
 
 // ── what is decided ──
@@ -2095,8 +2063,6 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 
 /** The bytes from `from` up to, but not including, `to`. */
 export type ByteRange = Readonly<{ from: number; to: number }>;
-/** The parts of a file that are sent; undefined is the whole. */
-type Ranges = readonly ByteRange[] | undefined;
 
 /** @returns "unsatisfiable" if the file has nothing of what is asked for */
 export function decideRanges(method: Method, fields: ReadonlyMap<string, string>, version: FileVersion, now: number) {
@@ -2114,26 +2080,23 @@ export function decideRanges(method: Method, fields: ReadonlyMap<string, string>
  * @returns in the order asked for; "unsatisfiable" if the file has none of it; undefined if it is to be ignored: another
  * unit, a syntax error, too many, or an empty file, of which Content-Range can say nothing
  */
-export function parseRanges(value: string, size: number): Ranges | "unsatisfiable" {
+export function parseRanges(value: string, size: number): readonly ByteRange[] | "unsatisfiable" | undefined {
   const [, list = ""] = /^bytes=(.*)$/i.exec(value) ?? [];
   const specs = list.split(",").map(trimOws).filter(Boolean); // §5.6.1: empty elements are ignored
   if (size === 0 || specs.length === 0 || specs.length > RANGES_MAX) return undefined;
-  const ranges: ByteRange[] = [];
+  let ranges: ByteRange[] = [];
   for (const spec of specs) {
     const [, first = "", last = ""] = /^(\d*)-(\d*)$/.exec(spec) ?? [];
     if (first + last === "" || (first !== "" && last !== "" && Number(last) < Number(first))) return undefined;
-    let from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
-    let to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
+    const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
+    const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
     if (from >= to) continue;
     // What it touches is joined with it, in the place of the first of these. No others can touch the result.
-    let place = ranges.length;
-    for (const [i, other] of [...ranges.entries()].reverse()) {
-      if (other.to < from || to < other.from) continue;
-      [from, to] = [Math.min(from, other.from), Math.max(to, other.to)];
-      ranges.splice(i, 1);
-      place = i;
-    }
-    ranges.splice(place, 0, { from, to });
+    const others = ranges.filter((other) => other.to < from || to < other.from);
+    const touched = ranges.filter((other) => !others.includes(other));
+    const [place = ranges.length] = touched.map((other) => ranges.indexOf(other));
+    const [froms, tos] = [touched.map((other) => other.from), touched.map((other) => other.to)];
+    ranges = others.toSpliced(place, 0, { from: Math.min(from, ...froms), to: Math.max(to, ...tos) });
   }
   return ranges.length === 0 ? "unsatisfiable" : ranges;
 }
@@ -2145,13 +2108,16 @@ export const wantsSha256 = (wantReprDigest: string) =>
 // ── what is answered ──
 
 /** Content is ranges of the file, and texts between them. */
-type Segment = ByteRange | Uint8Array;
+type Segment = ByteRange & { readonly text?: Uint8Array };
 type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly Segment[]; length: number }>;
-
-const lengthOf = (segment: Segment) => (segment instanceof Uint8Array ? segment.length : segment.to - segment.from);
+/** An open file or folder below the root. The holder must close it. */
+type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
+/** Content that is read while it is sent. */
+export type Part = OpenFile & Pick<Prepared, "segments" | "length">;
 
 /** All that a response with content has before it is read. */
-function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, digest: string | undefined): Prepared {
+function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], digest?: string): Prepared {
+  const { size, type, validators } = known;
   const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
   const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
   const [range = { from: 0, to: size }, ...more] = ranges ?? [];
@@ -2161,171 +2127,124 @@ function prepareContent({ size, type, validators }: KnownFile, ranges: Ranges, d
     const boundary = crypto.randomUUID();
     const text = (lines: string) => encoder.encode(`\r\n--${boundary}${lines}\r\n`);
     const head = (one: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
-    segments = [...[range, ...more].flatMap((one) => [head(one), one]), text("--")];
+    const asSegment = (text: Uint8Array) => ({ from: 0, to: text.length, text });
+    segments = [...[range, ...more].flatMap((one) => [asSegment(head(one)), one]), asSegment(text("--"))];
     fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
   } else if (ranges !== undefined) fields["Content-Range"] = contentRange(range);
   if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
-  const length = segments.reduce((sum, segment) => sum + lengthOf(segment), 0);
+  const length = segments.reduce((sum, { from, to }) => sum + to - from, 0);
   fields["Content-Length"] = String(length);
   const status = ranges === undefined ? 200 : 206;
   return { status, head: formatHead(status, fields), segments, length };
 }
 
 /** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
-function respondContent(method: Method, file: OpenFile, ranges: Ranges, digest: string | undefined): Response {
+function respondContent(method: Method, file: OpenFile, ranges?: readonly ByteRange[], digest?: string): Response {
   const { known } = file;
   const isUsual = ranges === undefined && digest === undefined;
-  const prepared = (isUsual && known.usual) || prepareContent(known, ranges, digest);
-  if (isUsual) known.usual = prepared;
-  const { status, head } = prepared;
-  if (method === "HEAD") return file.closeWith({ status, head, content: NO_BYTES });
-  file.start(prepared);
-  if (file.left <= SMALL_FILE_BYTES_MAX) {
-    const content = new Uint8Array(file.left);
-    if (file.read(content) === "same") return file.closeWith({ status, head, content });
+  const prepared = isUsual ? (known.usual ??= prepareContent(known)) : prepareContent(known, ranges, digest);
+  const { status, head, segments, length } = prepared;
+  if (method === "HEAD") return closeWith(file, { status, head, content: NO_BYTES });
+  const part = { fd: file.fd, known, segments, length };
+  if (length <= SMALL_FILE_BYTES_MAX) {
+    const content = new Uint8Array(length);
+    if (readPart(part, 0, content, known.expected) === "same") return closeWith(file, { status, head, content });
   }
   // A file that has just changed comes here too: sendPart finds out whether it can be sent.
-  return { status, head, content: NO_BYTES, part: file };
+  return { status, head, content: NO_BYTES, part };
+}
+
+/** Closes a file: nothing of it is sent, or all has been read. */
+function closeWith(file: OpenFile, response: Response): Response {
+  fs.closeSync(file.fd);
+  return response;
 }
 
 // ── what is sent ──
 
-/** Shared scratch buffer: its content is consumed before the event loop turns. */
-const piece = new Uint8Array(PIECE_BYTES);
-
-/** Lets all other connections have a turn. */
-const nextTurn = () => new Promise<void>((resolve) => setImmediate(resolve));
-
-/**
- * An open file or folder below the root, and the part of it that is sent. The holder must close it. All of a part must be
- * one version: if the file has become longer, the last piece is held back until a checksum tells that the rest is as it was.
- */
-export class OpenFile {
-  private segments: readonly Segment[] = [];
-  /** How many bytes are left, and how many have been sent. */
-  left = 0;
-  sent = 0;
-  /** Where the next one is in the file. NaN for several ranges. */
-  position = 0;
-  /** CRC-32 of what was sent. It takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows. */
-  private checksum: number | undefined;
-  /** The file when it was last known to have what was sent. */
-  private compared: Pick<fs.Stats, "size" | "mtimeMs" | "ctimeMs">;
-
-  constructor(
-    readonly fd: number,
-    readonly known: KnownFile,
-  ) {
-    // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
-    this.compared = known.isFresh && known.size > SMALL_FILE_BYTES_MAX ? { ...known.stats, size: -1 } : known.stats;
-  }
-
-  /** Closes it: nothing of it is sent, or all has been read. */
-  closeWith<R extends Response | Promise<Response>>(response: R): R {
-    fs.closeSync(this.fd);
-    return response;
-  }
-
-  start({ segments, length }: Prepared): void {
-    this.segments = segments;
-    this.left = length;
-    const [first] = segments;
-    this.position = first !== undefined && "from" in first ? first.from : Number.NaN;
-    this.checksum = Date.now() - this.compared.ctimeMs < LIVELY_MS ? 0 : undefined;
-  }
-
-  /** Reads the next bytes without moving on, and says what has become of the file. */
-  read(into: Uint8Array): "same" | "longer" | "changed" | "gone" {
-    try {
-      if (!this.readAt(this.sent, into)) return "gone";
-      const { size, mtimeMs } = fs.fstatSync(this.fd);
-      // Not the time of the last change: moving, replacing or deleting a file changes that too.
-      if (size === this.compared.size && mtimeMs === this.compared.mtimeMs) return "same";
-      return size > this.compared.size ? "longer" : "changed";
-    } catch (error) {
-      report(`Error: ${(error as Error).message}`); // of node:fs: the disk fails
-      return "gone";
+/** Reads what stands at a position of the content, and says what has become of the file. */
+function readPart({ fd, segments }: Part, position: number, into: Uint8Array, expected: KnownFile["expected"]) {
+  try {
+    let start = -position; // of a segment, in `into`
+    for (const { from, to, text } of segments) {
+      const at = Math.max(0, start);
+      const end = Math.min(into.length, start + to - from);
+      const source = from + at - start;
+      if (text === undefined && !readFully(fd, into, at, end, source)) return "gone";
+      if (text !== undefined && at < end) into.set(text.subarray(source, source + end - at), at);
+      start += to - from;
     }
-  }
-
-  /** Moves on: these bytes have been sent. */
-  advance(bytes: Uint8Array): void {
-    this.known.hashOn(this.fd, bytes, this.position);
-    if (this.checksum !== undefined) this.checksum = Bun.hash.crc32(bytes, this.checksum);
-    this.sent += bytes.length;
-    this.position += bytes.length;
-    this.left -= bytes.length;
-  }
-
-  /** Of a file that has become longer: is what was sent still there? @throws SystemError */
-  async hasOnlyGrown(): Promise<boolean> {
-    const found = fs.fstatSync(this.fd);
-    if (this.sent > 0 && this.checksum === undefined) return false;
-    let checksum = 0;
-    for (let at = 0; at < this.sent; at += PIECE_BYTES) {
-      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, this.sent - at));
-      if (!this.readAt(at, bytes)) return false;
-      checksum = Bun.hash.crc32(bytes, checksum);
-      await nextTurn();
-    }
-    this.compared = found;
-    return this.sent === 0 || checksum === this.checksum;
-  }
-
-  /** Reads what stands at a position of the content. @returns false if the file has less @throws SystemError */
-  private readAt(position: number, into: Uint8Array): boolean {
-    let skipped = position;
-    let at = 0;
-    for (const segment of this.segments) {
-      const to = Math.min(into.length, at + Math.max(0, lengthOf(segment) - skipped));
-      if (segment instanceof Uint8Array) into.set(segment.subarray(skipped, skipped + to - at), at);
-      else if (!readFully(this.fd, into, at, to, segment.from + skipped)) return false;
-      skipped = Math.max(0, skipped - lengthOf(segment));
-      at = to;
-    }
-    return true;
+    const { size, mtimeMs } = fs.fstatSync(fd);
+    // Not the time of the last change: moving, replacing or deleting a file changes that too.
+    if (size === expected.size && mtimeMs === expected.mtimeMs) return "same";
+    return size > expected.size ? "longer" : "changed";
+  } catch (error) {
+    report(`Error: ${(error as Error).message}`); // of node:fs: the disk fails
+    return "gone";
   }
 }
 
+/** CRC-32 of the start of the content, as the file has it now. @returns undefined if it has less, or cannot be read */
+async function checksumOf(part: Part, length: number): Promise<number | undefined> {
+  let checksum = 0;
+  for (let at = 0; at < length; at += PIECE_BYTES) {
+    const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - at));
+    if (readPart(part, at, bytes, part.known.expected) === "gone") return undefined;
+    checksum = Bun.hash.crc32(bytes, checksum);
+    await nextTurn();
+  }
+  return checksum;
+}
+
 /**
- * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. If it cannot be
- * completed it ends with FIN, so that the peer keeps what it has got, and Content-Length tells that it is short.
+ * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. All of it must be
+ * one version: of a file that has become longer, the last piece waits until a checksum tells that the rest is as it was.
+ * If it cannot be completed it ends with FIN: the peer keeps what it has got, and Content-Length tells that it is short.
  */
-async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: OpenFile) {
+async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: Part) {
+  const { fd, known, segments, length } = part;
+  const start = segments.length === 1 ? (segments[0]?.from ?? 0) : Number.NaN; // in the file, of a single range
+  // A checksum takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows.
+  const isLively = Date.now() - known.stats.ctimeMs < LIVELY_MS;
+  let [sent, checksum, expected] = [0, 0, known.expected];
   try {
     if (!connection.flush()) await connection.drain();
     let deadline = connection.server.writeDeadline;
-    for (let pieces = 1, warmTo = 0; part.left > 0; pieces++) {
-      if (part.position >= warmTo && performance.now() < slowUntil) {
-        await warm(part.fd, part.position);
-        warmTo = part.position + PIECE_BYTES;
+    for (let pieces = 1, warmTo = 0; sent < length; pieces++) {
+      const position = start + sent;
+      if (position >= warmTo && performance.now() < slowUntil) {
+        await warm(fd, position);
+        warmTo = position + PIECE_BYTES;
       }
-      const room = part.position < warmTo ? warmTo - part.position : PIECE_BYTES;
-      const bytes = piece.subarray(0, Math.min(room, part.left));
-      let found = part.read(bytes);
+      const room = position < warmTo ? warmTo - position : PIECE_BYTES;
+      const bytes = piece.subarray(0, Math.min(room, length - sent));
+      let found = readPart(part, sent, bytes, expected);
       if (found === "changed") {
         await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
-        found = part.read(bytes);
+        found = readPart(part, sent, bytes, expected);
       }
-      if (found === "longer" && bytes.length === part.left) {
-        const isSame = await part.hasOnlyGrown();
+      if (found === "longer" && sent + bytes.length === length) {
+        expected = fs.fstatSync(fd);
+        const isSame = sent === 0 || (isLively && checksum === (await checksumOf(part, sent)));
         await Bun.sleep(CLOCK_TICK_MS); // as above
-        found = isSame ? part.read(bytes) : "changed";
+        found = isSame ? readPart(part, sent, bytes, expected) : "changed";
         deadline = connection.server.writeDeadline;
       }
-      if (found === "changed" || found === "gone") throw new Error(`${part.known.path} has changed or cannot be read`);
-      const taken = connection.write(bytes, bytes.length);
-      part.advance(bytes.subarray(0, taken));
-      if (taken > 0) deadline = connection.server.writeDeadline;
-      if (taken < bytes.length) await connection.waitForRoom(deadline);
+      if (found === "changed" || found === "gone") throw new Error(`${known.path} has changed or cannot be read`);
+      const taken = bytes.subarray(0, connection.write(bytes, bytes.length));
+      hashOn(part, taken, position);
+      if (isLively) checksum = Bun.hash.crc32(taken, checksum);
+      sent += taken.length;
+      if (taken.length > 0) deadline = connection.server.writeDeadline;
+      if (taken.length < bytes.length) await connection.waitForRoom(deadline);
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {
     if (error !== GONE) report(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
     throw GONE;
   } finally {
-    log(connection, content, status, part.sent);
-    fs.closeSync(part.fd);
+    log(connection, content, status, sent);
+    fs.closeSync(fd);
   }
 }
 
@@ -2356,44 +2275,38 @@ const escapeText = (text: string) => Bun.escapeHTML(printable(text));
 
 /** "" for none, so that it can be left out of a sentence. */
 const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
+const joined = (parts: readonly string[], by: string) => parts.filter(Boolean).join(by);
 
 /**
  * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
- * @param segments the path of the folder
+ * @param path the names in the path of the folder
  * @param unlisted how many more names there are than the page may have
  * @param unreadable how many names are not UTF-8
  */
-export function formatListing(
-  segments: readonly string[],
-  entries: readonly ListingEntry[],
-  unlisted = 0,
-  unreadable = 0,
-) {
+export function formatListing(path: readonly string[], entries: readonly ListingEntry[], unlisted = 0, unreadable = 0) {
   // Folders first; then "file9" before "file10".
   const { compare } = new Intl.Collator("en", { numeric: true });
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
-  if (segments.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
-  const path = escapeText(["", ...segments, ""].join("/"));
+  if (path.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
+  const heading = escapeText(["", ...path, ""].join("/"));
   const folders = entries.filter(({ isFolder }) => isFolder).length;
   const more = unlisted > 0 ? `and ${unlisted} more that the page leaves out` : "";
-  const shown = [counted(folders, "folder"), counted(entries.length - folders, "file"), more]
-    .filter(Boolean)
-    .join(", ");
+  const shown = joined([counted(folders, "folder"), counted(entries.length - folders, "file"), more], ", ");
   const left = counted(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
   const sentences = shown + left === "" ? ["This folder is empty"] : [shown, left, "Times are in UTC"];
   return `<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Index of ${path}</title>
+<title>Index of ${heading}</title>
 <style>${LISTING_STYLE}</style>
 <main>
-<h1><bdi>${path}</bdi></h1>
+<h1><bdi>${heading}</bdi></h1>
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${sentences.filter(Boolean).join(". ")}.</p>
+<p>${joined(sentences, ". ")}.</p>
 </main>
 </html>
 `;

@@ -1077,6 +1077,7 @@ for part in message.get_payload():
     })) {
       const path = server.pathOf(name);
       writeSparse(path, size);
+      await settledTag(server.port, `/${name}`); // one that has just changed is sent as it is by then
       using peer = await Peer.connect(server.port);
       await peer.send(formatRequest([`GET /${name}`]));
       await peer.waitFor(/\r\n\r\n\0/);
@@ -1369,8 +1370,8 @@ test.concurrent(
     const changes = {
       [anchor]: `${anchor}\nconst floor = (ms) => Math.floor(ms / 1000) * 1000;\nconst whole = ${whole};`,
       "const stats = fs.fstatSync(fd);": "const stats = whole(fs.fstatSync(fd));",
-      "mtimeMs } = fs.fstatSync(this.fd);": "mtimeMs } = whole(fs.fstatSync(this.fd));",
-      "const found = fs.fstatSync(this.fd);": "const found = whole(fs.fstatSync(this.fd));",
+      "mtimeMs } = fs.fstatSync(fd);": "mtimeMs } = whole(fs.fstatSync(fd));",
+      "expected = fs.fstatSync(fd);": "expected = whole(fs.fstatSync(fd));",
     };
     await using server = await startCopy(changes, ["--root", folder.path, "--log", "off", ...PATIENCE]);
     /** @returns the second in which that was */
