@@ -1382,14 +1382,12 @@ export class Clock {
 class Trace {
   private number = 0;
   private startedAt = 0;
-  /** The last receive, printed once it is known what it has completed. */
-  private received = "";
+  private received = ""; // the last receive, printed once it is known what it has completed
   private readonly completed = new Map<string, number>();
 
   constructor(private readonly print: (line: string) => void) {}
 
   begin(number = this.number + 1): void {
-    this.flush();
     this.number = number;
     this.startedAt = performance.now();
   }

@@ -653,7 +653,7 @@ describe("a connection that sends files", () => {
         await turns(1);
         expect(server.waitingBytes).toBeLessThan(2000);
         transport.room = room;
-        connection.onDrain();
+        connection.wake("room");
       }
       const [first = "", second = "", ...more] = contents(transport.written);
       expect([B.equals(Buffer.from(first)), B.equals(Buffer.from(second)), more]).toEqual([true, true, []]);
@@ -688,11 +688,11 @@ describe("a connection that sends files", () => {
     connection.onData(Buffer.concat([GET_A, GET_B_AND_CLOSE])); // 16 pieces, and then others have their turn
     await Promise.resolve();
     transport.room = 2 * 262_144 + 50; // what is left of the first file, and a part of the second one's head
-    connection.onDrain();
+    connection.wake("room");
     await turns(1);
     transport.room = Number.POSITIVE_INFINITY;
     await turns(3);
-    connection.onDrain();
+    connection.wake("room");
     await turns(3);
     expect(contents(transport.written).map(({ length }) => length)).toEqual([A.length, B.length]);
   });
@@ -736,7 +736,7 @@ describe("a connection that sends files", () => {
     appendFileSync(join(folder, "b"), "more");
     await Bun.sleep(20); // the change after it has another time
     transport.room = Number.POSITIVE_INFINITY;
-    connection.onDrain();
+    connection.wake("room");
     await turns(1); // what was sent is read once more, piece by piece
     const fd = openSync(join(folder, "b"), "r+");
     writeSync(fd, "c", B.length - 1);

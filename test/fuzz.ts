@@ -321,7 +321,7 @@ async function play(server: Server, message: Buffer, plan: Plan, random: Random)
       if (i === 10_000) throw new Error("a slow peer is written to without end");
       if (random.once(4)) await visit(server);
       peer.isFull = false;
-      connection.onDrain();
+      connection.wake("room");
       await nextTurn();
       peer.check();
     }
