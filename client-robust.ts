@@ -1371,6 +1371,8 @@ export class Clock {
 }
 
 // ── shared: trace ──
+const escapeByte = (character: string) => `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`;
+
 /**
  * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
  *
@@ -1401,9 +1403,7 @@ class Trace {
     this.flush();
     const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
     const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
-      '\r\n\t"\\'.includes(character)
-        ? JSON.stringify(character).slice(1, -1)
-        : `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`,
+      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escapeByte(character),
     );
     this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
   }

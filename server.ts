@@ -984,7 +984,6 @@ export function formatRequestLog(head: RequestHead, content: Uint8Array, content
 }
 
 const UNSAFE_IN_QUOTES = /[^\x20\x21\x23-\x5b\x5d-\x7e]/g;
-const escapeByte = (c: string) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`;
 const inQuotes = (text = "") => `"${text.replace(UNSAFE_IN_QUOTES, escapeByte) || "-"}"`;
 
 /** A line of the Combined Log Format, which tools for the logs of web servers read. */
@@ -1070,7 +1069,7 @@ export class Connection {
   parsedBytes = 0; // so many of them were parsed, and are no whole head
   hasEnded = false; // the peer has sent FIN: no more requests, but it may well wait for answers
   isGone = false;
-  deadline = Number.POSITIVE_INFINITY; // of the step that waits; over TLS, the first step waits for the handshake, too
+  deadline = 0; // of the step that waits; over TLS, the first one waits for the handshake, too
   readonly head: RequestHead;
   readonly address: string; // taken now: a closed socket does not know it any more
   readonly trace: Trace | undefined;
@@ -1112,11 +1111,6 @@ export class Connection {
     this.wake("end");
   }
 
-  onDeadline(): void {
-    this.trace?.step("deadline", this.needsRoom ? "the peer takes nothing" : "nothing has come in time");
-    this.wake("late");
-  }
-
   onClose(error?: Error): void {
     if (!this.isGone && !this.hasEnded) this.trace?.step(error === undefined ? "FIN" : "reset", "received");
     this.trace?.flush();
@@ -1130,8 +1124,9 @@ export class Connection {
     const { resolve } = this;
     const isForBoth = outcome === "late" || outcome === "gone";
     if (resolve === undefined || (!isForBoth && this.needsRoom !== (outcome === "room"))) return false;
+    if (outcome === "late")
+      this.trace?.step("deadline", this.needsRoom ? "the peer takes nothing" : "nothing has come in time");
     this.resolve = undefined;
-    this.deadline = Number.POSITIVE_INFINITY;
     resolve(outcome);
     return true;
   }
@@ -1178,25 +1173,24 @@ export class Connection {
     if (this.isGone) return 0;
     const taken = this.socket.write(bytes, 0, length);
     this.trace?.step("send", `${taken} of ${length} B`);
-    if (taken < 0) this.abort();
-    if (taken > 0 || !this.needsRoom) this.writeDeadline = this.server.now + this.server.limits.writeTimeoutMs;
+    const { now, limits } = this.server;
+    if (taken > 0 || !this.needsRoom) this.writeDeadline = now + limits.writeTimeoutMs;
+    if (taken < 0 || this.writeDeadline < now) this.abort();
     this.needsRoom = taken < length;
     return Math.max(0, taken);
   }
 
   /**
-   * Waits, behind a write, until the kernel tells of room, or the deadline passes: a slow peer may have taken some by
-   * then, since the kernel waits until a third of its buffer is free. If it has not, this ends the connection.
+   * Waits, after a write, until the kernel tells of room, or the deadline passes: a slow peer may have taken some by
+   * then, since the kernel waits until a third of its buffer is free. If not, the next write ends the connection.
    */
   waitForRoom(): Promise<Outcome> | Outcome {
-    if (this.writeDeadline < this.server.now) this.abort();
     return this.wait(this.writeDeadline);
   }
 
   /**
-   * Writes what is left and sends FIN, then reads and drops until the peer's FIN (RFC 9112 §9.6): after a close with
-   * bytes of the peer's unread, a reset follows, and its kernel may discard what it has not yet delivered, our answer
-   * included.
+   * Writes what is left and sends FIN, then reads and drops until the peer's FIN (RFC 9112 §9.6): a close with bytes
+   * unread sends a reset, after which the peer's kernel may discard what it has not yet delivered, our answer included.
    */
   async close(): Promise<void> {
     await this.flush();
@@ -1261,7 +1255,8 @@ export class Server {
   readonly output = new Output();
   connectionsTraced = 0;
   waitingBytes = 0; // in the buffers of all connections
-  stoppedAt = Number.POSITIVE_INFINITY;
+  isStopping = false;
+  stoppedAt = 0;
   onEmpty = () => {}; // called when the last connection has gone
   now = 0; // milliseconds, as of the last sweep
   private sweptAt = performance.now();
@@ -1273,10 +1268,6 @@ export class Server {
     public limits: Limits = LIMITS,
     private readonly refusedConnectionsMax = REFUSED_CONNECTIONS_MAX,
   ) {}
-
-  get isStopping(): boolean {
-    return this.stoppedAt < Number.POSITIVE_INFINITY;
-  }
 
   /** Refuses a connection above the limit; in a flood, without a word. @throws Refusal */
   admit(connection: Connection): void {
@@ -1294,11 +1285,12 @@ export class Server {
     const date = Date.now();
     this.output.setDate(date);
     this.site.sweep?.(date);
-    for (const connection of this.connections) if (connection.deadline < this.now) connection.onDeadline();
+    for (const connection of this.connections) if (connection.deadline < this.now) connection.wake("late");
   }
 
   /** Requests in flight are answered, idle connections closed. */
   stop(): void {
+    this.isStopping = true;
     this.stoppedAt = performance.now();
     this.limits = { ...this.limits, idleTimeoutMs: STOP_IDLE_MS };
     for (const connection of this.connections) connection.wake("stop");
@@ -1307,9 +1299,7 @@ export class Server {
 }
 
 /**
- * Listens and serves. Port 0 picks a free one.
- * @param tls PEM texts; false: without TLS
- * @returns the listeners, all on one port
+ * Listens and serves. Port 0 picks a free one, the same for all listeners. `tls` has PEM texts.
  * @throws StartError if the port is taken or not allowed, or the host is no address of this machine
  */
 function listen(server: Server, commandLine: CommandLine, tls: { cert: string; key: string } | false) {
@@ -1404,6 +1394,8 @@ const reports = new Log(2);
 const report = (line: string) => reports.print(asLine(line)); // once it serves, this takes the place of tell
 
 // ── shared: trace ──
+const escapeByte = (character: string) => `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`;
+
 /**
  * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
  *
@@ -1434,9 +1426,7 @@ class Trace {
     this.flush();
     const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
     const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
-      '\r\n\t"\\'.includes(character)
-        ? JSON.stringify(character).slice(1, -1)
-        : `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`,
+      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escapeByte(character),
     );
     this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
   }
@@ -1507,16 +1497,14 @@ export function parseCommandLine(args: string[], env: Record<string, string | un
   const value = (name: string) => (typeof values[name] === "string" ? values[name] : undefined);
   const [extra] = values["help"] && topics[0] === "limits" ? topics.slice(1) : topics;
   if (extra !== undefined) throw usageError(`Unexpected argument '${extra}'`);
+  // Up to 2^50, sums of limits stay exact.
+  const limit = (flag: string, byDefault: number) => parseNumber(`--${flag}`, value(flag) ?? `${byDefault}`, 2 ** 50);
   const limits: Record<keyof Limits, number> = { ...LIMITS };
-  for (const name of LIMIT_NAMES) {
-    const flag = flagOf(name);
-    limits[name] = parseNumber(`--${flag}`, value(flag) ?? `${LIMITS[name]}`, MAX_LIMIT);
-  }
+  for (const name of LIMIT_NAMES) limits[name] = limit(flagOf(name), LIMITS[name]);
   const log = LOG_FORMATS.find((format) => format === (value("log") ?? DEFAULTS.log));
   if (log === undefined) throw usageError("--log takes request, access, wire or off");
-  const [cert, key] = [value("tls-cert"), value("tls-key")];
+  const [text, root, cert, key] = ["text", "root", "tls-cert", "tls-key"].map(value);
   if ((cert === undefined) !== (key === undefined)) throw usageError("--tls-cert and --tls-key need each other");
-  const [text, root] = [value("text"), value("root")];
   if (root !== undefined && text !== undefined) throw usageError("--root and --text exclude each other");
   if (root === "") throw usageError("--root takes a folder");
   const isHostFromEnv = value("host") === undefined && Boolean(env["HOST"]); // an empty variable counts as absent
@@ -1540,8 +1528,6 @@ function parseOptions(args: string[]) {
     throw usageError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
   }
 }
-
-const MAX_LIMIT = 2 ** 50; // small enough that sums of limits stay exact
 
 function parseNumber(name: string, text: string, max: number): number {
   if (/^\d{1,16}$/.test(text) && Number(text) <= max) return Number(text);

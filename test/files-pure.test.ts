@@ -705,15 +705,27 @@ describe("a connection that sends files", () => {
     for (let i = 0; i < 20; i++) {
       server.now = connection.deadline + 1;
       transport.room = 5000;
-      connection.onDeadline();
+      connection.wake("late");
       await turns(1);
       expect(transport.calls).not.toContain("terminate");
       expect(connection.deadline).toBeGreaterThan(server.now);
     }
     server.now = connection.deadline + 1;
-    connection.onDeadline();
+    connection.wake("late");
     await turns(1);
     expect(transport.calls.at(-1)).toBe("terminate");
+  });
+
+  test("cuts off a peer that takes nothing, though its file grows each time that this is found out", async () => {
+    await using all = await connect(263_000); // the head and the first of two pieces
+    const { server, transport, connection, folder } = all;
+    connection.onData(GET_B);
+    await turns(1);
+    appendFileSync(join(folder, "b"), "more");
+    server.now = connection.deadline + 1;
+    connection.wake("late");
+    for (let i = 0; i < 200 && !transport.calls.includes("terminate"); i++) await Bun.sleep(5);
+    expect(transport.calls).toEqual(["terminate"]);
   });
 
   test("does not destroy by a reset what a slow peer has still to read after the last answer", async () => {
@@ -723,7 +735,7 @@ describe("a connection that sends files", () => {
     await turns(1);
     expect(transport.calls.at(-1)).toBe("shutdown");
     server.now = connection.deadline + 1;
-    connection.onDeadline();
+    connection.wake("late");
     await turns(1);
     expect(transport.calls.slice(-2)).toEqual(["shutdown", "end"]);
   });

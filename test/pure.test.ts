@@ -142,10 +142,10 @@ describe("a connection", () => {
       server.now += 100;
     }
     expect(connection.deadline).toBe(start + LIMITS.headTimeoutMs);
-    await after(() => connection.onDeadline());
+    await after(() => connection.wake("late"));
     expect(transport.written).toStartWith("HTTP/1.1 408 Request Timeout\r\n");
     expect(transport.calls).toEqual(["shutdown"]);
-    await after(() => connection.onDeadline());
+    await after(() => connection.wake("late"));
     // Not a reset: the peer's kernel might discard what it has not delivered yet.
     expect(transport.calls).toEqual(["shutdown", "end"]);
   });
@@ -160,7 +160,7 @@ describe("a connection", () => {
       await receive("x");
     }
     expect(connection.deadline).toBe(deadline);
-    await after(() => connection.onDeadline());
+    await after(() => connection.wake("late"));
     expect(transport.written).toStartWith("HTTP/1.1 408 Request Timeout\r\n");
   });
 
