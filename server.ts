@@ -1074,8 +1074,8 @@ export class Connection {
   readonly address: string; // taken now: a closed socket does not know it any more
   readonly trace: Trace | undefined;
   private unsent: Uint8Array = NO_BYTES; // answers that the kernel did not take
-  private writeDeadline = 0; // until then the kernel must take some of what it did not take
-  private needsRoom = false; // does the step that waits need room to write, or bytes to read?
+  private writeDeadline = 0; // by then the peer must have taken some of what is left
+  private needsRoom = false; // the kernel did not take all of the last write: the next step waits for room
   private isPaused = false;
   private resolve: ((outcome: Outcome) => void) | undefined;
   /** One for all promises of this connection: making them costs nothing else. */
@@ -1199,13 +1199,12 @@ export class Connection {
     this.trace?.step("close", "FIN sent");
     // On a stop, nobody waits for an idle peer that does not notice.
     const isIdle = this.server.isStopping && !this.head.hasBegun;
-    const [silenceMs, ms] = isIdle ? [STOP_IDLE_MS, STOP_IDLE_MS] : [LINGER_TIMEOUT_MS, LINGER_MS_MAX];
-    const deadline = this.server.now + ms;
+    const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
     for (let dropped = 0, outcome: Outcome = "bytes"; !endsReading(outcome);) {
       dropped += this.to - this.at;
       if (dropped > LINGER_BYTES_MAX) return this.abort();
       this.at = this.to;
-      outcome = await this.receive(Math.min(deadline, this.server.now + silenceMs));
+      outcome = await this.receive(Math.min(deadline, this.server.now + LINGER_TIMEOUT_MS));
     }
     // No reset: a slow peer may still be reading what the kernel has taken.
     if (!this.isGone) this.socket.end();
