@@ -1213,6 +1213,8 @@ const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promi
   within(Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, step, `not done within ${job.maxMs / 1000} s`, true);
 
 // ── shared: trace ──
+const escapeByte = (character: string) => `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`;
+
 /**
  * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
  *
@@ -1224,14 +1226,12 @@ const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promi
 class Trace {
   private number = 0;
   private startedAt = 0;
-  /** The last receive, printed once it is known what it has completed. */
-  private received = "";
+  private received = ""; // the last receive, printed once it is known what it has completed
   private readonly completed = new Map<string, number>();
 
   constructor(private readonly print: (line: string) => void) {}
 
   begin(number = this.number + 1): void {
-    this.flush();
     this.number = number;
     this.startedAt = performance.now();
   }
@@ -1245,9 +1245,7 @@ class Trace {
     this.flush();
     const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
     const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
-      '\r\n\t"\\'.includes(character)
-        ? JSON.stringify(character).slice(1, -1)
-        : `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`,
+      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escapeByte(character),
     );
     this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
   }

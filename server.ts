@@ -200,14 +200,14 @@ export async function serve(connection: Connection): Promise<void> {
   try {
     server.admit(connection);
     let deadline = server.now + limits.headTimeoutMs;
-    for (let closes = false; !closes; deadline = server.idleDeadline) {
+    for (let closes = false; !closes; deadline = server.now + server.limits.idleTimeoutMs) {
       // Wait for a request until `deadline`. From its first byte on, its head has until `headDeadline`.
       let headDeadline = server.now + limits.headTimeoutMs;
       for (let outcome: Outcome = "bytes"; !readHead(connection, outcome);) {
         outcome = await connection.receive(head.hasBegun ? headDeadline : deadline);
         if (head.hasBegun) continue;
         headDeadline = server.now + limits.headTimeoutMs;
-        if (outcome === "stop") deadline = server.idleDeadline;
+        if (outcome === "stop") deadline = server.now + server.limits.idleTimeoutMs;
       }
 
       // Read its content, if it has any.
@@ -226,7 +226,7 @@ export async function serve(connection: Connection): Promise<void> {
       else await sendPart(connection, content, response, response.part);
       content?.release();
       content = undefined;
-      if (output.length >= UNSENT_BYTES_MAX && !connection.flush()) await connection.drain();
+      if (output.length >= UNSENT_BYTES_MAX) await connection.flush();
     }
   } catch (reason) {
     if (reason === GONE) return;
@@ -244,8 +244,7 @@ export async function serve(connection: Connection): Promise<void> {
 
 /** Waits for a response that takes time. The shared output is sent before; if the peer has gone, that shows after. */
 async function waitForResponse(connection: Connection, promise: Promise<Response>): Promise<Response> {
-  const send = async () => connection.flush() || connection.drain();
-  const [response] = await Promise.all([promise, send().catch(() => {})]);
+  const [response] = await Promise.all([promise, connection.flush()]);
   if (!connection.isGone) return response;
   if (response.part !== undefined) fs.closeSync(response.part.fd);
   throw GONE;
@@ -985,7 +984,6 @@ export function formatRequestLog(head: RequestHead, content: Uint8Array, content
 }
 
 const UNSAFE_IN_QUOTES = /[^\x20\x21\x23-\x5b\x5d-\x7e]/g;
-const escapeByte = (c: string) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`;
 const inQuotes = (text = "") => `"${text.replace(UNSAFE_IN_QUOTES, escapeByte) || "-"}"`;
 
 /** A line of the Combined Log Format, which tools for the logs of web servers read. */
@@ -1061,29 +1059,24 @@ export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "p
 
 /**
  * A socket turned into steps, for one conversation. The handlers (`on…`) take the socket's events, store what happened
- * and wake the step that waits. Steps come after them, from `receive` on. At most one waits at a time.
+ * and wake the step that waits. Steps come after them, from `receive` on. At most one waits at a time. None throws: if
+ * the connection is lost, `isGone` tells, and a step that waits ends.
  */
 export class Connection {
-  /** Received and not used yet: bytes[at..to]. Behind them is 0, or the end of the array. */
-  bytes: Uint8Array = NO_BYTES;
+  bytes: Uint8Array = NO_BYTES; // received and not used yet: bytes[at..to]; behind them is 0, or the end of the array
   at = 0;
   to = 0;
-  readonly head: RequestHead;
-  /** So many of the bytes were parsed, and are no whole head. */
-  parsedBytes = 0;
-  /** The peer has sent FIN: no more requests, but it may well wait for answers. */
-  hasEnded = false;
+  parsedBytes = 0; // so many of them were parsed, and are no whole head
+  hasEnded = false; // the peer has sent FIN: no more requests, but it may well wait for answers
   isGone = false;
-  /** When the step that waits is late. Over TLS, the first step waits for the handshake, too. */
-  deadline = Number.POSITIVE_INFINITY;
-  /** Taken when the connection opens: a closed socket does not know it any more. */
-  readonly address: string;
-  readonly trace: Trace | undefined = undefined;
-  /** Answers that the kernel did not take. */
-  private unsent: Uint8Array = NO_BYTES;
+  deadline = 0; // of the step that waits; over TLS, the first one waits for the handshake, too
+  readonly head: RequestHead;
+  readonly address: string; // taken now: a closed socket does not know it any more
+  readonly trace: Trace | undefined;
+  private unsent: Uint8Array = NO_BYTES; // answers that the kernel did not take
+  private writeDeadline = 0; // by then the peer must have taken some of what is left
+  private needsRoom = false; // the kernel did not take all of the last write: the next step waits for room
   private isPaused = false;
-  /** Does the step that waits need room to write, or bytes to read? */
-  private needsRoom = false;
   private resolve: ((outcome: Outcome) => void) | undefined;
   /** One for all promises of this connection: making them costs nothing else. */
   private readonly executor = (resolve: (outcome: Outcome) => void) => void (this.resolve = resolve);
@@ -1095,10 +1088,9 @@ export class Connection {
     this.head = new RequestHead(server.limits);
     this.address = server.logFormat === "access" || server.logFormat === "wire" ? (socket.remoteAddress ?? "-") : "";
     server.connections.add(this);
-    if (server.logFormat !== "wire") return;
-    this.trace = new Trace((line) => server.log(`${line}\n`));
-    this.trace.begin(++server.connectionsTraced);
-    this.trace.step("connect", `from ${this.address}`);
+    this.trace = server.logFormat === "wire" ? new Trace((line) => server.log(`${line}\n`)) : undefined;
+    this.trace?.begin(++server.connectionsTraced);
+    this.trace?.step("connect", `from ${this.address}`);
   }
 
   onData(bytes: Uint8Array): void {
@@ -1119,36 +1111,30 @@ export class Connection {
     this.wake("end");
   }
 
-  onDrain(): void {
-    this.wake("room");
-  }
-
   onClose(error?: Error): void {
     if (!this.isGone && !this.hasEnded) this.trace?.step(error === undefined ? "FIN" : "reset", "received");
     this.trace?.flush();
     this.leave();
-    this.server.remove(this);
+    this.server.connections.delete(this);
+    if (this.server.connections.size === 0) this.server.onEmpty();
   }
 
-  onDeadline(): void {
-    this.trace?.step("deadline", this.needsRoom ? "the peer takes nothing" : "nothing has come in time");
-    if (!this.wake("late")) this.abort();
-  }
-
-  /** Ends the step that waits, if this concerns it. @returns whether there is one */
+  /** Ends the step that waits, if this concerns it. @returns whether it does */
   wake(outcome: Outcome): boolean {
     const { resolve } = this;
     const isForBoth = outcome === "late" || outcome === "gone";
     if (resolve === undefined || (!isForBoth && this.needsRoom !== (outcome === "room"))) return false;
+    if (outcome === "late")
+      this.trace?.step("deadline", this.needsRoom ? "the peer takes nothing" : "nothing has come in time");
     this.resolve = undefined;
-    this.deadline = Number.POSITIVE_INFINITY;
     resolve(outcome);
     return true;
   }
 
-  /** Writes what the output holds, then waits for bytes behind those that are there. @throws GONE */
+  /** Writes what the output holds, then waits for bytes behind those that are there. */
   receive(deadline: number): Promise<Outcome> | Outcome {
-    if (!this.flush()) return this.drain();
+    const draining = this.flush();
+    if (draining !== undefined) return draining;
     if (this.isGone) return "gone";
     if (this.hasEnded) return "end";
     if (this.at === this.to) this.hold(NO_BYTES, 0, 0);
@@ -1157,88 +1143,80 @@ export class Connection {
       this.hold(appended(NO_BYTES, 0, this.bytes.subarray(this.at, this.to)), 0, this.to - this.at);
     if (this.isPaused) this.socket.resume();
     this.isPaused = false;
+    this.needsRoom = false; // even if a part was cut off
     return this.wait(deadline);
   }
 
-  /** Writes what the output holds. @returns whether the kernel took all; if not, call {@link drain} @throws GONE */
-  flush(): boolean {
+  /** Writes what the output holds. @returns a promise if the kernel did not take all: it settles when it has */
+  flush(): Promise<Outcome> | undefined {
     const { output } = this.server;
     const { length } = output;
-    if (length === 0) return true;
+    if (length === 0) return undefined;
     output.length = 0;
-    const written = this.write(output.bytes, length);
-    if (written < length) this.keepUnsent(output.bytes.slice(written, length));
-    return written === length;
+    const taken = this.write(output.bytes, length);
+    return taken < length && !this.isGone ? this.drain(output.bytes.slice(taken, length)) : undefined;
   }
 
-  /** Waits until the kernel has taken what is left. More may have been received by then. @throws GONE */
-  async drain(): Promise<Outcome> {
-    for (let deadline = this.server.writeDeadline; this.unsent.length > 0;) {
-      await this.waitForRoom(deadline);
+  /** Waits until the kernel has taken these bytes. More may have been received by then. */
+  private async drain(unsent: Uint8Array): Promise<Outcome> {
+    this.keepUnsent(unsent);
+    while (this.unsent.length > 0) {
+      await this.waitForRoom();
       const taken = this.write(this.unsent, this.unsent.length);
-      if (taken > 0) deadline = this.server.writeDeadline;
       this.keepUnsent(this.unsent.slice(taken));
     }
-    return "room";
+    return this.isGone ? "gone" : "room";
   }
 
-  /** Writes bytes. @returns how many the kernel took @throws GONE */
+  /** Writes bytes. @returns how many the kernel took; none if the connection has gone */
   write(bytes: Uint8Array, length: number): number {
-    if (!this.isGone) {
-      const written = this.socket.write(bytes, 0, length);
-      this.trace?.step("send", `${written} of ${length} B`);
-      if (written >= 0) return written;
-      this.abort();
-    }
-    throw GONE;
+    if (this.isGone) return 0;
+    const taken = this.socket.write(bytes, 0, length);
+    this.trace?.step("send", `${taken} of ${length} B`);
+    const { now, limits } = this.server;
+    if (taken > 0 || !this.needsRoom) this.writeDeadline = now + limits.writeTimeoutMs;
+    if (taken < 0 || this.writeDeadline < now) this.abort();
+    this.needsRoom = taken < length;
+    return Math.max(0, taken);
   }
 
   /**
-   * Waits until the kernel tells of room, or the deadline passes: a slow peer may have taken some by then, since the
-   * kernel waits until a third of its buffer is free. The caller must renew the deadline when the kernel takes something.
-   * @throws GONE if it has passed already
+   * Waits, after a write, until the kernel tells of room, or the deadline passes: a slow peer may have taken some by
+   * then, since the kernel waits until a third of its buffer is free. If not, the next write ends the connection.
    */
-  async waitForRoom(deadline: number): Promise<void> {
-    if (deadline < this.server.now) this.abort();
-    this.needsRoom = true;
-    if ((await this.wait(deadline)) === "gone") throw GONE;
-    this.needsRoom = false;
+  waitForRoom(): Promise<Outcome> | Outcome {
+    return this.wait(this.writeDeadline);
   }
 
   /**
-   * Writes what is left and sends FIN, then reads and drops until the peer's FIN (RFC 9112 §9.6): after a close with
-   * bytes of the peer's unread, a reset follows, and its kernel may discard what it has not yet delivered, our answer
-   * included.
+   * Writes what is left and sends FIN, then reads and drops until the peer's FIN (RFC 9112 §9.6): a close with bytes
+   * unread sends a reset, after which the peer's kernel may discard what it has not yet delivered, our answer included.
    */
   async close(): Promise<void> {
-    try {
-      if (!this.flush()) await this.drain();
-      if (this.isGone) return;
-      this.socket.shutdown();
-      this.trace?.step("close", "FIN sent");
-      // On a stop, nobody waits for an idle peer that does not notice.
-      const isIdle = this.server.isStopping && !this.head.hasBegun;
-      const [silenceMs, ms] = isIdle ? [STOP_IDLE_MS, STOP_IDLE_MS] : [LINGER_TIMEOUT_MS, LINGER_MS_MAX];
-      const deadline = this.server.now + ms;
-      for (let dropped = 0, outcome: Outcome = "bytes"; !endsReading(outcome);) {
-        dropped += this.to - this.at;
-        if (dropped > LINGER_BYTES_MAX) return this.abort();
-        this.at = this.to;
-        outcome = await this.receive(Math.min(deadline, this.server.now + silenceMs));
-      }
-      // No reset: a slow peer may still be reading what the kernel has taken.
-      if (!this.isGone) this.socket.end();
-      this.leave();
-    } catch {
-      this.abort();
+    await this.flush();
+    if (this.isGone) return;
+    this.socket.shutdown();
+    this.trace?.step("close", "FIN sent");
+    // On a stop, nobody waits for an idle peer that does not notice.
+    const isIdle = this.server.isStopping && !this.head.hasBegun;
+    const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
+    for (let dropped = 0, outcome: Outcome = "bytes"; !endsReading(outcome);) {
+      dropped += this.to - this.at;
+      if (dropped > LINGER_BYTES_MAX) return this.abort();
+      this.at = this.to;
+      outcome = await this.receive(Math.min(deadline, this.server.now + LINGER_TIMEOUT_MS));
     }
+    // No reset: a slow peer may still be reading what the kernel has taken.
+    if (!this.isGone) this.socket.end();
+    this.leave();
   }
 
   /** Drops the connection without an answer or a FIN. */
   abort(): void {
-    if (!this.isGone) this.socket.terminate();
-    if (!this.isGone) this.trace?.step("close", "dropped");
+    if (this.isGone) return;
+    this.trace?.step("close", "dropped");
     this.leave();
+    this.socket.terminate();
   }
 
   private leave(): void {
@@ -1275,34 +1253,20 @@ export class Server {
   readonly connections = new Set<Connection>();
   readonly output = new Output();
   connectionsTraced = 0;
-  /** Bytes that the buffers of all connections hold. */
-  waitingBytes = 0;
-  stoppedAt = Number.POSITIVE_INFINITY;
-  /** Called once the server was told to stop and the last connection has gone. */
-  onEmpty = () => {};
-  /** Milliseconds, as of the last sweep. */
-  now = 0;
+  waitingBytes = 0; // in the buffers of all connections
+  isStopping = false;
+  stoppedAt = 0;
+  onEmpty = () => {}; // called when the last connection has gone
+  now = 0; // milliseconds, as of the last sweep
   private sweptAt = performance.now();
 
   constructor(
     readonly site: Site,
     readonly logFormat: LogFormat,
     readonly log: (text: string) => void,
-    readonly limits: Limits = LIMITS,
+    public limits: Limits = LIMITS,
     private readonly refusedConnectionsMax = REFUSED_CONNECTIONS_MAX,
   ) {}
-
-  get isStopping(): boolean {
-    return this.stoppedAt < Number.POSITIVE_INFINITY;
-  }
-
-  get writeDeadline(): number {
-    return this.now + this.limits.writeTimeoutMs;
-  }
-
-  get idleDeadline(): number {
-    return this.now + (this.isStopping ? STOP_IDLE_MS : this.limits.idleTimeoutMs);
-  }
 
   /** Refuses a connection above the limit; in a flood, without a word. @throws Refusal */
   admit(connection: Connection): void {
@@ -1320,34 +1284,33 @@ export class Server {
     const date = Date.now();
     this.output.setDate(date);
     this.site.sweep?.(date);
-    for (const connection of this.connections) if (connection.deadline < this.now) connection.onDeadline();
+    for (const connection of this.connections) if (connection.deadline < this.now) connection.wake("late");
   }
 
   /** Requests in flight are answered, idle connections closed. */
   stop(): void {
+    this.isStopping = true;
     this.stoppedAt = performance.now();
+    this.limits = { ...this.limits, idleTimeoutMs: STOP_IDLE_MS };
     for (const connection of this.connections) connection.wake("stop");
     if (this.connections.size === 0) this.onEmpty();
-  }
-
-  remove(connection: Connection): void {
-    this.connections.delete(connection);
-    if (this.isStopping && this.connections.size === 0) this.onEmpty();
   }
 }
 
 /**
- * Listens and serves. Port 0 picks a free one.
- * @param tls PEM texts
- * @returns the listeners, all on one port
+ * Listens and serves. Port 0 picks a free one, the same for all listeners. `tls` has PEM texts.
  * @throws StartError if the port is taken or not allowed, or the host is no address of this machine
  */
-function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; key: string }) {
+function listen(server: Server, commandLine: CommandLine, tls: { cert: string; key: string } | false) {
   const { host, port, reusePort } = commandLine;
+  const fail = (socket: Bun.Socket<Connection>, error: Error) => {
+    report(`Error: ${error}`);
+    socket.terminate();
+  };
   const socket: Bun.SocketHandler<Connection> = {
     open(socket) {
       socket.data = new Connection(socket, server);
-      void serve(socket.data);
+      serve(socket.data).catch((error) => fail(socket, error));
     },
     // Without this handler `open` would wait for the handshake, and nothing would bound how long it takes.
     handshake(socket, isSecure) {
@@ -1355,25 +1318,20 @@ function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; 
       if (!isSecure) socket.data.abort();
     },
     data: (socket, bytes) => socket.data.onData(bytes),
-    drain: (socket) => socket.data.onDrain(),
+    drain: (socket) => void socket.data.wake("room"),
     end: (socket) => socket.data.onEnd(),
     close: (socket, error) => socket.data.onClose(error),
-    error(socket, error) {
-      report(`Error: ${error}`);
-      socket.terminate();
-    },
+    error: fail,
   };
+  const options = { socket, allowHalfOpen: true, reusePort, tls };
   const listeners: Bun.TCPSocketListener<Connection>[] = [];
   // "localhost" is both loopback addresses; Bun binds only the first, and clients may try either.
   for (const hostname of host.toLowerCase() === "localhost" ? ["127.0.0.1", "::1"] : [host]) {
     try {
-      const bound = listeners[0]?.port ?? port;
-      const all = { hostname, port: bound, allowHalfOpen: true, reusePort, socket, ...(tls !== undefined && { tls }) };
-      listeners.push(Bun.listen<Connection>(all));
+      listeners.push(Bun.listen<Connection>({ ...options, hostname, port: listeners[0]?.port ?? port }));
     } catch (error) {
-      const { code } = error as { code?: string }; // Bun throws a SystemError
-      // A machine without IPv6 has no ::1.
-      if (listeners.length > 0 && code !== "EADDRINUSE") continue;
+      const { code = "" } = error as { code?: string }; // Bun throws a SystemError
+      if (listeners.length > 0 && code !== "EADDRINUSE") continue; // a machine without IPv6 has no ::1
       for (const listener of listeners) listener.stop();
       // The free port that 127.0.0.1 got may be taken on ::1: look for another.
       if (listeners.length > 0 && port === 0) return listen(server, commandLine, tls);
@@ -1383,48 +1341,42 @@ function listen(server: Server, commandLine: CommandLine, tls?: { cert: string; 
   return listeners;
 }
 
-function explainListenError(code: string | undefined, { host, isHostFromEnv, port }: CommandLine): string {
+function explainListenError(code: string, { host, isHostFromEnv, port }: CommandLine): string {
   if (code === "EADDRINUSE")
     return `port ${port} is taken: stop the program that has it, or choose another with --port; if it has just ended, wait a minute`;
   if (code === "EACCES") return `not allowed to listen on port ${port}: choose one from 1024 on with --port`;
-  if (code?.startsWith("ERR_OSSL_"))
-    return `the certificate and the key cannot be used: ${code.slice("ERR_OSSL_".length)}`;
+  const [, fault] = code.split("ERR_OSSL_");
+  if (fault !== undefined) return `the certificate and the key cannot be used: ${fault}`;
   const from = isHostFromEnv ? "; the environment variable HOST names it, --host another" : "";
   // Bun has no code for a name that does not resolve, and none if descriptors are missing.
-  const why =
-    code === undefined ? "no such host, or no file descriptor is free" : `no address of this machine (${code})`;
+  const why = code === "" ? "no such host, or no file descriptor is free" : `no address of this machine (${code})`;
   return `cannot listen on ${host}: ${why}${from}`;
 }
 
 // ═══ 9 Log ═══════════════════════════════════════════════════════════════════════════════════════
 
 /** One after the other: a write that waits for its reader keeps a thread of the pool, which may have only two. */
-let lastWrite = Promise.resolve<Uint8Array>(NO_BYTES);
+let lastWrite = Promise.resolve();
 
 /** Writes to stdout or stderr without ever making a peer wait for it: what a slow reader leaves is bounded. */
 class Log {
-  /** Settles when all is written. */
-  written: Promise<void> | undefined;
   private waiting = "";
   private dropped = 0;
 
   constructor(private readonly fd: 1 | 2) {}
 
   print(text: string): void {
+    if (this.waiting === "") lastWrite = lastWrite.then(() => this.write());
     if (this.waiting.length > LOG_BACKLOG_CHARS_MAX) this.dropped++;
     else this.waiting += text;
-    this.written ??= this.write();
   }
 
   private async write(): Promise<void> {
     await new Promise(setImmediate); // so that all lines of a turn of the event loop go out together
-    while (this.waiting !== "") {
-      if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: their reader is slow)\n`;
-      let rest: Uint8Array = encoder.encode(this.waiting);
-      [this.waiting, this.dropped] = ["", 0];
-      while (rest.length > 0) rest = await (lastWrite = lastWrite.then(() => writeSome(this.fd, rest)));
-    }
-    this.written = undefined;
+    if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: their reader is slow)\n`;
+    let rest: Uint8Array = encoder.encode(this.waiting);
+    [this.waiting, this.dropped] = ["", 0];
+    while (rest.length > 0) rest = await writeSome(this.fd, rest);
   }
 }
 
@@ -1438,10 +1390,11 @@ const writeSome = (fd: number, bytes: Uint8Array) =>
   );
 
 const reports = new Log(2);
-/** Once it serves, this takes the place of {@link tell}. */
-const report = (line: string) => reports.print(asLine(line));
+const report = (line: string) => reports.print(asLine(line)); // once it serves, this takes the place of tell
 
 // ── shared: trace ──
+const escapeByte = (character: string) => `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`;
+
 /**
  * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
  *
@@ -1453,14 +1406,12 @@ const report = (line: string) => reports.print(asLine(line));
 class Trace {
   private number = 0;
   private startedAt = 0;
-  /** The last receive, printed once it is known what it has completed. */
-  private received = "";
+  private received = ""; // the last receive, printed once it is known what it has completed
   private readonly completed = new Map<string, number>();
 
   constructor(private readonly print: (line: string) => void) {}
 
   begin(number = this.number + 1): void {
-    this.flush();
     this.number = number;
     this.startedAt = performance.now();
   }
@@ -1474,9 +1425,7 @@ class Trace {
     this.flush();
     const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
     const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
-      '\r\n\t"\\'.includes(character)
-        ? JSON.stringify(character).slice(1, -1)
-        : `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`,
+      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escapeByte(character),
     );
     this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
   }
@@ -1547,30 +1496,25 @@ export function parseCommandLine(args: string[], env: Record<string, string | un
   const value = (name: string) => (typeof values[name] === "string" ? values[name] : undefined);
   const [extra] = values["help"] && topics[0] === "limits" ? topics.slice(1) : topics;
   if (extra !== undefined) throw usageError(`Unexpected argument '${extra}'`);
+  // Up to 2^50, sums of limits stay exact.
+  const limit = (flag: string, byDefault: number) => parseNumber(`--${flag}`, value(flag) ?? `${byDefault}`, 2 ** 50);
   const limits: Record<keyof Limits, number> = { ...LIMITS };
-  for (const name of LIMIT_NAMES) {
-    const flag = flagOf(name);
-    limits[name] = parseNumber(`--${flag}`, value(flag), MAX_LIMIT, LIMITS[name]);
-  }
+  for (const name of LIMIT_NAMES) limits[name] = limit(flagOf(name), LIMITS[name]);
   const log = LOG_FORMATS.find((format) => format === (value("log") ?? DEFAULTS.log));
   if (log === undefined) throw usageError("--log takes request, access, wire or off");
-  const [cert, key] = [value("tls-cert"), value("tls-key")];
+  const [text, root, cert, key] = ["text", "root", "tls-cert", "tls-key"].map(value);
   if ((cert === undefined) !== (key === undefined)) throw usageError("--tls-cert and --tls-key need each other");
-  const tlsFiles = cert !== undefined && key !== undefined ? { cert, key } : undefined;
-  const [text, root] = [value("text"), value("root")];
   if (root !== undefined && text !== undefined) throw usageError("--root and --text exclude each other");
   if (root === "") throw usageError("--root takes a folder");
-  // An empty variable counts as absent.
-  const isHostFromEnv = value("host") === undefined && Boolean(env["HOST"]);
+  const isHostFromEnv = value("host") === undefined && Boolean(env["HOST"]); // an empty variable counts as absent
   const host = (value("host") ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
   if (host === "") throw usageError("--host takes a name or an address");
   const portName = value("port") === undefined ? "the environment variable PORT" : "--port";
-  const portText = value("port") ?? (env["PORT"] || undefined);
-  const port = parseNumber(portName, portText, 65_535, DEFAULTS.port);
+  const port = parseNumber(portName, value("port") ?? (env["PORT"] || `${DEFAULTS.port}`), 65_535);
   const reusePort = values["reuse-port"] === true;
   const help = topics.length > 0 ? HELP_LIMITS : HELP;
   const show = values["help"] ? help : values["version"] ? `server ${VERSION}\n` : "";
-  return { show, host, isHostFromEnv, port, text: text ?? DEFAULTS.text, root, log, tlsFiles, reusePort, limits };
+  return { show, host, isHostFromEnv, port, text: text ?? DEFAULTS.text, root, log, cert, key, reusePort, limits };
 }
 
 function parseOptions(args: string[]) {
@@ -1584,11 +1528,7 @@ function parseOptions(args: string[]) {
   }
 }
 
-/** Small enough that sums of limits stay exact. */
-const MAX_LIMIT = 2 ** 50;
-
-function parseNumber(name: string, text: string | undefined, max: number, byDefault: number): number {
-  if (text === undefined) return byDefault;
+function parseNumber(name: string, text: string, max: number): number {
   if (/^\d{1,16}$/.test(text) && Number(text) <= max) return Number(text);
   throw usageError(`${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
 }
@@ -1627,12 +1567,13 @@ export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { l
 
 /** Serves until SIGINT or SIGTERM; a second one exits at once. */
 function run(commandLine: CommandLine): void {
-  const { host, text, root, log: logFormat, tlsFiles } = commandLine;
+  const { host, text, root, log: logFormat, cert, key } = commandLine;
   const { limits, reserve } = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
   const log = new Log(1);
   const site = root === undefined ? new TextSite(text) : new FileSite(root);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
-  const readTls = () => tlsFiles && { cert: readPem(tlsFiles.cert), key: readPem(tlsFiles.key) };
+  const isTls = cert !== undefined && key !== undefined;
+  const readTls = () => isTls && { cert: readPem(cert), key: readPem(key) };
   let listeners = listen(server, commandLine, readTls());
   const port = listeners[0]?.port ?? 0;
   setInterval(() => server.sweep(), SWEEP_MS);
@@ -1641,8 +1582,7 @@ function run(commandLine: CommandLine): void {
   const stop = () => {
     if (server.isStopping) exit();
     for (const listener of listeners) listener.stop();
-    server.onEmpty = () =>
-      void Promise.race([Promise.all([log.written, reports.written]), Bun.sleep(LOG_FLUSH_MS)]).then(exit);
+    server.onEmpty = () => void Promise.race([lastWrite, Bun.sleep(LOG_FLUSH_MS)]).then(exit);
     setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
     server.stop();
   };
@@ -1662,8 +1602,8 @@ function run(commandLine: CommandLine): void {
       report(`Error: ${(error as Error).message}; certificate and key stay as they were`); // listen throws StartErrors
     }
   };
-  if (tlsFiles !== undefined) process.on("SIGHUP", reload);
-  report(`Listening on http${tlsFiles ? "s" : ""}://${isIPv6(host) ? `[${host}]` : host}:${port}`);
+  if (isTls) process.on("SIGHUP", reload);
+  report(`Listening on http${isTls ? "s" : ""}://${isIPv6(host) ? `[${host}]` : host}:${port}`);
 }
 
 function main(): void {
@@ -2208,9 +2148,9 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
   const isLively = Date.now() - known.stats.ctimeMs < LIVELY_MS;
   let [sent, checksum, expected] = [0, 0, known.expected];
   try {
-    if (!connection.flush()) await connection.drain();
-    let deadline = connection.server.writeDeadline;
+    await connection.flush();
     for (let pieces = 1, warmTo = 0; sent < length; pieces++) {
+      if (connection.isGone) throw GONE;
       const position = start + sent;
       if (position >= warmTo && performance.now() < slowUntil) {
         await warm(fd, position);
@@ -2228,15 +2168,13 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
         const isSame = sent === 0 || (isLively && checksum === (await checksumOf(part, sent)));
         await Bun.sleep(CLOCK_TICK_MS); // as above
         found = isSame ? readPart(part, sent, bytes, expected) : "changed";
-        deadline = connection.server.writeDeadline;
       }
       if (found === "changed" || found === "gone") throw new Error(`${known.path} has changed or cannot be read`);
       const taken = bytes.subarray(0, connection.write(bytes, bytes.length));
       hashOn(part, taken, position);
       if (isLively) checksum = Bun.hash.crc32(taken, checksum);
       sent += taken.length;
-      if (taken.length > 0) deadline = connection.server.writeDeadline;
-      if (taken.length < bytes.length) await connection.waitForRoom(deadline);
+      if (taken.length < bytes.length) await connection.waitForRoom();
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {

@@ -548,12 +548,12 @@ test("a turn that was meant for one file sends nothing of the next before its he
   expect(socket.written.length).toBeLessThan(end);
   // A drain comes before its next turn: a socket that was paused tells at once that there is room. It is enough for the rest.
   socket.room = end - socket.written.length;
-  connection.onDrain();
+  connection.wake("room");
   for (let turn = 0; socket.written.length < end && turn < 10; turn++) await nextTurn();
   expect(socket.written.length).toBe(end);
   socket.room = Number.POSITIVE_INFINITY;
   for (let turn = 0; socket.written.length === end && turn < 10; turn++) {
-    connection.onDrain();
+    connection.wake("room");
     await nextTurn();
   }
   expect(socket.written.slice(end, end + 17)).toBe("HTTP/1.1 200 OK\r\n");

@@ -653,7 +653,7 @@ describe("a connection that sends files", () => {
         await turns(1);
         expect(server.waitingBytes).toBeLessThan(2000);
         transport.room = room;
-        connection.onDrain();
+        connection.wake("room");
       }
       const [first = "", second = "", ...more] = contents(transport.written);
       expect([B.equals(Buffer.from(first)), B.equals(Buffer.from(second)), more]).toEqual([true, true, []]);
@@ -688,11 +688,11 @@ describe("a connection that sends files", () => {
     connection.onData(Buffer.concat([GET_A, GET_B_AND_CLOSE])); // 16 pieces, and then others have their turn
     await Promise.resolve();
     transport.room = 2 * 262_144 + 50; // what is left of the first file, and a part of the second one's head
-    connection.onDrain();
+    connection.wake("room");
     await turns(1);
     transport.room = Number.POSITIVE_INFINITY;
     await turns(3);
-    connection.onDrain();
+    connection.wake("room");
     await turns(3);
     expect(contents(transport.written).map(({ length }) => length)).toEqual([A.length, B.length]);
   });
@@ -705,15 +705,27 @@ describe("a connection that sends files", () => {
     for (let i = 0; i < 20; i++) {
       server.now = connection.deadline + 1;
       transport.room = 5000;
-      connection.onDeadline();
+      connection.wake("late");
       await turns(1);
       expect(transport.calls).not.toContain("terminate");
       expect(connection.deadline).toBeGreaterThan(server.now);
     }
     server.now = connection.deadline + 1;
-    connection.onDeadline();
+    connection.wake("late");
     await turns(1);
     expect(transport.calls.at(-1)).toBe("terminate");
+  });
+
+  test("cuts off a peer that takes nothing, though its file grows each time that this is found out", async () => {
+    await using all = await connect(263_000); // the head and the first of two pieces
+    const { server, transport, connection, folder } = all;
+    connection.onData(GET_B);
+    await turns(1);
+    appendFileSync(join(folder, "b"), "more");
+    server.now = connection.deadline + 1;
+    connection.wake("late");
+    for (let i = 0; i < 200 && !transport.calls.includes("terminate"); i++) await Bun.sleep(5);
+    expect(transport.calls).toEqual(["terminate"]);
   });
 
   test("does not destroy by a reset what a slow peer has still to read after the last answer", async () => {
@@ -723,7 +735,7 @@ describe("a connection that sends files", () => {
     await turns(1);
     expect(transport.calls.at(-1)).toBe("shutdown");
     server.now = connection.deadline + 1;
-    connection.onDeadline();
+    connection.wake("late");
     await turns(1);
     expect(transport.calls.slice(-2)).toEqual(["shutdown", "end"]);
   });
@@ -736,7 +748,7 @@ describe("a connection that sends files", () => {
     appendFileSync(join(folder, "b"), "more");
     await Bun.sleep(20); // the change after it has another time
     transport.room = Number.POSITIVE_INFINITY;
-    connection.onDrain();
+    connection.wake("room");
     await turns(1); // what was sent is read once more, piece by piece
     const fd = openSync(join(folder, "b"), "r+");
     writeSync(fd, "c", B.length - 1);

@@ -185,7 +185,7 @@ async function play(random: Random): Promise<void> {
     }
     // There may be room before that is told, and it may be told where there always was some.
     if (random.once(2)) peer.isFull = false;
-    if (!peer.isFull && random.once(2)) connection.onDrain();
+    if (!peer.isFull && random.once(2)) connection.wake("room");
     if (random.once(4)) await nextTurn();
     if (random.once(50)) server.sweep();
     if (sent === message.length && peer.taken.length > 0 && random.once(200)) connection.onEnd();

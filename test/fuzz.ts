@@ -321,7 +321,7 @@ async function play(server: Server, message: Buffer, plan: Plan, random: Random)
       if (i === 10_000) throw new Error("a slow peer is written to without end");
       if (random.once(4)) await visit(server);
       peer.isFull = false;
-      connection.onDrain();
+      connection.wake("room");
       await nextTurn();
       peer.check();
     }
@@ -381,7 +381,7 @@ async function fallSilent(connection: Connection, peer: Peer): Promise<void> {
   for (let i = 0; !peer.isTerminated && !peer.isEnded; i++) {
     if (i === 4) throw new Error("a silent peer is waited for without end");
     connection.server.now = Math.max(connection.server.now, connection.deadline + 1);
-    connection.onDeadline();
+    connection.wake("late");
     await nextTurn();
     peer.check();
   }

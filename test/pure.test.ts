@@ -63,7 +63,7 @@ describe("a connection", () => {
     expect(transport.calls).toEqual(["pause"]);
     for (let turn = 0; turn < 5000 && count(transport.written, "\r\n\r\nHi") < 5001; turn++) {
       transport.room = 7777;
-      await after(() => connection.onDrain());
+      await after(() => connection.wake("room"));
     }
     expect(count(transport.written, "\r\n\r\nHi")).toBe(5001);
     expect(server.waitingBytes).toBe(0);
@@ -86,8 +86,13 @@ describe("a connection", () => {
     const { transport, connection, receive, after } = connect({ room: -1 });
     await receive(Buffer.concat([GET, GET.subarray(0, 10)]));
     await after(() => connection.onEnd());
-    await after(() => connection.onDrain());
+    await after(() => connection.wake("room"));
     expect(transport.calls).toEqual(["terminate"]);
+    const other = connect({ room: 10 });
+    await other.receive(GET);
+    other.transport.room = -1;
+    await after(() => other.connection.wake("room"));
+    expect([other.transport.calls, other.server.waitingBytes]).toEqual([["terminate"], 0]);
   });
 
   test("gives a peer that has half-closed all its answers before it closes", async () => {
@@ -96,7 +101,7 @@ describe("a connection", () => {
     await after(() => connection.onEnd());
     expect(transport.calls).toEqual([]);
     transport.room = 10_000;
-    await after(() => connection.onDrain());
+    await after(() => connection.wake("room"));
     expect(count(transport.written, "\r\n\r\nHi")).toBe(2);
     expect(transport.calls).toEqual(["shutdown", "end"]);
   });
@@ -106,7 +111,7 @@ describe("a connection", () => {
     await receive(several(1000)); // more answers than are formatted at once
     await after(() => connection.onEnd());
     transport.room = Number.POSITIVE_INFINITY;
-    await after(() => connection.onDrain());
+    await after(() => connection.wake("room"));
     expect(count(transport.written, "200 OK")).toBe(1000);
     expect(count(transport.written, "Connection: close")).toBe(1);
     expect(transport.written).toEndWith("\r\nConnection: close\r\n\r\nHi");
@@ -137,10 +142,10 @@ describe("a connection", () => {
       server.now += 100;
     }
     expect(connection.deadline).toBe(start + LIMITS.headTimeoutMs);
-    await after(() => connection.onDeadline());
+    await after(() => connection.wake("late"));
     expect(transport.written).toStartWith("HTTP/1.1 408 Request Timeout\r\n");
     expect(transport.calls).toEqual(["shutdown"]);
-    await after(() => connection.onDeadline());
+    await after(() => connection.wake("late"));
     // Not a reset: the peer's kernel might discard what it has not delivered yet.
     expect(transport.calls).toEqual(["shutdown", "end"]);
   });
@@ -155,7 +160,7 @@ describe("a connection", () => {
       await receive("x");
     }
     expect(connection.deadline).toBe(deadline);
-    await after(() => connection.onDeadline());
+    await after(() => connection.wake("late"));
     expect(transport.written).toStartWith("HTTP/1.1 408 Request Timeout\r\n");
   });
 
@@ -177,7 +182,7 @@ describe("a connection", () => {
     server.stop();
     await receive(several(2));
     transport.room = 10_000;
-    await after(() => connection.onDrain());
+    await after(() => connection.wake("room"));
     expect(count(transport.written, "200 OK")).toBe(5);
     expect(transport.written.lastIndexOf("Connection: close")).toBeGreaterThan(transport.written.lastIndexOf("200 OK"));
     expect(count(transport.written, "Connection: close")).toBe(1);
@@ -196,7 +201,7 @@ describe("a connection", () => {
       connection.onData(GET);
       server.stop();
       transport.room = 1_000_000;
-      connection.onDrain();
+      connection.wake("room");
       while (count(transport.written, "HTTP/1.1 ") < 2) await nextTurn();
       expect(count(transport.written, "HTTP/1.1 200 OK")).toBe(2);
       expect(count(transport.written, "Connection: close")).toBe(1);
