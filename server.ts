@@ -1291,7 +1291,7 @@ export class Server {
   stop(): void {
     this.isStopping = true;
     this.stoppedAt = performance.now();
-    this.limits = { ...this.limits, idleTimeoutMs: STOP_IDLE_MS };
+    this.limits = { ...this.limits, idleTimeoutMs: STOP_IDLE_MS }; // a request may be on its way
     for (const connection of this.connections) connection.wake("stop");
     if (this.connections.size === 0) this.onEmpty();
   }
