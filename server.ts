@@ -29,29 +29,22 @@ export const VERSION = "0.1.0";
 
 /** The limits that an operator may want to change: default, meaning for `--help`, and the reason for the number. */
 const BOUNDS = {
-  /** Ten thousand idle peers must leave room for others. Each costs 1 to 2 KiB here, and some more in the kernel. */
+  // Ten thousand idle peers must leave room for others. Each costs 1 to 2 KiB here, and some more in the kernel.
   connectionsMax: [16_384, "connections at once, lowered to what ulimit -n allows; above it: 503"],
-  /** The whole head, from the request-line to the empty line. nginx takes as much (4 buffers of 8 KiB). */
-  headBytesMax: [32_768, "bytes of a request head, and of a trailer section"],
-  /** RFC 9112 §3 asks for at least 8,000. Browsers and proxies send less. */
-  requestTargetBytesMax: [8000, "bytes of a request-target"],
-  /** Browsers send some 20 field-lines, chains of proxies 50. Apache's limit is 100 too. */
-  fieldLinesMax: [100, "field-lines of a head, and of a trailer section"],
-  /** Text mode ignores content, so this only bounds wasted reading. nginx's default is the same. */
-  contentBytesMax: [1_048_576, "bytes of a request's content"],
-  /** RFC 9112 §7.1.1 asks for a limit on the total in a message. Hardly anyone sends any. */
+  headBytesMax: [32_768, "bytes of a request head, and of a trailer section"], // nginx: 4 buffers of 8 KiB
+  requestTargetBytesMax: [8000, "bytes of a request-target"], // RFC 9112 §3: at least 8,000; browsers send less
+  fieldLinesMax: [100, "field-lines of a head, and of a trailer section"], // browsers send 20, proxies 50; Apache: 100
+  contentBytesMax: [1_048_576, "bytes of a request's content"], // text mode ignores it; nginx's default is the same
+  // RFC 9112 §7.1.1 asks for a limit on the total in a message. Hardly anyone sends any.
   chunkExtensionBytesMax: [4096, "chunk-extension bytes allowed beyond the size of the content"],
-  /** One read may bring 512 KiB, and each peer that does not read can leave that much buffered. */
+  // One read may bring 512 KiB, and each peer that does not read can leave that much buffered.
   waitingBytesMax: [268_435_456, "bytes buffered for all peers together; a peer that exceeds it is disconnected"],
-  /** For a whole head, not for each byte, so that sending it slowly gains nothing ("slowloris"). */
+  // For a whole head, not for each byte, so that sending it slowly gains nothing ("slowloris").
   headTimeoutMs: [10_000, "ms for a whole request head, and until the first byte of a connection"],
-  /** Between two requests. Browsers reuse a connection for about 15 s. */
-  idleTimeoutMs: [60_000, "ms between two requests"],
-  /** Each interval must deliver 5,000 bytes or complete the content: with the default, 500 bytes a second. */
+  idleTimeoutMs: [60_000, "ms between two requests"], // browsers reuse a connection for about 15 s
+  // With the default, 500 bytes a second.
   contentTimeoutMs: [10_000, "ms in which 5000 more bytes of the content, or its end, must arrive"],
-  /** A peer that takes no byte of its answer for so long has gone. */
-  writeTimeoutMs: [30_000, "ms in which a peer must take some of its answer"],
-  /** After SIGTERM, requests in flight get this long. */
+  writeTimeoutMs: [30_000, "ms in which a peer must take some of its answer"], // after that, it has gone
   graceMs: [10_000, "ms for requests in flight when told to stop"],
 } as const satisfies Record<string, readonly [value: number, meaning: string]>;
 
@@ -63,34 +56,22 @@ export const LIMITS = Object.freeze(
   Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // nor does fromEntries
 );
 
-/** Connections above the limit that still get a 503, so that a proxy learns of it. In a flood nobody is told. */
-const REFUSED_CONNECTIONS_MAX = 256;
-/** RFC 9112 §2.2: "at least one" empty line before a request is skipped. Old clients send one. */
-const EMPTY_LINES_MAX = 4;
-/** A longer head is parsed again only when a line of it, or this much more, has come: see {@link readHead}. */
-const LONG_HEAD_BYTES = 1024;
-/** The least that must arrive within each content timeout. */
-const CONTENT_PART_BYTES_MIN = 5000;
-/** Answers buffered for a peer that does not take them: at this much, the server stops reading from it. */
-const UNSENT_BYTES_MAX = 65_536;
-/** After the last answer, what the peer still sends is read and dropped, so that it can send a refused upload to its end. */
+const REFUSED_CONNECTIONS_MAX = 256; // Above the limit so many still get a 503, so that a proxy learns of it.
+const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is skipped. Old clients send one.
+const LONG_HEAD_BYTES = 1024; // A longer head is parsed again only now and then: see readHead.
+const CONTENT_PART_BYTES_MIN = 5000; // The least that must arrive within each content timeout.
+const UNSENT_BYTES_MAX = 65_536; // At so much of answers that a peer does not take, the server stops reading from it.
+// After the last answer, what the peer still sends is read and dropped, so that it can send a refused upload to its end.
 const LINGER_TIMEOUT_MS = 5000; // without a byte
 const LINGER_MS_MAX = 30_000; // in all; both as nginx
 const LINGER_BYTES_MAX = 1_073_741_824;
-/** How often deadlines are checked: one sweep costs less than a timer for each connection. */
-const SWEEP_MS = 250;
-/** On a stop, an idle connection stays open this long: a request may be on its way. */
-const STOP_IDLE_MS = 250;
-/** The request log shows at most this much content, as the tutorial's `recv(1024)` does. */
-const LOGGED_BYTES_MAX = 1024;
-/** Log text that waits for a slow reader of stdout. More is dropped and counted, never waited for. */
-const LOG_BACKLOG_CHARS_MAX = 1_048_576;
-/** At exit, the log gets this long to be read. */
-const LOG_FLUSH_MS = 1000;
-/** A timer set for longer fires at once. */
-const TIMER_MS_MAX = 2 ** 31 - 1;
-/** Descriptors of the runtime itself: event loop, standard streams, listeners, threads. */
-const RUNTIME_DESCRIPTORS = 16;
+const SWEEP_MS = 250; // How often deadlines are checked: one sweep costs less than a timer for each connection.
+const STOP_IDLE_MS = 250; // On a stop, an idle connection stays open this long: a request may be on its way.
+const LOGGED_BYTES_MAX = 1024; // The request log shows so much content at most, as the tutorial's `recv(1024)` does.
+const LOG_BACKLOG_CHARS_MAX = 1_048_576; // Log text for a slow reader of stdout. More is dropped and counted.
+const LOG_FLUSH_MS = 1000; // At exit, the log gets this long to be read.
+const TIMER_MS_MAX = 2 ** 31 - 1; // A timer set for longer fires at once.
+const RUNTIME_DESCRIPTORS = 16; // Of the runtime itself: event loop, standard streams, listeners, threads.
 
 // ═══ 2 Words and refusals ════════════════════════════════════════════════════════════════════════
 
@@ -104,19 +85,31 @@ export type LogFormat = (typeof LOG_FORMATS)[number];
 /** A response that is ready to be sent except for its Date. */
 export interface Response {
   readonly status: number;
-  /** status-line and field-lines, ending in `Date: `. */
-  readonly head: Uint8Array;
+  readonly head: Uint8Array; // status-line and field-lines, ending in `Date: `
   readonly content: Uint8Array;
-  /** Content that is read while it is sent, instead of `content`. The holder must close it. */
-  readonly part?: OpenFile;
+  readonly part?: OpenFile; // content that is read while it is sent, instead of `content`; the holder must close it
 }
 
 /** What a server answers with: a text, or files. */
-export interface Site {
-  /** The response if it does not depend on the content: the method is refused, whatever the content is. */
-  refuse(request: RequestHead): Response | undefined;
+export abstract class Site {
+  readonly options: Response;
+  private readonly notAllowed: Response;
+
+  constructor(private readonly methods: readonly Method[]) {
+    const Allow = methods.join(", ");
+    this.options = prepareResponse(204, { Allow });
+    this.notAllowed = prepareResponse(405, { ...TEXT_FIELDS, Allow }, "method not allowed\n");
+  }
+
+  /** The response if the method is refused, whatever the content is. RFC 9110 §15.5.6: 405 says which methods there are. */
+  refuse({ method }: RequestHead): Response | undefined {
+    if (this.methods.includes(method)) return undefined;
+    return method === "" ? responseTo("method-unknown") : this.notAllowed;
+  }
+
   /** The response to a request whose content has been read. Nothing is read from the peer until a promise settles. */
-  respond(request: RequestHead): Response | Promise<Response>;
+  abstract respond(request: RequestHead): Response | Promise<Response>;
+
   /** Called every 250 ms to drop short-lived state. @param now the time that answers have as their Date */
   sweep?(now: number): void;
 }
@@ -211,12 +204,13 @@ export async function serve(connection: Connection): Promise<void> {
       }
 
       // Read its content, if it has any.
-      if (head.contentLength !== 0) content = new Content(connection, site.refuse(head));
+      const refusal = site.refuse(head);
+      if (head.contentLength !== 0) content = new Content(connection, refusal);
       for (let outcome: Outcome = "bytes"; content?.read(outcome) === false;)
         outcome = await connection.receive(content.deadline);
 
       // Respond. Only --root returns promises.
-      let response = site.respond(head);
+      let response = refusal ?? site.respond(head);
       if (response instanceof Promise) response = await waitForResponse(connection, response);
       closes = isLast(connection, response);
 
@@ -1015,34 +1009,24 @@ const RESPOND_NEEDS_CONTENT = false as boolean; // the compiler must not take it
  *     if (request.path === "/echo" && request.method === "POST")
  *       return prepareResponse(200, { "Content-Type": "application/octet-stream" }, request.content);
  *
- * It is called once the content has been read, for the methods that {@link TextSite.refuse} lets pass. It must not wait:
+ * It is called once the content has been read, for the methods that {@link Site.refuse} lets pass. It must not wait:
  * no other peer is served meanwhile. 400, 500 and 503 close the connection. With `--root`, FileSite answers instead.
  */
 export function respond(request: RequestHead, site: TextSite): Response {
   return request.method === "OPTIONS" ? site.options : site.text;
 }
 
-/** RFC 9110 §15.5.6: 405 says which methods there are. */
-const prepareNotAllowed = (allow: string) =>
-  prepareResponse(405, { ...TEXT_FIELDS, Allow: allow }, "method not allowed\n");
-
-/** The answers of text mode, formatted once. */
-export class TextSite implements Site {
+/** The one answer of text mode, formatted once. */
+export class TextSite extends Site {
   readonly text: Response;
-  readonly options = prepareResponse(204, { Allow: "GET, HEAD, POST, OPTIONS" });
-  private readonly notAllowed = prepareNotAllowed("GET, HEAD, POST, OPTIONS");
 
   constructor(text: string) {
+    super(["GET", "HEAD", "POST", "OPTIONS"]);
     this.text = prepareResponse(200, TEXT_FIELDS, text);
   }
 
-  refuse({ method }: RequestHead): Response | undefined {
-    if (method === "GET" || method === "HEAD" || method === "POST" || method === "OPTIONS") return undefined;
-    return method === "" ? responseTo("method-unknown") : this.notAllowed;
-  }
-
   respond(request: RequestHead): Response {
-    return this.refuse(request) ?? respond(request, this);
+    return respond(request, this);
   }
 }
 
@@ -1760,9 +1744,7 @@ const isLinux = process.platform === "linux";
 const OPEN_DESCRIPTORS = "/proc/self/fd/"; // "self", since /proc may be that of an outer PID namespace
 
 /** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
-export class FileSite implements Site {
-  private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
-  private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
+export class FileSite extends Site {
   private readonly root: string;
   /** Ends in a slash. "" at each sweep: links in the path of the root are followed anew. */
   private realRoot = "";
@@ -1777,6 +1759,7 @@ export class FileSite implements Site {
 
   /** @throws StartError if it is not the path of a folder that may be entered */
   constructor(path: string) {
+    super(["GET", "HEAD", "OPTIONS"]);
     this.root = fs.existsSync(resolve(path)) ? resolve(path) : path; // a name that is not UTF-8 is above it
     try {
       fs.statSync(`${path}/.`); // it may be entered: what it has can be served even if it cannot be listed
@@ -1785,14 +1768,8 @@ export class FileSite implements Site {
     }
   }
 
-  refuse({ method }: RequestHead): Response | undefined {
-    if (method === "GET" || method === "HEAD" || method === "OPTIONS") return undefined;
-    return method === "" ? responseTo("method-unknown") : this.notAllowed;
-  }
-
   respond(request: RequestHead): Response | Promise<Response> {
-    const refusal = request.method === "OPTIONS" ? this.options : this.refuse(request);
-    if (refusal !== undefined) return refusal;
+    if (request.method === "OPTIONS") return this.options;
     const target = parseTargetPath(request.requestTarget);
     if (target === undefined) return responseTo("path");
     const { segments, isFolder: asksForFolder, query } = target;
@@ -1813,7 +1790,7 @@ export class FileSite implements Site {
     return found.closeWith(prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n"));
   }
 
-  sweep(now: number): void {
+  override sweep(now: number): void {
     this.dateNow = now;
     this.realRoot = "";
   }
