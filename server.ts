@@ -260,7 +260,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
   if (at === to) head.hasBegun = false;
   else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
     const next = parseRequestHead(head, bytes, at, to);
-    if (head.rejection !== "") throw new Refusal(responseTo(head.rejection));
+    if (typeof next === "string") throw new Refusal(responseTo(next));
     connection.parsedBytes = next < 0 ? to - at : 0;
     if (next >= 0) {
       connection.at = next;
@@ -355,7 +355,7 @@ const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i;
 const [HTAB, SP, COLON, PERCENT, SLASH] = [0x09, 0x20, 0x3a, 0x25, 0x2f];
 
 /** Codings that are not implemented, and after them chunked, last and once. */
-const OTHER_CODINGS = /^(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked$/;
+const OTHER_CODINGS = /^[\t ]*(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked[\t ]*\r\n$/i;
 
 /** Content whose end is marked by the chunked transfer coding; other lengths are octets. */
 export const CHUNKED = -1;
@@ -364,25 +364,21 @@ export const CHUNKED = -1;
 export class RequestHead {
   bytes: Uint8Array = NO_BYTES;
   from = 0;
-  /** The index behind the head; if it was refused or is incomplete, behind the part that is kept for the log. */
-  to = 0;
-  rejection: Rejection | "" = "";
-  /** Has a byte of the request come? An empty line before it does not count. */
-  hasBegun = false;
+  to = 0; // behind the head; if it was refused or is incomplete, behind the part that is kept for the log
+  rejection: Rejection | "" = ""; // why a byte does not fit that would fit elsewhere
+  hasBegun = false; // a byte of the request has come; an empty line before it does not count
   method: Method = "";
   targetFrom = 0;
   targetTo = 0;
   minorVersion = 0;
-  /** Where the value of Host starts: 0 for none, -1 for several lines. */
-  host = 0;
+  host = 0; // where the value of Host starts: 0 for none, -1 for several lines
   hasClose = false;
   hasKeepAlive = false;
-  /** The values of rarer fields that decide about the message; those of several lines are joined by LF. */
-  lengthField: string | undefined;
-  codings: string | undefined;
-  expect: string | undefined;
-  /** Octets of content that follow, or {@link CHUNKED}. */
-  contentLength = 0;
+  // The values of rarer fields that decide about the message, each with its CRLF; "" for none.
+  lengthField = "";
+  codings = "";
+  expect = "";
+  contentLength = 0; // octets of content that follow, or CHUNKED
   /** The content, once it has been read, if {@link RESPOND_NEEDS_CONTENT}. */
   content: Uint8Array = NO_BYTES;
 
@@ -391,10 +387,9 @@ export class RequestHead {
   start(bytes: Uint8Array, from: number): void {
     this.bytes = bytes;
     this.from = this.to = from;
-    this.rejection = this.method = "";
+    this.rejection = this.method = this.lengthField = this.codings = this.expect = "";
     this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = false;
-    this.lengthField = this.codings = this.expect = undefined;
     this.content = NO_BYTES;
   }
 
@@ -441,27 +436,25 @@ export class RequestHead {
 
 /**
  * Parses a request head (RFC 9112 §2 to §5) that starts at bytes[from]; bytes[to], if there is one, must be 0.
- * @returns the index behind the head; -1 if it is refused, for head.rejection, or more bytes are needed
+ * @returns the index behind the head; -1 if more bytes are needed; or why it is refused
  */
-export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
+export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number | Rejection {
   head.start(bytes, from);
   const next = recogniseHead(head, bytes, from, to);
   const { headBytesMax } = head.limits;
   if (next >= 0 && next - from <= headBytesMax) {
     head.to = next;
-    head.rejection = checkRequestTarget(head) || checkHost(head) || decideFraming(head) || checkExpect(head);
-    return head.rejection === "" ? next : -1;
+    return checkRequestTarget(head) || checkHost(head) || decideFraming(head) || checkExpect(head) || next;
   }
   const misfit = next < 0 ? ~next : next;
-  head.to = Math.min(to, from + headBytesMax);
+  const isTooLarge = misfit - from >= headBytesMax;
+  const isIncomplete = misfit === to && !isTooLarge;
+  head.to = Math.min(to, from + (isIncomplete ? headBytesMax : LOGGED_BYTES_MAX));
+  if (isIncomplete) return -1;
+  if (!isTooLarge) return head.rejection || explainMisfit(head, bytes, misfit);
   // RFC 9112 §3: a method longer than any that is implemented gets 501.
-  if (misfit - from >= headBytesMax) {
-    const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
-    head.rejection = isMethod ? "method-unknown" : "head-too-large";
-  } else if (misfit === to) return -1;
-  else if (head.rejection === "") head.rejection = explainMisfit(head, bytes, misfit);
-  head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  return -1;
+  const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
+  return isMethod ? "method-unknown" : "head-too-large";
 }
 
 /** RFC 9112 §2.3: HTTP-version = "HTTP" "/" DIGIT "." DIGIT, in upper case; then CRLF. D is any digit. */
@@ -557,10 +550,9 @@ function isText(bytes: Uint8Array, from: number, to: number, text: string, caseB
 /** Notes a field-line if its field decides about the message: its name is from..to, its value to + 1..lineTo. */
 function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: number, lineTo: number): void {
   if (isText(bytes, from, to, "host")) head.host = head.host === 0 ? to + 1 : -1;
-  else if (isText(bytes, from, to, "content-length"))
-    head.lengthField = addLine(head.lengthField, bytes, to + 1, lineTo);
-  else if (isText(bytes, from, to, "transfer-encoding")) head.codings = addLine(head.codings, bytes, to + 1, lineTo);
-  else if (isText(bytes, from, to, "expect")) head.expect = addLine(head.expect, bytes, to + 1, lineTo);
+  else if (isText(bytes, from, to, "content-length")) head.lengthField += latin1(bytes, to + 1, lineTo + 2);
+  else if (isText(bytes, from, to, "transfer-encoding")) head.codings += latin1(bytes, to + 1, lineTo + 2);
+  else if (isText(bytes, from, to, "expect")) head.expect += latin1(bytes, to + 1, lineTo + 2);
   else if (isText(bytes, from, to, "connection"))
     // RFC 9110 §7.6.1: Connection = #connection-option, tokens in any case.
     for (let at = to + 1; at < lineTo; at++) {
@@ -570,9 +562,6 @@ function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: numbe
       else if (isText(bytes, tokenFrom, at, "keep-alive")) head.hasKeepAlive = true;
     }
 }
-
-const addLine = (lines: string | undefined, bytes: Uint8Array, from: number, to: number) =>
-  lines === undefined ? latin1(bytes, from, to) : `${lines}\n${latin1(bytes, from, to)}`;
 
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
 function checkRequestTarget(head: RequestHead): Rejection | "" {
@@ -601,9 +590,8 @@ function checkHost(head: RequestHead): Rejection | "" {
   let port = 0;
   if (at > from && bytes[at] === COLON)
     for (at++; DIGIT[byteAt(bytes, at)] === 1; at++) port = 10 * port + byteAt(bytes, at) - 0x30;
-  const isUsual = at > from && bytes[at] === CR && port <= 65_535;
-  if (isUsual) return "";
-  const value = latin1(bytes, host, skipWhile(FIELD_CONTENT, bytes, host, to));
+  if (at > from && bytes[at] === CR && port <= 65_535) return "";
+  const value = latin1(bytes, from, skipWhile(FIELD_CONTENT, bytes, from, to));
   return isAuthority(trimOws(value)) ? "" : "host-invalid";
 }
 
@@ -618,30 +606,28 @@ function isAuthority(text: string): boolean {
  * the content of the first. So nothing is guessed.
  */
 function decideFraming(head: RequestHead): Rejection | "" {
-  const { lengthField: length, codings, minorVersion } = head;
-  if (codings !== undefined) {
+  const { lengthField, codings, minorVersion } = head;
+  if (codings !== "") {
     // §6.1: an HTTP/1.0 peer cannot know it: its framing is faulty.
     if (minorVersion === 0) return "transfer-encoding-1.0";
     // §6.3 item 3: both present is an attempt at smuggling or at splitting.
-    if (length !== undefined) return "length-and-chunked";
+    if (lengthField !== "") return "length-and-chunked";
     // §6.3 item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
     head.contentLength = CHUNKED;
-    const value = trimOws(codings).toLowerCase();
-    if (value === "chunked") return "";
-    return OTHER_CODINGS.test(value) ? "transfer-coding-unknown" : "transfer-encoding";
+    if (/^[\t ]*chunked[\t ]*\r\n$/i.test(codings)) return "";
+    return OTHER_CODINGS.test(codings) ? "transfer-coding-unknown" : "transfer-encoding";
   }
   // §6.3 item 7: a request with neither has no content.
-  if (length === undefined) return "";
+  if (lengthField === "") return "";
   // §6.3 item 5: repeated or listed values are refused even if they are equal.
   // RFC 9110 §8.6: guard against values that overflow: past 2^53 numbers are no longer exact.
-  head.contentLength = /^[\t ]*\d+[\t ]*$/.test(length) ? Number(length) : Number.NaN;
+  head.contentLength = /^[\t ]*\d+[\t ]*\r\n$/.test(lengthField) ? Number(lengthField) : Number.NaN;
   return Number.isSafeInteger(head.contentLength) ? "" : "content-length";
 }
 
 /** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
 function checkExpect({ expect }: RequestHead): Rejection | "" {
-  if (expect === undefined) return "";
-  return /^[\t\n ,]*(?:100-continue[\t ]*(?:[\n,][\t\n ,]*|$))*$/i.test(expect) ? "" : "expectation";
+  return expect === "" || /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i.test(expect) ? "" : "expectation";
 }
 
 // ═══ 5 Content ═══════════════════════════════════════════════════════════════════════════════════
@@ -806,7 +792,7 @@ class Content {
     if (this.left === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
     if (this.left > server.limits.contentBytesMax) this.refuse("content-too-large");
     // In an HTTP/1.0 request 100-continue is ignored.
-    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect ?? "")) return;
+    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return;
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
     if (refusal !== undefined) throw new Refusal(refusal);
     if (at === to) server.output.append(CONTINUE);
