@@ -640,19 +640,10 @@ const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${
 /** field-line = field-name ":" OWS field-value OWS */
 const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
 
-/** A longer line is refused, whatever its extensions may weigh: it has to be held until its end has come. */
-const CHUNK_LINE_BYTES_MAX = 131_072;
-const CHUNK_SIZE_DIGITS_MAX = 64;
-/** What may stand behind a chunk-size: an extension, or the end of the line. */
-const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/);
+const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
+const CHUNK_SIZE_DIGITS_MAX = 64; // Leading zeros could go on and on.
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an extension, or the end of the line.
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
-
-/** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */
-function findSizeEnd(bytes: Uint8Array, from: number, to: number): number | undefined {
-  const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
-  const isSize = end > from && end - from <= CHUNK_SIZE_DIGITS_MAX;
-  return isSize && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1) ? end : undefined;
-}
 
 export type ChunkedFault =
   "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
@@ -663,22 +654,16 @@ export type ChunkedFault =
  *     chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF
  *
  * A chunk is a line, so many bytes, and CRLF; a trailer section is lines. Call {@link next} until `state` is "done" or
- * "failed". It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind them.
+ * there is a fault. It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind.
  */
 export class ChunkedDecoder {
-  state: "line" | "data" | "trailer" | "done" | "failed" = "line";
-  /** Why, once `state` is "failed". */
+  state: "line" | "data" | "trailer" | "done" = "line";
   fault: ChunkedFault | "" = "";
-  /** The content that the last call found: these indexes into the bytes that it was given. */
-  contentFrom = 0;
-  contentTo = 0;
-  /** Octets of content announced so far, those of the chunk under way included. */
-  announced = 0;
-  /** The lower-case names of the trailer fields: the caller may have to refuse some. */
-  readonly trailerNames: string[] = [];
-  private left = 0;
-  /** Bytes of an incomplete line that were checked and need not be again. */
-  private known = 0;
+  contentTo = 0; // the end of the content that the last call found: it starts where that call did
+  announced = 0; // octets of content so far, those of the chunk under way included
+  readonly trailerNames: string[] = []; // in lower case: the caller may have to refuse some
+  private left = 0; // octets of the chunk under way
+  private known = 0; // bytes of an incomplete line that were checked and need not be again
   private extensionBytes = 0;
   private trailerBytes = 0;
 
@@ -690,71 +675,73 @@ export class ChunkedDecoder {
 
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
-    this.contentFrom = this.contentTo = from;
+    this.contentTo = from;
     if (this.state === "data") return this.takeData(bytes, from, to);
-    if (from === to || this.state === "done" || this.state === "failed") return from;
+    if (from === to || this.state === "done" || this.fault !== "") return from;
     const isTrailer = this.state === "trailer";
-    // What cannot become a line that fits is refused before its end has come.
-    const sizeEnd = isTrailer ? from : findSizeEnd(bytes, from, to);
-    if (sizeEnd === undefined) return this.fail("chunk-size", from);
-    const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeEnd, from + this.known), to);
+    const sizeTo = isTrailer ? from : skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX));
+    const isSize = sizeTo > from && (sizeTo === to || CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
+    const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
+    // What cannot become a line that fits is refused before its end has come.
     if (isTrailer && this.trailerBytes + this.known + 2 > this.limits.headBytesMax)
       return this.fail("trailer-too-large", from);
+    if (!isTrailer && !isSize) return this.fail("chunk-size", from);
     if (!isTrailer && this.known > CHUNK_LINE_BYTES_MAX) return this.fail("chunk-extension", from);
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
     this.known = 0;
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
-    if (isTrailer) this.takeTrailerLine(latin1(bytes, from, end));
-    else this.takeChunkLine(bytes, from, sizeEnd, end);
+    this.fault = isTrailer
+      ? this.takeTrailerLine(latin1(bytes, from, end))
+      : this.takeChunkLine(bytes, from, sizeTo, end);
     return end + 2;
   }
 
   /** Takes chunk-data, and the CRLF behind it once both of its bytes are there. */
   private takeData(bytes: Uint8Array, from: number, to: number): number {
-    const end = Math.min(to, from + this.left);
-    this.contentTo = end;
+    const end = (this.contentTo = Math.min(to, from + this.left));
     this.left -= end - from;
     if (this.left > 0 || end === to) return end;
-    const isCrlf = bytes[end] === CR && (end + 1 === to || bytes[end + 1] === LF);
-    if (!isCrlf) return end > from ? end : this.fail("chunk-data", end); // what came before it counts
-    if (end + 1 === to) return end;
+    const isWhole = end + 1 < to;
+    if (bytes[end] !== CR || (isWhole && bytes[end + 1] !== LF)) return this.fail("chunk-data", end);
+    if (!isWhole) return end;
     this.state = "line";
     return end + 2;
   }
 
-  private takeChunkLine(bytes: Uint8Array, from: number, sizeEnd: number, end: number): void {
-    for (let at = from; at < sizeEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): ChunkedFault | "" {
+    for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
     // Past 2^53 sums stop being exact: refuse, never wrap around.
-    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return void this.fail("chunk-size", 0);
-    // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-    this.extensionBytes += end - sizeEnd;
-    const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
-    const isExtended = sizeEnd < end; // most lines are a size alone, and no text is made of them
-    const extension = isExtended ? latin1(bytes, sizeEnd, end) : "";
-    if (isExtended && !(fits && CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)))
-      return void this.fail("chunk-extension", 0);
+    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size";
+    // Most lines are a size alone, and no text is made of them.
+    if (sizeTo < end) {
+      // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
+      this.extensionBytes += end - sizeTo;
+      if (this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax) return "chunk-extension";
+      const extension = latin1(bytes, sizeTo, end);
+      if (!CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)) return "chunk-extension";
+    }
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
+    return "";
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(line: string): void {
+  private takeTrailerLine(line: string): ChunkedFault | "" {
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
-    else if (this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
-    else {
-      const name = FIELD_LINE.exec(line)?.[1];
-      if (name === undefined) return void this.fail("trailer", 0);
-      if (this.trailerNames.length === this.limits.fieldLinesMax) return void this.fail("trailer-too-large", 0);
-      this.trailerNames.push(name.toLowerCase());
-    }
+    const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
+    if (line === "" || isFold) return "";
+    const name = FIELD_LINE.exec(line)?.[1];
+    if (name === undefined) return "trailer";
+    if (this.trailerNames.length === this.limits.fieldLinesMax) return "trailer-too-large";
+    this.trailerNames.push(name.toLowerCase());
+    return "";
   }
 
   private fail(fault: ChunkedFault, at: number): number {
-    this.state = "failed";
     this.fault = fault;
     return at;
   }
@@ -767,16 +754,12 @@ const FORBIDDEN_TRAILER =
 
 /** The content of one request: read to its end, within its bounds. It is kept only if `respond` needs it. */
 class Content {
-  /** Octets as they came, the chunked framing included, and the first of them for the log. */
-  wireBytes = 0;
-  logged: Uint8Array = NO_BYTES;
+  wireBytes = 0; // octets as they came, the chunked framing included
+  logged: Uint8Array = NO_BYTES; // the first of them, for the log
   deadline: number;
+  private wireBytesDue = CONTENT_PART_BYTES_MIN; // so many must have come by then
   private readonly decoder: ChunkedDecoder | undefined;
-  private left: number;
-  /** So many of {@link wireBytes} must have come at the deadline. */
-  private wireBytesDue = CONTENT_PART_BYTES_MIN;
   private kept: Uint8Array = NO_BYTES;
-  private keptLength = 0;
 
   /**
    * @param refusal the answer if the method is refused: it is told before the content is judged
@@ -788,9 +771,8 @@ class Content {
   ) {
     const { head, server, at, to } = connection;
     this.deadline = server.now + server.limits.contentTimeoutMs;
-    this.left = head.contentLength;
-    if (this.left === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
-    if (this.left > server.limits.contentBytesMax) this.refuse("content-too-large");
+    if (head.contentLength === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
+    if (head.contentLength > server.limits.contentBytesMax) this.refuse("content-too-large");
     // In an HTTP/1.0 request 100-continue is ignored.
     if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return;
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
@@ -804,19 +786,15 @@ class Content {
     const { server, head, bytes, to, trace } = connection;
     for (let from = -1; from < connection.at;) {
       from = connection.at;
-      const next = decoder === undefined ? Math.min(to, from + this.left) : decoder.next(bytes, from, to);
+      const next = decoder?.next(bytes, from, to) ?? Math.min(to, from + head.contentLength - this.wireBytes);
       connection.at = next;
       this.wireBytes += next - from;
       if (server.logFormat === "request" && this.logged.length < LOGGED_BYTES_MAX)
         this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LOGGED_BYTES_MAX);
-      if (decoder === undefined) this.left -= next - from;
-      else if (decoder.announced > server.limits.contentBytesMax) this.refuse("content-too-large");
-      else if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
-      else if (decoder.fault !== "") this.refuse(decoder.fault);
-      if (RESPOND_NEEDS_CONTENT) this.keep(decoder?.contentFrom ?? from, decoder?.contentTo ?? next);
-      if (decoder === undefined ? this.left === 0 : decoder.state === "done") {
+      if (decoder !== undefined) this.check(decoder);
+      if (RESPOND_NEEDS_CONTENT) this.keep(bytes.subarray(from, decoder?.contentTo ?? next));
+      if (this.wireBytes === head.contentLength || decoder?.state === "done") {
         trace?.complete("content complete");
-        head.content = this.kept.subarray(0, this.keptLength);
         return true;
       }
       if (next > from) trace?.complete("content");
@@ -841,12 +819,19 @@ class Content {
     throw new Refusal(this.refusal ?? responseTo(rejection));
   }
 
-  private keep(from: number, to: number): void {
-    const { bytes, server } = this.connection;
-    server.waitingBytes -= this.kept.length;
-    this.kept = appended(this.kept, this.keptLength, bytes.subarray(from, to));
-    server.waitingBytes += this.kept.length;
-    this.keptLength += to - from;
+  private check({ announced, trailerNames, fault }: ChunkedDecoder): void {
+    if (announced > this.connection.server.limits.contentBytesMax) this.refuse("content-too-large");
+    if (trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
+    if (fault !== "") this.refuse(fault);
+  }
+
+  private keep(more: Uint8Array): void {
+    const { server, head } = this.connection;
+    const { length } = head.content;
+    const kept = appended(this.kept, length, more);
+    server.waitingBytes += kept.length - this.kept.length;
+    this.kept = kept;
+    head.content = kept.subarray(0, length + more.length);
     if (server.waitingBytes <= server.limits.waitingBytesMax) return;
     this.connection.abort();
     throw GONE;
