@@ -671,8 +671,7 @@ function bytesLike(pattern: RegExp): Uint8Array {
 const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
 const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
-/** The byte at an index that the caller knows to be in range; the type cannot know it. */
-const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
+const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number; // the caller knows it to be in range
 
 /** The index of the first byte of from..to that is not of the class; `to` if all are. */
 function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {

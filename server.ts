@@ -257,8 +257,7 @@ const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late
 function readHead(connection: Connection, outcome: Outcome): boolean {
   const { head, bytes, at, to, parsedBytes } = connection;
   const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || endsReading(outcome);
-  if (at === to) head.hasBegun = false;
-  else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
+  if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
     const next = parseRequestHead(head, bytes, at, to);
     if (typeof next === "string") throw new Refusal(responseTo(next));
     connection.parsedBytes = next < 0 ? to - at : 0;
@@ -312,8 +311,7 @@ function bytesLike(pattern: RegExp): Uint8Array {
 const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
 const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
-/** The byte at an index that the caller knows to be in range; the type cannot know it. */
-const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
+const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number; // the caller knows it to be in range
 
 /** The index of the first byte of from..to that is not of the class; `to` if all are. */
 function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {
@@ -337,28 +335,20 @@ function trimOws(text: string): string {
 
 /** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
 const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
-/** request-target: visible ASCII (RFC 9112 §3.2) except "#", which starts a fragment, and "%". */
-const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/);
+const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/); // visible ASCII (RFC 9112 §3.2) but "%", and "#" of a fragment
 const DIGIT = bytesLike(/[0-9]/);
 const OWS = bytesLike(/[\t ]/);
-/** reg-name (RFC 3986 §3.2.2) but for "%", and but for ",": in Host it can only be a list of hosts. */
-const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/);
-/**
- * uri-host [ ":" port ] (RFC 9110 §4.2): an IP-literal or a reg-name, never empty, without userinfo. No zone id
- * ("fe80::1%eth0"): it means nothing to another machine.
- */
+const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // RFC 3986 §3.2.2, but "%", and ",": in Host it is a list
+/** uri-host [ ":" port ] (RFC 9110 §4.2), without userinfo and without a zone id: that means nothing to others. */
 const AUTHORITY = /^(?:\[([^\]%]+)\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::(\d*))?$/;
 /** IPvFuture = "v" 1*HEXDIG "." 1*( unreserved / sub-delims / ":" ) */
 const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
 /** absolute-form or origin-form: an authority, if there is one, a path, a query. */
 const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i;
-const [HTAB, SP, COLON, PERCENT, SLASH] = [0x09, 0x20, 0x3a, 0x25, 0x2f];
-
 /** Codings that are not implemented, and after them chunked, last and once. */
 const OTHER_CODINGS = /^[\t ]*(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked[\t ]*\r\n$/i;
-
-/** Content whose end is marked by the chunked transfer coding; other lengths are octets. */
-export const CHUNKED = -1;
+const [HTAB, SP, COLON, PERCENT, SLASH] = [0x09, 0x20, 0x3a, 0x25, 0x2f];
+const CHUNKED = -1; // as a length of content: the chunked transfer coding marks its end
 
 /** A request head. Positions are indexes into `bytes`. Texts are made only when they are asked for. */
 export class RequestHead {
@@ -793,11 +783,9 @@ class Content {
         this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LOGGED_BYTES_MAX);
       if (decoder !== undefined) this.check(decoder);
       if (RESPOND_NEEDS_CONTENT) this.keep(bytes.subarray(from, decoder?.contentTo ?? next));
-      if (this.wireBytes === head.contentLength || decoder?.state === "done") {
-        trace?.complete("content complete");
-        return true;
-      }
-      if (next > from) trace?.complete("content");
+      const isDone = this.wireBytes === head.contentLength || decoder?.state === "done";
+      if (next > from) trace?.complete(isDone ? "content complete" : "content");
+      if (isDone) return true;
     }
     head.keep();
     if (outcome === "end") this.refuse("incomplete");
