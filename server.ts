@@ -279,10 +279,9 @@ function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }
   if (head.hasClose || (head.minorVersion === 0 && !head.hasKeepAlive)) return true;
   // A site's 400 is for a peer that is not understood; 500 and 503 are of a server in trouble. 404 and 405 go on.
   if (status === 400 || status === 500 || status === 503) return true;
-  const hasMore = at < to;
-  if (hasEnded && !hasMore) return true;
+  if (at === to && (hasEnded || server.isStopping)) return true;
   // On a stop, requests that have already come are answered until STOP_IDLE_MS is over; server.now stands still meanwhile.
-  return server.isStopping && (!hasMore || part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
+  return server.isStopping && (part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
 }
 
 /** Logs a request: as received, with the start of its content; or one access line, with status and octets sent. */
@@ -374,9 +373,10 @@ export class RequestHead {
 
   constructor(readonly limits: Limits) {}
 
-  start(bytes: Uint8Array, from: number): void {
+  start(bytes: Uint8Array, from: number, to: number): void {
     this.bytes = bytes;
-    this.from = this.to = from;
+    this.from = from;
+    this.to = to;
     this.rejection = this.method = this.lengthField = this.codings = this.expect = "";
     this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = false;
@@ -429,7 +429,7 @@ export class RequestHead {
  * @returns the index behind the head; -1 if more bytes are needed; or why it is refused
  */
 export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number | Rejection {
-  head.start(bytes, from);
+  head.start(bytes, from, to);
   const next = recogniseHead(head, bytes, from, to);
   const { headBytesMax } = head.limits;
   if (next >= 0 && next - from <= headBytesMax) {
@@ -438,9 +438,8 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   }
   const misfit = next < 0 ? ~next : next;
   const isTooLarge = misfit - from >= headBytesMax;
-  const isIncomplete = misfit === to && !isTooLarge;
-  head.to = Math.min(to, from + (isIncomplete ? headBytesMax : LOGGED_BYTES_MAX));
-  if (isIncomplete) return -1;
+  if (misfit === to && !isTooLarge) return -1;
+  head.to = Math.min(to, from + LOGGED_BYTES_MAX);
   if (!isTooLarge) return head.rejection || explainMisfit(head, bytes, misfit);
   // RFC 9112 §3: a method longer than any that is implemented gets 501.
   const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
@@ -567,10 +566,7 @@ function checkRequestTarget(head: RequestHead): Rejection | "" {
   return isAuthority(TARGET_PARTS.exec(target)?.[1] ?? "") ? "" : "request-target";
 }
 
-/**
- * RFC 9112 §3.2: 400 for an HTTP/1.1 request without Host, and for any request with more than one or with an invalid
- * one. In absolute-form the target's authority wins, but Host must still be valid.
- */
+/** RFC 9112 §3.2: HTTP/1.1 needs a Host. There may be but one, and a valid one, even if the target's authority wins. */
 function checkHost(head: RequestHead): Rejection | "" {
   const { bytes, host, to } = head;
   if (host <= 0) return host < 0 ? "host-repeated" : head.minorVersion > 0 ? "host-missing" : "";
@@ -591,10 +587,7 @@ function isAuthority(text: string): boolean {
   return whole !== undefined && Number(port) <= 65_535;
 }
 
-/**
- * RFC 9112 §6.3: where the content ends. Parsers that disagree about it make smuggling possible: a second request in
- * the content of the first. So nothing is guessed.
- */
+/** RFC 9112 §6.3: where content ends. Nothing is guessed: parsers that disagree let requests be smuggled in content. */
 function decideFraming(head: RequestHead): Rejection | "" {
   const { lengthField, codings, minorVersion } = head;
   if (codings !== "") {
@@ -751,13 +744,10 @@ class Content {
   private readonly decoder: ChunkedDecoder | undefined;
   private kept: Uint8Array = NO_BYTES;
 
-  /**
-   * @param refusal the answer if the method is refused: it is told before the content is judged
-   * @throws Refusal if the content will not be read
-   */
+  /** @throws Refusal if the content will not be read */
   constructor(
     private readonly connection: Connection,
-    private readonly refusal: Response | undefined,
+    private readonly refusal: Response | undefined, // of the method: it is told whatever the content is
   ) {
     const { head, server, at, to } = connection;
     this.deadline = server.now + server.limits.contentTimeoutMs;
@@ -781,7 +771,9 @@ class Content {
       this.wireBytes += next - from;
       if (server.logFormat === "request" && this.logged.length < LOGGED_BYTES_MAX)
         this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LOGGED_BYTES_MAX);
-      if (decoder !== undefined) this.check(decoder);
+      if (decoder && decoder.announced > server.limits.contentBytesMax) this.refuse("content-too-large");
+      if (decoder?.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
+      if (decoder?.fault) this.refuse(decoder.fault);
       if (RESPOND_NEEDS_CONTENT) this.keep(bytes.subarray(from, decoder?.contentTo ?? next));
       const isDone = this.wireBytes === head.contentLength || decoder?.state === "done";
       if (next > from) trace?.complete(isDone ? "content complete" : "content");
@@ -805,12 +797,6 @@ class Content {
 
   private refuse(rejection: Rejection): never {
     throw new Refusal(this.refusal ?? responseTo(rejection));
-  }
-
-  private check({ announced, trailerNames, fault }: ChunkedDecoder): void {
-    if (announced > this.connection.server.limits.contentBytesMax) this.refuse("content-too-large");
-    if (trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
-    if (fault !== "") this.refuse(fault);
   }
 
   private keep(more: Uint8Array): void {
@@ -861,17 +847,15 @@ function formatHead(status: number, fields: Record<string, string>): Uint8Array 
 
 /** Makes a response, with its Content-Length. */
 export function prepareResponse(status: number, fields: Record<string, string>, content: string | Uint8Array = "") {
+  // RFC 9110 §6.4.1, §8.6 and §15.4.5: 204 and 304 have no content, 204 no Content-Length, and 304 none but the whole's.
+  if (status === 204 || status === 304) return { status, head: formatHead(status, fields), content: NO_BYTES };
   const bytes = typeof content === "string" ? encoder.encode(content) : content;
-  // RFC 9110 §8.6 and §15.4.5: no Content-Length in a 1xx or 204 response, and none of another content in a 304.
-  const hasLength = status !== 204 && status !== 304;
-  const all = hasLength ? { ...fields, "Content-Length": String(bytes.length) } : fields;
-  return { status, head: formatHead(status, all), content: bytes } satisfies Response;
+  return { status, head: formatHead(status, { ...fields, "Content-Length": String(bytes.length) }), content: bytes };
 }
 
-/** Formatted once: an attacker must not cost more than others. */
 const REJECTION_RESPONSES: { [Key in Rejection]?: Response } = {};
 
-/** The answer to a refused request. It repeats nothing that the peer sent. */
+/** The answer to a refused request. It repeats nothing of the peer's, and is formatted once: an attack costs no more. */
 function responseTo(rejection: Rejection): Response {
   const [status, explanation] = REJECTIONS[rejection];
   return (REJECTION_RESPONSES[rejection] ??= prepareResponse(status, TEXT_FIELDS, `${explanation}\n`));
@@ -881,8 +865,7 @@ function responseTo(rejection: Rejection): Response {
 export class Output {
   bytes: Uint8Array = new Uint8Array(131_072);
   length = 0;
-  /** The value of Date and the end of the head: without a Connection field, with close, with keep-alive. */
-  private ends: readonly Uint8Array[] = [];
+  private ends: readonly Uint8Array[] = []; // of heads, from the Date on: no Connection field, close, keep-alive
 
   constructor() {
     this.setDate(Date.now());
@@ -904,8 +887,8 @@ export class Output {
     this.append(response.head);
     // RFC 9112 §9.6: the last answer says that the connection closes; an HTTP/1.0 client has to be told if it does not.
     this.append(this.ends[closes ? 1 : head.minorVersion === 0 ? 2 : 0] ?? NO_BYTES);
-    // RFC 9110 §6.4.1: no content in an answer to HEAD and in a 204 or 304, whatever the fields say.
-    if (head.method === "HEAD" || response.status === 204 || response.status === 304) return 0;
+    // RFC 9110 §9.3.2: the answer to HEAD has the fields of one to GET, and no content.
+    if (head.method === "HEAD") return 0;
     this.append(response.content);
     return response.content.length;
   }
