@@ -257,7 +257,8 @@ const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late
 function readHead(connection: Connection, outcome: Outcome): boolean {
   const { head, bytes, at, to, parsedBytes } = connection;
   const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || endsReading(outcome);
-  if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
+  if (at === to) head.hasBegun = false;
+  else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
     const next = parseRequestHead(head, bytes, at, to);
     if (typeof next === "string") throw new Refusal(responseTo(next));
     connection.parsedBytes = next < 0 ? to - at : 0;
