@@ -745,10 +745,9 @@ export class ChunkedDecoder {
     const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
     // What cannot become a line that fits is refused before its end has come.
-    if (isTrailer && this.trailerBytes + this.known + 2 > this.limits.headBytesMax)
-      return this.fail("trailer-too-large", from);
     if (!isTrailer && !isSize) return this.fail("chunk-size", from);
-    if (!isTrailer && this.known > CHUNK_LINE_BYTES_MAX) return this.fail("chunk-extension", from);
+    const most = isTrailer ? this.limits.headBytesMax - this.trailerBytes - 2 : CHUNK_LINE_BYTES_MAX;
+    if (this.known > most) return this.fail(isTrailer ? "trailer-too-large" : "chunk-extension", from);
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
     this.known = 0;
     if (bytes[end] === LF) return this.fail("bare-lf", end);
@@ -774,8 +773,7 @@ export class ChunkedDecoder {
 
   private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): ChunkedFault | "" {
     for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
-    // Past 2^53 sums stop being exact: refuse, never wrap around.
-    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size";
+    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size"; // past 2^53 sums are not exact
     // Most lines are a size alone, and no text is made of them.
     if (sizeTo < end) {
       // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.

@@ -445,8 +445,7 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   return isMethod ? "method-unknown" : "head-too-large";
 }
 
-/** RFC 9112 §2.3: HTTP-version = "HTTP" "/" DIGIT "." DIGIT, in upper case; then CRLF. D is any digit. */
-const VERSION_LINE_END = "HTTP/D.D\r\n";
+const VERSION_LINE_END = "HTTP/D.D\r\n"; // RFC 9112 §2.3: in upper case; D is any DIGIT
 
 /**
  * HTTP-message = request-line CRLF *( field-line CRLF ) CRLF
@@ -517,8 +516,7 @@ function explainMisfit(head: RequestHead, bytes: Uint8Array, at: number): Reject
   if (isInTarget && byte > 0x7e) return "request-target-byte";
   const lineFrom = bytes.lastIndexOf(LF, at - 1) + 1;
   if (head.targetTo === 0 || lineFrom < head.targetTo) return "request-line";
-  // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
-  if (at === lineFrom && (byte === SP || byte === HTAB)) return "obs-fold";
+  if (at === lineFrom && (byte === SP || byte === HTAB)) return "obs-fold"; // RFC 9112 §5.2; of the first line: §2.2
   return bytes.subarray(lineFrom, at).includes(COLON) ? "field-value" : "field-line";
 }
 
@@ -557,12 +555,10 @@ function checkRequestTarget(head: RequestHead): Rejection | "" {
   // §3.2.1: origin-form = absolute-path [ "?" query ]
   if (bytes[targetFrom] === SLASH && method !== "CONNECT") return "";
   const target = head.requestTarget;
-  // §3.2.3: authority-form = uri-host ":" port, for CONNECT and only for it.
-  if (method === "CONNECT") return isAuthority(target) && /:\d+$/.test(target) ? "" : "request-target";
-  // §3.2.4: asterisk-form = "*", for OPTIONS and only for it.
-  if (target === "*") return method === "OPTIONS" ? "" : "request-target";
-  // §3.2.2: absolute-form = absolute-URI, of the schemes that this server could answer for.
-  return isAuthority(TARGET_PARTS.exec(target)?.[1] ?? "") ? "" : "request-target";
+  let fits = isAuthority(TARGET_PARTS.exec(target)?.[1] ?? ""); // §3.2.2: absolute-form, of the schemes served here
+  if (method === "CONNECT") fits = isAuthority(target) && /:\d+$/.test(target); // §3.2.3: authority-form, only for it
+  if (target === "*") fits = method === "OPTIONS"; // §3.2.4: asterisk-form, only for it
+  return fits ? "" : "request-target";
 }
 
 /** RFC 9112 §3.2: HTTP/1.1 needs a Host. There may be but one, and a valid one, even if the target's authority wins. */
@@ -590,19 +586,15 @@ function isAuthority(text: string): boolean {
 function decideFraming(head: RequestHead): Rejection | "" {
   const { lengthField, codings, minorVersion } = head;
   if (codings !== "") {
-    // §6.1: an HTTP/1.0 peer cannot know it: its framing is faulty.
-    if (minorVersion === 0) return "transfer-encoding-1.0";
-    // §6.3 item 3: both present is an attempt at smuggling or at splitting.
-    if (lengthField !== "") return "length-and-chunked";
-    // §6.3 item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
+    if (minorVersion === 0) return "transfer-encoding-1.0"; // §6.1: an HTTP/1.0 peer cannot know it
+    if (lengthField !== "") return "length-and-chunked"; // item 3: an attempt at smuggling or at splitting
+    // Item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
     head.contentLength = CHUNKED;
     if (/^[\t ]*chunked[\t ]*\r\n$/i.test(codings)) return "";
     return OTHER_CODINGS.test(codings) ? "transfer-coding-unknown" : "transfer-encoding";
   }
-  // §6.3 item 7: a request with neither has no content.
-  if (lengthField === "") return "";
-  // §6.3 item 5: repeated or listed values are refused even if they are equal.
-  // RFC 9110 §8.6: guard against values that overflow: past 2^53 numbers are no longer exact.
+  if (lengthField === "") return ""; // item 7: a request with neither has no content
+  // Item 5: repeated or listed values are refused even if they are equal; RFC 9110 §8.6: so are those that overflow.
   head.contentLength = /^[\t ]*\d+[\t ]*\r\n$/.test(lengthField) ? Number(lengthField) : Number.NaN;
   return Number.isSafeInteger(head.contentLength) ? "" : "content-length";
 }
@@ -666,10 +658,9 @@ export class ChunkedDecoder {
     const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
     // What cannot become a line that fits is refused before its end has come.
-    if (isTrailer && this.trailerBytes + this.known + 2 > this.limits.headBytesMax)
-      return this.fail("trailer-too-large", from);
     if (!isTrailer && !isSize) return this.fail("chunk-size", from);
-    if (!isTrailer && this.known > CHUNK_LINE_BYTES_MAX) return this.fail("chunk-extension", from);
+    const most = isTrailer ? this.limits.headBytesMax - this.trailerBytes - 2 : CHUNK_LINE_BYTES_MAX;
+    if (this.known > most) return this.fail(isTrailer ? "trailer-too-large" : "chunk-extension", from);
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
     this.known = 0;
     if (bytes[end] === LF) return this.fail("bare-lf", end);
@@ -695,8 +686,7 @@ export class ChunkedDecoder {
 
   private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): ChunkedFault | "" {
     for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
-    // Past 2^53 sums stop being exact: refuse, never wrap around.
-    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size";
+    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size"; // past 2^53 sums are not exact
     // Most lines are a size alone, and no text is made of them.
     if (sizeTo < end) {
       // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
@@ -752,8 +742,7 @@ class Content {
     this.deadline = server.now + server.limits.contentTimeoutMs;
     if (head.contentLength === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
     if (head.contentLength > server.limits.contentBytesMax) this.refuse("content-too-large");
-    // In an HTTP/1.0 request 100-continue is ignored.
-    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return;
+    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // an HTTP/1.0 peer cannot mean it
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
     if (refusal !== undefined) throw new Refusal(refusal);
     if (at === to) server.output.append(CONTINUE);
@@ -884,8 +873,7 @@ export class Output {
     this.append(response.head);
     // RFC 9112 §9.6: the last answer says that the connection closes; an HTTP/1.0 client has to be told if it does not.
     this.append(this.ends[closes ? 1 : head.minorVersion === 0 ? 2 : 0] ?? NO_BYTES);
-    // RFC 9110 §9.3.2: the answer to HEAD has the fields of one to GET, and no content.
-    if (head.method === "HEAD") return 0;
+    if (head.method === "HEAD") return 0; // RFC 9110 §9.3.2: the fields of the answer to a GET, and no content
     this.append(response.content);
     return response.content.length;
   }
