@@ -158,7 +158,7 @@ export type Rejection = keyof typeof REJECTIONS;
 
 /** Thrown to end a conversation with an answer. */
 class Refusal {
-  constructor(readonly response: Response) {}
+  constructor(readonly rejection: Rejection) {}
 }
 
 /** Thrown to end a conversation without an answer: the peer left, or asks nothing more, or its answer is cut off. */
@@ -202,13 +202,13 @@ export async function serve(connection: Connection): Promise<void> {
       }
 
       // Read its content, if it has any.
-      const refusal = site.refuse(head);
-      if (head.contentLength !== 0) content = new Content(connection, refusal);
+      head.refusal = site.refuse(head);
+      if (head.contentLength !== 0) content = new Content(connection);
       for (let outcome: Outcome = "bytes"; content?.read(outcome) === false;)
         outcome = await connection.receive(content.deadline);
 
       // Respond. Only --root returns promises.
-      let response = refusal ?? site.respond(head);
+      let response = head.refusal ?? site.respond(head);
       if (response instanceof Promise) response = await waitForResponse(connection, response);
       closes = isLast(connection, response);
 
@@ -224,7 +224,8 @@ export async function serve(connection: Connection): Promise<void> {
     if (reason === GONE) return;
     // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
     if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
-    const response = reason instanceof Refusal ? reason.response : responseTo("internal");
+    const response =
+      reason instanceof Refusal ? (head.refusal ?? responseTo(reason.rejection)) : responseTo("internal");
     connection.trace?.step("refuse", `with ${response.status}`);
     // It closes: where a next request would start is not known, or the server is full or at fault.
     log(connection, content, response.status, output.appendResponse(head, response, true));
@@ -258,7 +259,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
   if (at === to) head.hasBegun = false;
   else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
     const next = parseRequestHead(head, bytes, at, to);
-    if (typeof next === "string") throw new Refusal(responseTo(next));
+    if (typeof next === "string") throw new Refusal(next);
     connection.parsedBytes = next < 0 ? to - at : 0;
     if (next >= 0) {
       connection.at = next;
@@ -269,7 +270,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
   if (!endsReading(outcome)) return false;
   if (!head.hasBegun || outcome === "gone") throw GONE;
   // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
-  throw new Refusal(responseTo(outcome === "late" ? "timeout" : "incomplete"));
+  throw new Refusal(outcome === "late" ? "timeout" : "incomplete");
 }
 
 /** Does this answer end the conversation? */
@@ -367,6 +368,7 @@ export class RequestHead {
   codings = "";
   expect = "";
   contentLength = 0; // octets of content that follow, or CHUNKED
+  refusal: Response | undefined; // of its method: it is told whatever the content is
   /** The content, once it has been read, if {@link RESPOND_NEEDS_CONTENT}. */
   content: Uint8Array = NO_BYTES;
 
@@ -379,6 +381,7 @@ export class RequestHead {
     this.rejection = this.method = this.lengthField = this.codings = this.expect = "";
     this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = false;
+    this.refusal = undefined;
     this.content = NO_BYTES;
   }
 
@@ -734,17 +737,14 @@ class Content {
   private kept: Uint8Array = NO_BYTES;
 
   /** @throws Refusal if the content will not be read */
-  constructor(
-    private readonly connection: Connection,
-    private readonly refusal: Response | undefined, // of the method: it is told whatever the content is
-  ) {
+  constructor(private readonly connection: Connection) {
     const { head, server, at, to } = connection;
     this.deadline = server.now + server.limits.contentTimeoutMs;
     if (head.contentLength === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
-    if (head.contentLength > server.limits.contentBytesMax) this.refuse("content-too-large");
+    if (head.contentLength > server.limits.contentBytesMax) throw new Refusal("content-too-large");
     if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // an HTTP/1.0 peer cannot mean it
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
-    if (refusal !== undefined) throw new Refusal(refusal);
+    if (head.refusal !== undefined) throw new Refusal("expectation");
     if (at === to) server.output.append(CONTINUE);
   }
 
@@ -759,19 +759,19 @@ class Content {
       this.wireBytes += next - from;
       if (server.logFormat === "request" && this.logged.length < LOGGED_BYTES_MAX)
         this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LOGGED_BYTES_MAX);
-      if (decoder && decoder.announced > server.limits.contentBytesMax) this.refuse("content-too-large");
-      if (decoder?.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
-      if (decoder?.fault) this.refuse(decoder.fault);
+      if (decoder && decoder.announced > server.limits.contentBytesMax) throw new Refusal("content-too-large");
+      if (decoder?.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) throw new Refusal("trailer-forbidden");
+      if (decoder?.fault) throw new Refusal(decoder.fault);
       if (RESPOND_NEEDS_CONTENT) this.keep(bytes.subarray(from, decoder?.contentTo ?? next));
       const isDone = this.wireBytes === head.contentLength || decoder?.state === "done";
       if (next > from) trace?.complete(isDone ? "content complete" : "content");
       if (isDone) return true;
     }
     head.keep();
-    if (outcome === "end") this.refuse("incomplete");
+    if (outcome === "end") throw new Refusal("incomplete");
     if (outcome === "gone") throw GONE;
     if (outcome === "late") {
-      if (this.wireBytes < this.wireBytesDue) this.refuse("timeout");
+      if (this.wireBytes < this.wireBytesDue) throw new Refusal("timeout");
       this.wireBytesDue = this.wireBytes + CONTENT_PART_BYTES_MIN;
       this.deadline = server.now + server.limits.contentTimeoutMs;
     }
@@ -781,10 +781,6 @@ class Content {
   release(): void {
     this.connection.server.waitingBytes -= this.kept.length;
     this.kept = NO_BYTES;
-  }
-
-  private refuse(rejection: Rejection): never {
-    throw new Refusal(this.refusal ?? responseTo(rejection));
   }
 
   private keep(more: Uint8Array): void {
@@ -1216,7 +1212,7 @@ export class Server {
   admit(connection: Connection): void {
     const excess = this.connections.size - this.limits.connectionsMax;
     if (excess > this.refusedConnectionsMax) connection.abort();
-    else if (excess > 0) throw new Refusal(responseTo("too-many-connections"));
+    else if (excess > 0) throw new Refusal("too-many-connections");
   }
 
   /** Ends the steps that are late, and sets the Date, for all connections at once. */
