@@ -29,20 +29,29 @@ export const VERSION = "0.1.0";
 
 /** The limits that an operator may want to change: default, meaning for `--help`, and the reason for the number. */
 const BOUNDS = {
-  // Ten thousand idle peers must leave room for others. Each costs 1 to 2 KiB here, and some more in the kernel.
+  /** Ten thousand idle peers must leave room for others. Each costs 1 to 2 KiB here, and some more in the kernel. */
   connectionsMax: [16_384, "connections at once, lowered to what ulimit -n allows; above it: 503"],
-  headBytesMax: [32_768, "bytes of a request head, and of a trailer section"], // nginx: 4 buffers of 8 KiB
-  requestTargetBytesMax: [8000, "bytes of a request-target"], // RFC 9112 §3: at least 8,000; browsers send less
-  fieldLinesMax: [100, "field-lines of a head, and of a trailer section"], // browsers send 20, proxies 50; Apache: 100
-  contentBytesMax: [1_048_576, "bytes of a request's content"], // text mode ignores it; nginx's default is the same
-  chunkExtensionBytesMax: [4096, "chunk-extension bytes allowed beyond the size of the content"], // RFC 9112 §7.1.1
-  // One read may bring 512 KiB, and each peer that does not read can leave that much buffered.
+  /** The whole head, from the request-line to the empty line. nginx takes as much (4 buffers of 8 KiB). */
+  headBytesMax: [32_768, "bytes of a request head, and of a trailer section"],
+  /** RFC 9112 §3 asks for at least 8,000. Browsers and proxies send less. */
+  requestTargetBytesMax: [8000, "bytes of a request-target"],
+  /** Browsers send some 20 field-lines, chains of proxies 50. Apache's limit is 100 too. */
+  fieldLinesMax: [100, "field-lines of a head, and of a trailer section"],
+  /** Text mode ignores content, so this only bounds wasted reading. nginx's default is the same. */
+  contentBytesMax: [1_048_576, "bytes of a request's content"],
+  /** RFC 9112 §7.1.1 asks for a limit on the total in a message. Hardly anyone sends any. */
+  chunkExtensionBytesMax: [4096, "chunk-extension bytes allowed beyond the size of the content"],
+  /** One read may bring 512 KiB, and each peer that does not read can leave that much buffered. */
   waitingBytesMax: [268_435_456, "bytes buffered for all peers together; a peer that exceeds it is disconnected"],
-  // For a whole head, not for each byte, so that sending it slowly gains nothing ("slowloris").
+  /** For a whole head, not for each byte, so that sending it slowly gains nothing ("slowloris"). */
   headTimeoutMs: [10_000, "ms for a whole request head, and until the first byte of a connection"],
-  idleTimeoutMs: [60_000, "ms between two requests"], // browsers reuse a connection for about 15 s
-  contentTimeoutMs: [10_000, "ms in which 5000 more bytes of the content, or its end, must arrive"], // 500 a second
-  writeTimeoutMs: [30_000, "ms in which a peer must take some of its answer"], // after that, it has gone
+  /** Between two requests. Browsers reuse a connection for about 15 s. */
+  idleTimeoutMs: [60_000, "ms between two requests"],
+  /** Each interval must deliver 5,000 bytes or complete the content: with the default, 500 bytes a second. */
+  contentTimeoutMs: [10_000, "ms in which 5000 more bytes of the content, or its end, must arrive"],
+  /** A peer that takes no byte of its answer for so long has gone. */
+  writeTimeoutMs: [30_000, "ms in which a peer must take some of its answer"],
+  /** After SIGTERM, requests in flight get this long. */
   graceMs: [10_000, "ms for requests in flight when told to stop"],
 } as const satisfies Record<string, readonly [value: number, meaning: string]>;
 
