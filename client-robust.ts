@@ -761,7 +761,8 @@ export class ChunkedDecoder {
 
   /** Takes chunk-data, and the CRLF behind it once both of its bytes are there. */
   private takeData(bytes: Uint8Array, from: number, to: number): number {
-    const end = (this.contentTo = Math.min(to, from + this.left));
+    const end = Math.min(to, from + this.left);
+    this.contentTo = end;
     this.left -= end - from;
     if (this.left > 0 || end === to) return end;
     const isWhole = end + 1 < to;

@@ -63,7 +63,7 @@ export const LIMITS = Object.freeze(
   Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // nor does fromEntries
 );
 
-const REFUSED_CONNECTIONS_MAX = 256; // Above the limit so many still get a 503, so that a proxy learns of it.
+const REFUSED_CONNECTIONS_MAX = 256; // So many above the limit get a 503, so that a proxy knows; in a flood, nobody.
 const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is skipped. Old clients send one.
 const LONG_HEAD_BYTES = 1024; // A longer head is parsed again only now and then: see readHead.
 const CONTENT_PART_BYTES_MIN = 5000; // The least that must arrive within each content timeout.
@@ -686,7 +686,8 @@ export class ChunkedDecoder {
 
   /** Takes chunk-data, and the CRLF behind it once both of its bytes are there. */
   private takeData(bytes: Uint8Array, from: number, to: number): number {
-    const end = (this.contentTo = Math.min(to, from + this.left));
+    const end = Math.min(to, from + this.left);
+    this.contentTo = end;
     this.left -= end - from;
     if (this.left > 0 || end === to) return end;
     const isWhole = end + 1 < to;
@@ -751,7 +752,7 @@ class Content {
     this.deadline = server.now + server.limits.contentTimeoutMs;
     if (head.contentLength === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
     if (head.contentLength > server.limits.contentBytesMax) throw new Refusal("content-too-large");
-    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // an HTTP/1.0 peer cannot mean it
+    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // in HTTP/1.0 it is ignored
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
     if (head.refusal !== undefined) throw new Refusal("expectation");
     if (at === to) server.output.append(CONTINUE);
@@ -917,10 +918,9 @@ function formatAccessLog({ text }: RequestHead, address: string, status: number,
   const [, day, month, year, time] = new Date().toUTCString().split(" ");
   const [requestLine] = text.trimStart().split("\r", 1);
   // A map of all fields would take two fifths of the CPU of such a request.
-  const valueOf = (line: RegExp) => trimOws(line.exec(text)?.[1] ?? "");
-  const [referer, userAgent] = [valueOf(/\nreferer:(.*)/i), valueOf(/\nuser-agent:(.*)/i)];
-  const about = `${inQuotes(requestLine)} ${status} ${bytes} ${inQuotes(referer)} ${inQuotes(userAgent)}`;
-  return `${address} - - [${day}/${month}/${year}:${time} +0000] ${about}\n`;
+  const quoted = (line: RegExp) => inQuotes(trimOws(line.exec(text)?.[1] ?? ""));
+  const about = `${quoted(/\nreferer:(.*)/i)} ${quoted(/\nuser-agent:(.*)/i)}`;
+  return `${address} - - [${day}/${month}/${year}:${time} +0000] ${inQuotes(requestLine)} ${status} ${bytes} ${about}\n`;
 }
 
 // ═══ 7 Text mode ═════════════════════════════════════════════════════════════════════════════════
@@ -945,7 +945,7 @@ export function respond(request: RequestHead, site: TextSite): Response {
   return request.method === "OPTIONS" ? site.options : site.text;
 }
 
-/** The one answer of text mode, formatted once. */
+/** The answers of text mode, formatted once. */
 export class TextSite extends Site {
   readonly text: Response;
 
