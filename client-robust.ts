@@ -765,9 +765,9 @@ export class ChunkedDecoder {
     this.contentTo = end;
     this.left -= end - from;
     if (this.left > 0 || end === to) return end;
-    const isWhole = end + 1 < to;
-    if (bytes[end] !== CR || (isWhole && bytes[end + 1] !== LF)) return this.fail("chunk-data", end);
-    if (!isWhole) return end;
+    const isCrlf = bytes[end] === CR && (end + 1 === to || bytes[end + 1] === LF);
+    if (!isCrlf) return end > from ? end : this.fail("chunk-data", end); // what came before it counts
+    if (end + 1 === to) return end;
     this.state = "line";
     return end + 2;
   }

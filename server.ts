@@ -355,7 +355,7 @@ const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
 const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i;
 /** Codings that are not implemented, and after them chunked, last and once. */
 const OTHER_CODINGS = /^[\t ]*(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked[\t ]*\r\n$/i;
-const [HTAB, SP, COLON, PERCENT, SLASH] = [0x09, 0x20, 0x3a, 0x25, 0x2f];
+const [SP, COLON, PERCENT, SLASH] = [0x20, 0x3a, 0x25, 0x2f];
 const CHUNKED = -1; // as a length of content: the chunked transfer coding marks its end
 
 /** A request head. Positions are indexes into `bytes`. Texts are made only when they are asked for. */
@@ -363,7 +363,7 @@ export class RequestHead {
   bytes: Uint8Array = NO_BYTES;
   from = 0;
   to = 0; // behind the head; if it was refused or is incomplete, behind the part that is kept for the log
-  rejection: Rejection | "" = ""; // why a byte does not fit that would fit elsewhere
+  rejection: Rejection = "request-line"; // of the first byte that does not fit
   hasBegun = false; // a byte of the request has come; an empty line before it does not count
   method: Method = "";
   targetFrom = 0;
@@ -387,7 +387,7 @@ export class RequestHead {
     this.bytes = bytes;
     this.from = from;
     this.to = to;
-    this.rejection = this.method = this.lengthField = this.codings = this.expect = "";
+    this.method = this.lengthField = this.codings = this.expect = "";
     this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = false;
     this.refusal = undefined;
@@ -451,7 +451,7 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   const isTooLarge = misfit - from >= headBytesMax;
   if (misfit === to && !isTooLarge) return -1;
   head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  if (!isTooLarge) return head.rejection || explainMisfit(head, bytes, misfit);
+  if (!isTooLarge) return head.rejection;
   // RFC 9112 §3: a method longer than any that is implemented gets 501.
   const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
   return isMethod ? "method-unknown" : "head-too-large";
@@ -467,7 +467,7 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
   // RFC 9112 §2.2: a server should skip an empty line before the request-line.
   let at = from;
   for (let emptyLines = 1; bytes[at] === CR; emptyLines++, at += 2) {
-    if (bytes[at + 1] !== LF) return ~(at + 1);
+    if (bytes[at + 1] !== LF) return misfits(head, "bare-cr", at + 1);
     if (emptyLines > EMPTY_LINES_MAX) return misfits(head, "empty-lines", at);
   }
   head.hasBegun = at < to;
@@ -475,7 +475,7 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
   // RFC 9112 §3: request-line = method SP request-target SP HTTP-version; exactly one SP, no other white space.
   const methodFrom = at;
   at = skipWhile(TCHAR, bytes, at, to);
-  if (at === methodFrom || bytes[at] !== SP) return ~at;
+  if (at === methodFrom || bytes[at] !== SP) return breaksLine(head, "request-line", at);
   head.method = recogniseMethod(bytes, methodFrom, at);
   head.targetFrom = ++at;
   for (;;) {
@@ -485,15 +485,17 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
       return misfits(head, "request-target-too-long", head.targetFrom + head.limits.requestTargetBytesMax);
     if (bytes[at] !== PERCENT) break;
     // RFC 3986 §2.1: pct-encoded = "%" HEXDIG HEXDIG. Decoders differ on anything else: refuse it.
-    if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return ~(at + 1);
-    if (HEXDIG[byteAt(bytes, at + 2)] !== 1) return ~(at + 2);
+    if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return misfits(head, "request-target", at + 1);
+    if (HEXDIG[byteAt(bytes, at + 2)] !== 1) return misfits(head, "request-target", at + 2);
     at += 3;
   }
-  if (at === head.targetFrom || bytes[at] !== SP) return ~at;
+  if (at === head.targetFrom || bytes[at] !== SP)
+    return breaksLine(head, byteAt(bytes, at) > 0x7e ? "request-target-byte" : "request-line", at);
   head.targetTo = at++;
   for (let i = 0; i < VERSION_LINE_END.length; i++, at++) {
     const expected = VERSION_LINE_END.charCodeAt(i);
-    if (expected === 0x44 ? DIGIT[byteAt(bytes, at)] !== 1 : bytes[at] !== expected) return ~at;
+    if (expected === 0x44 ? DIGIT[byteAt(bytes, at)] !== 1 : bytes[at] !== expected)
+      return expected === LF ? misfits(head, "bare-cr", at) : breaksLine(head, "request-line", at);
   }
   // RFC 9110 §2.5: a higher minor version is read as ours; another major one is another protocol.
   if (bytes[at - 5] !== 0x31) return misfits(head, "http-version", at - 1);
@@ -503,14 +505,16 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
   for (let fieldLines = 1; bytes[at] !== CR; fieldLines++, at += 2) {
     const nameFrom = at;
     const nameTo = (at = skipWhile(TCHAR, bytes, at, to));
-    if (at === nameFrom || bytes[at] !== COLON) return ~at;
+    // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
+    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfits(head, "obs-fold", at);
+    if (at === nameFrom || bytes[at] !== COLON) return breaksLine(head, "field-line", at);
     if (fieldLines > head.limits.fieldLinesMax) return misfits(head, "too-many-fields", at);
     at = skipWhile(FIELD_CONTENT, bytes, at + 1, to);
-    if (bytes[at] !== CR) return ~at;
-    if (bytes[at + 1] !== LF) return ~(at + 1);
+    if (bytes[at] !== CR) return breaksLine(head, "field-value", at);
+    if (bytes[at + 1] !== LF) return misfits(head, "bare-cr", at + 1);
     noteField(head, bytes, nameFrom, nameTo, at);
   }
-  return bytes[at + 1] === LF ? at + 2 : ~(at + 1);
+  return bytes[at + 1] === LF ? at + 2 : misfits(head, "bare-cr", at + 1);
 }
 
 function misfits(head: RequestHead, rejection: Rejection, at: number): number {
@@ -518,19 +522,9 @@ function misfits(head: RequestHead, rejection: Rejection, at: number): number {
   return ~at;
 }
 
-/** Why the byte at this index does not fit. */
-function explainMisfit(head: RequestHead, bytes: Uint8Array, at: number): Rejection {
-  const byte = byteAt(bytes, at);
-  if (at > head.from && bytes[at - 1] === CR) return "bare-cr";
-  const isInTarget = head.targetFrom > 0 && head.targetTo === 0;
-  if (isInTarget && (bytes[at - 1] === PERCENT || bytes[at - 2] === PERCENT)) return "request-target";
-  if (byte === LF) return "bare-lf";
-  if (isInTarget && byte > 0x7e) return "request-target-byte";
-  const lineFrom = bytes.lastIndexOf(LF, at - 1) + 1;
-  if (head.targetTo === 0 || lineFrom < head.targetTo) return "request-line";
-  if (at === lineFrom && (byte === SP || byte === HTAB)) return "obs-fold"; // RFC 9112 §5.2; of the first line: §2.2
-  return bytes.subarray(lineFrom, at).includes(COLON) ? "field-value" : "field-line";
-}
+/** The same inside a line, where LF would end it without CR. */
+const breaksLine = (head: RequestHead, rejection: Rejection, at: number) =>
+  misfits(head, head.bytes[at] === LF ? "bare-lf" : rejection, at);
 
 /** Methods are case-sensitive (RFC 9110 §9.1). */
 function recogniseMethod(bytes: Uint8Array, from: number, to: number): Method {
@@ -690,9 +684,9 @@ export class ChunkedDecoder {
     this.contentTo = end;
     this.left -= end - from;
     if (this.left > 0 || end === to) return end;
-    const isWhole = end + 1 < to;
-    if (bytes[end] !== CR || (isWhole && bytes[end + 1] !== LF)) return this.fail("chunk-data", end);
-    if (!isWhole) return end;
+    const isCrlf = bytes[end] === CR && (end + 1 === to || bytes[end + 1] === LF);
+    if (!isCrlf) return end > from ? end : this.fail("chunk-data", end); // what came before it counts
+    if (end + 1 === to) return end;
     this.state = "line";
     return end + 2;
   }
