@@ -730,8 +730,7 @@ export class ChunkedDecoder {
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
-    /** A user agent reads obs-fold as SP (RFC 9112 §5.2), and white space behind a chunk-size; a server refuses both. */
-    private readonly isUserAgent: boolean,
+    private readonly isUserAgent: boolean, // a server refuses obs-fold (§5.2), and white space behind a chunk-size
   ) {}
 
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
@@ -753,9 +752,7 @@ export class ChunkedDecoder {
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
-    this.fault = isTrailer
-      ? this.takeTrailerLine(latin1(bytes, from, end))
-      : this.takeChunkLine(bytes, from, sizeTo, end);
+    this.fault = isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
     return end + 2;
   }
 
@@ -789,7 +786,8 @@ export class ChunkedDecoder {
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(line: string): ChunkedFault | "" {
+  private takeTrailerLine(bytes: Uint8Array, from: number, end: number): ChunkedFault | "" {
+    const line = latin1(bytes, from, end);
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
     const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);

@@ -606,9 +606,8 @@ function decideFraming(head: RequestHead): Rejection | "" {
 }
 
 /** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
-function checkExpect({ expect }: RequestHead): Rejection | "" {
-  return expect === "" || /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i.test(expect) ? "" : "expectation";
-}
+const checkExpect = ({ expect }: RequestHead): Rejection | "" =>
+  expect === "" || /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i.test(expect) ? "" : "expectation";
 
 // ═══ 5 Content ═══════════════════════════════════════════════════════════════════════════════════
 
@@ -649,8 +648,7 @@ export class ChunkedDecoder {
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
-    /** A user agent reads obs-fold as SP (RFC 9112 §5.2), and white space behind a chunk-size; a server refuses both. */
-    private readonly isUserAgent: boolean,
+    private readonly isUserAgent: boolean, // a server refuses obs-fold (§5.2), and white space behind a chunk-size
   ) {}
 
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
@@ -672,9 +670,7 @@ export class ChunkedDecoder {
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
-    this.fault = isTrailer
-      ? this.takeTrailerLine(latin1(bytes, from, end))
-      : this.takeChunkLine(bytes, from, sizeTo, end);
+    this.fault = isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
     return end + 2;
   }
 
@@ -708,7 +704,8 @@ export class ChunkedDecoder {
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(line: string): ChunkedFault | "" {
+  private takeTrailerLine(bytes: Uint8Array, from: number, end: number): ChunkedFault | "" {
+    const line = latin1(bytes, from, end);
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
     const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
@@ -738,7 +735,6 @@ class Content {
   deadline: number;
   private wireBytesDue = CONTENT_PART_BYTES_MIN; // so many must have come by then
   private readonly decoder: ChunkedDecoder | undefined;
-  private kept: Uint8Array = NO_BYTES;
 
   /** @throws Refusal if the content will not be read */
   constructor(private readonly connection: Connection) {
@@ -783,16 +779,15 @@ class Content {
   }
 
   release(): void {
-    this.connection.server.waitingBytes -= this.kept.length;
-    this.kept = NO_BYTES;
+    this.connection.server.waitingBytes -= this.connection.head.content.buffer.byteLength;
   }
 
+  /** Keeps a part of the content behind the others, in a buffer with room for more. It counts until it is released. */
   private keep(more: Uint8Array): void {
     const { server, head } = this.connection;
-    const { length } = head.content;
-    const kept = appended(this.kept, length, more);
-    server.waitingBytes += kept.length - this.kept.length;
-    this.kept = kept;
+    const { buffer, length } = head.content;
+    const kept = appended(new Uint8Array(buffer), length, more);
+    server.waitingBytes += kept.length - buffer.byteLength;
     head.content = kept.subarray(0, length + more.length);
     if (server.waitingBytes <= server.limits.waitingBytesMax) return;
     this.connection.abort();
