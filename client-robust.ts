@@ -1385,9 +1385,7 @@ class Trace {
     this.flush();
     const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
     const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
-      '\r\n\t"\\'.includes(character)
-        ? JSON.stringify(character).slice(1, -1)
-        : `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`,
+      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escapeByte(character),
     );
     this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
   }
