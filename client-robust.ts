@@ -55,8 +55,7 @@ export const DEFAULTS = Object.freeze({
 export interface Request {
   readonly method: string;
   readonly url: URL;
-  /** The user's field-lines. They replace those of the same name that would be sent otherwise. */
-  readonly fields: readonly (readonly [name: string, value: string])[];
+  readonly fields: readonly (readonly [name: string, value: string])[]; // the user's: each replaces ours of that name
   readonly content: readonly Blob[]; // read again for each attempt; no Blob, no content
 }
 
@@ -89,10 +88,8 @@ export const NOTHING: Held = Object.freeze({ bytes: 0, ...NAMELESS, total: undef
 interface Sink {
   readonly found: Held; // what an earlier run has left, to be continued
   write(content: Uint8Array, held: Held): Promise<void>;
-  /** The content is whole and verified. @returns what the user should know about it, or "" */
-  finish(held: Held): Promise<string>;
-  /** Called last, whatever happened. @returns how to continue, or "" */
-  close(held: Held): string | Promise<string>;
+  finish(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
+  close(held: Held): string | Promise<string>; // called last, whatever happened. Returns how to continue, or ""
   start?(head: ResponseHead): void; // the content of this response follows, from its first byte on
   digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
@@ -102,9 +99,7 @@ interface Sink {
 
 /** What the command line says: parseCommandLine has the fields, and what they mean. */
 type Options = Readonly<ReturnType<typeof parseCommandLine>["options"]>;
-export interface Job extends Options {
-  readonly canStartOver: boolean; // the content held can be deleted; output on stdout cannot
-}
+export type Job = Options & { readonly canStartOver: boolean }; // false on stdout: what is held cannot be deleted
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -136,6 +131,7 @@ export type Outcome = keyof typeof EXIT_CODES;
 
 /** A transfer that failed: `outcome` says how, the message says it in a line. */
 export class TransferError extends Error {
+  readonly outcome: Outcome;
   readonly retryAfterMs: number = 0; // RFC 9110 §10.2.3: no attempt before this wait
   readonly isFinal: boolean = false; // another attempt cannot help, though the outcome alone would not say so
   readonly isQuiet: boolean = false; // no line on stderr: `| head` has what it wanted
@@ -143,18 +139,14 @@ export class TransferError extends Error {
   readonly refusesRest: boolean = false; // a request for the rest got an answer of no use: the whole may still be had
   readonly spoils: boolean = false; // the content held may be wrong
 
-  constructor(
-    readonly outcome: Outcome,
-    message: string,
-    more: Partial<Omit<TransferError, "outcome" | keyof Error>> = {},
-  ) {
+  constructor(outcome: Outcome, message: string, more: Partial<Omit<TransferError, "outcome" | keyof Error>> = {}) {
     super(message);
+    this.outcome = outcome;
     Object.assign(this, more);
   }
 }
 
-/** What Bun and node:fs throw. */
-type SystemError = Error & { code?: string; syscall?: string; path?: string };
+type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
 /** Turns everything that is thrown into a TransferError. Only calls of node:fs get this far with another error. */
 export function asTransferError(error: unknown): TransferError {
@@ -176,9 +168,9 @@ function tellFailure(error: unknown): number {
 
 /**
  * The heart: one request, one response, from connect to close.
- * @returns nothing if the response is whole and delivered, the redirect that it is, or why the transfer failed
+ * @returns nothing if the response is whole and delivered, the request that it redirects to, or why the transfer failed
  */
-export async function transfer(session: Session): Promise<undefined | Redirect | TransferError> {
+export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
   const { delivery, request, trace } = session;
   let connection: Connection | undefined;
   try {
@@ -188,7 +180,7 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
     trace?.complete("head");
     if (head.framing !== "close") connection.stopWatching();
     const verdict = beginResponse(head, session);
-    if (verdict.action === "redirect") return verdict;
+    if (verdict.action === "redirect") return redirect(request, verdict);
     if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
     for await (const content of receiveContent(connection, head.framing, rest)) {
@@ -202,9 +194,7 @@ export async function transfer(session: Session): Promise<undefined | Redirect |
     if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
     return undefined;
   } catch (error) {
-    const failure = asTransferError(error);
-    if (failure.spoils) delivery.discard();
-    return failure;
+    return asTransferError(error);
   } finally {
     connection?.close();
   }
@@ -239,20 +229,18 @@ const isForRest = ({ job, delivery: { held }, request, asksForWhole }: Session) 
   held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
 
 /** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
-function beginResponse(head: ResponseHead, session: Session): Exclude<Verdict, TransferError> {
+function beginResponse(head: ResponseHead, session: Session): Verdict {
   const { job, delivery, request } = session;
   const { held } = delivery;
   if (job.isVerbose) tellHead("< ", head.text);
   const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
   const asked = { method: request.method, resource: resourceOf(request.url), hasRange: isForRest(session), isLastTry };
   const verdict = judgeHead(head, held, job, asked);
-  if (verdict instanceof TransferError) throw verdict;
   delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
   if (verdict.action !== "deliver") return verdict;
-  if (held.bytes > 0 && verdict.held.bytes === 0 && job.keepsOnlyContent && !job.isSilent) {
+  if (held.bytes > 0 && verdict.held.bytes === 0 && !job.isSilent) {
     session.progress.clear();
-    const why = held.validator === "" ? "nothing tells whether the content has changed" : "the content has changed";
-    tell(`Starting over: ${why}`);
+    tell(`Starting over: ${held.validator === "" ? "nothing tells whether " : ""}the content has changed`);
   }
   delivery.start(head, verdict);
   return verdict;
@@ -270,8 +258,8 @@ function beginSession(job: Job, sink: Sink, clock: Clock) {
     first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
     request: job.request, // the last request
     asksForWhole: false, // the next request is for the whole, though something is held
-    wasSent: false, // a request has been sent, in part at least
-    failures: 0, // attempts in a row that have failed and brought no new data
+    wasSent: false, // a request may have reached the server
+    failures: 0, // attempts in a row that have failed and brought no new data, the last one included
   };
 }
 
@@ -298,8 +286,7 @@ async function download(job: Job, sink: Sink, clock: Clock): Promise<number> {
 
 /** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
 function keepPartOnSignals({ delivery, progress }: Session): void {
-  // A signal that is ignored from the start, as by nohup, stays so: bit 0 is signal 1. Only Linux tells; elsewhere SIGHUP
-  // is left alone.
+  // Signals ignored from the start (nohup) stay so: bit 0 is signal 1. Only Linux tells; else SIGHUP is left alone.
   const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
   const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
   for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
@@ -323,13 +310,9 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
   for (let redirects = 0; redirects <= LIMITS.redirectsMax; redirects++) {
     const ending = await transfer(session);
     if (ending === undefined || ending instanceof TransferError) return ending;
-    const url = URL.parse(ending.location, session.request.url);
-    if (url === null || !isSpoken(url))
-      return new TransferError("url", `cannot follow the redirect to ${ending.location}`);
-    const next = redirect(session.request, ending.status, url);
     // RFC 9110 §15.4.4: the first request has been carried out, and a retry repeats the GET alone.
-    if (next.method !== session.request.method) session.first = next;
-    session.request = next;
+    if (ending.method !== session.request.method) session.first = ending;
+    session.request = ending;
   }
   return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
 }
@@ -337,10 +320,11 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
   const { job, delivery, clock, progress, wasSent, request } = session;
-  const { isPart, refusesRest } = failure;
+  const { isPart, refusesRest, spoils } = failure;
+  if (spoils) delivery.discard();
   session.failures = delivery.takeProgress() ? Number(!isPart) : session.failures + Number(!refusesRest);
-  const attempt = { failure, method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
-  const decision = decideNext(attempt, delivery.held, job, Math.random);
+  const attempt = { method: request.method, wasSent, failures: session.failures, elapsedMs: clock.elapsedMs };
+  const decision = decideNext(failure, attempt, delivery.held, job, Math.random);
   progress.clear();
   delivery.sink.endLine?.();
   if (decision.action === "give-up") {
@@ -349,41 +333,33 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
   }
   session.asksForWhole = decision.asksForWhole;
   clock.before = `; before that, ${failure.message}`;
-  const seconds = (decision.afterMs / 1000).toFixed(1);
-  if (!job.isSilent && decision.afterMs < job.maxMs - clock.elapsedMs)
-    tell(`Retry in ${seconds} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(decision.afterMs);
+  const { afterMs } = decision;
+  if (!job.isSilent && afterMs < job.maxMs - clock.elapsedMs)
+    tell(`Retry in ${(afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
+  await Bun.sleep(afterMs);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
-// Two pure functions: `judgeHead` says what to do with a response once its head is here, `decideNext`
-// what to do after an attempt has failed.
+// Two pure functions: `judgeHead` is for a response whose head is here, `decideNext` for an attempt that has failed.
 
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
   | { readonly action: "complete" } // the bytes held are the whole content
   | { readonly action: "unchanged" } // the user has it already
-  | Redirect
-  | TransferError;
+  | Redirect;
 type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
 
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
 const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
-/** RFC 9110 §9.2.2: asking twice has the effect of asking once. */
-const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"];
+const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2: twice is as once
 
-/**
- * What to do with a response, where `held` is what we have.
- * @param asked `hasRange`: for the rest of `held`; `isLastTry`: an error page is shown instead of another try
- */
-export function judgeHead(
-  head: ResponseHead,
-  held: Held,
-  job: Job,
-  asked: { method: string; resource: string; hasRange: boolean; isLastTry: boolean },
-): Verdict {
+/** The request. `hasRange`: for the rest of what is held; `isLastTry`: show an error page instead of another try. */
+type Asked = { method: string; resource: string; hasRange: boolean; isLastTry: boolean };
+
+/** What to do with a response, where `held` is what we have. @throws TransferError if it is a failure */
+export function judgeHead(head: ResponseHead, held: Held, job: Job, asked: Asked): Verdict {
   const { status } = head;
   const [place = ""] = REDIRECT_STATUSES.includes(status) ? fieldValues(head, "location") : [];
   // Not every server encodes what is not ASCII. Its bytes are sent back as they came, whatever their charset.
@@ -393,60 +369,62 @@ export function judgeHead(
   const isOld = job.sinceMs !== undefined && parseHttpDate(singleValue(head, "last-modified")) <= job.sinceMs;
   const isUnchanged = status === 304 || (status === 200 && isOld);
   if (isUnchanged && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
-  const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
   if (status === 206 && asked.hasRange) return judgePart(head, held, job);
   if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  const isPending = status === 202 && onlyContentCounts && asked.method === "GET";
-  if ((isPending || TRANSIENT_STATUSES.includes(status)) && !asked.isLastTry)
-    return new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
+  const [isGet, onlyContentCounts] = [asked.method === "GET", job.keepsOnlyContent || held.bytes > 0];
+  const isTransient = TRANSIENT_STATUSES.includes(status);
+  if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !asked.isLastTry)
+    throw new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
+  // Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205
+  // or 207 is about something else. To another method any 2xx does.
+  const hasContent = isGet ? [200, 203, 206].includes(status) : status >= 200 && status < 300;
+  if (!onlyContentCounts || hasContent) return judgeWhole(head, held, job, asked);
   const advice = location === "" ? "" : `; -L follows it to ${location}`;
   // Some servers answer so to a Range that they do not like, or that the file has become too short for.
-  const refusesRest = asked.hasRange && status >= 400 && (status === 500 || !TRANSIENT_STATUSES.includes(status));
-  if (onlyContentCounts && !hasContent(head, asked.method))
-    return new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
-  return judgeWhole(head, held, job, asked.method === "GET", asked.resource);
+  const refusesRest = asked.hasRange && status >= 400 && (status === 500 || !isTransient);
+  throw new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, job: Job, isGet: boolean, resource: string): Verdict {
-  const onlyContentCounts = job.keepsOnlyContent || held.bytes > 0;
-  const stated = onlyContentCounts && (isGet || head.status === 206) ? rangesOfWhole(head) : [];
-  const length = typeof head.framing === "number" ? head.framing : stated[0];
-  for (const complete of stated)
-    if (complete !== length)
-      return new TransferError("range", "the server sent a part of the content as if it were the whole");
-  if (length !== undefined && length > job.sizeMax) return tooLarge(job);
-  const isNamed = isGet && (head.status === 200 || (head.status === 206 && stated.length > 0));
+function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource }: Asked): Verdict {
+  const [isGet, onlyContentCounts] = [method === "GET", job.keepsOnlyContent || held.bytes > 0];
+  // Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
+  // so, and their content is the part that the field says; others send 206 unasked.
+  const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
+  const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
+  const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
+  const isPart = ranges.some(({ first, last, complete }) => first > 0 || last + 1 !== complete || complete !== length);
+  if (isPart || (onlyContentCounts && head.status === 206 && ranges.length === 0))
+    throw new TransferError("range", "the server sent a part of the content as if it were the whole");
+  if (length !== undefined && length > job.sizeMax) throw tooLarge(job);
+  const isNamed = isGet && (head.status === 200 || (head.status === 206 && onlyContentCounts));
   const version = { ...versionOf(head), resource, ...(isNamed ? {} : { validator: "" }) };
-  // What an earlier response said of this version still holds: its length, if this one does not tell any.
-  const total = length ?? held.total;
-  const isSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
-  const isNamedSame = isSame && agrees(head, held);
-  if (held.bytes > 0 && (isNamedSame || job.hasSha256) && total === (held.total ?? total))
+  const isNamedSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
+  const isSame = isNamedSame && agrees(head, held);
+  const total = length ?? held.total; // what an earlier response said of this version still holds
+  if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
-  if (held.bytes > 0 && !job.canStartOver) return new TransferError("partial", changed, { isFinal: true });
-  const fresh = { ...version, bytes: 0, total: isNamedSame ? total : length };
+  if (held.bytes > 0 && !job.canStartOver) throw new TransferError("partial", changed, { isFinal: true });
+  const fresh = { ...version, bytes: 0, total: isSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
-  const [total, length] = [complete ?? held.total, last + 1 - first];
+  const total = complete ?? held.total;
   const fits =
-    // Caches that work in blocks begin earlier: bytes that are held already are passed over.
-    first <= resumeFrom(held) &&
-    // RFC 9110 §15.3.7: it may be less than what was asked for; the next attempt gets the rest.
-    last >= resumeFrom(held) &&
+    first <= resumeFrom(held) && // caches that work in blocks begin earlier: what is held already is passed over
+    last >= resumeFrom(held) && // RFC 9110 §15.3.7: it may be less than was asked for; the next attempt gets the rest
     total !== undefined &&
     last < total &&
     total === (held.total ?? total) &&
-    (typeof head.framing !== "number" || head.framing === length) &&
+    (typeof head.framing !== "number" || head.framing === last + 1 - first) &&
     (job.hasSha256 || agrees(head, held));
-  if (!fits) return misfit("the server sent another part than the one that is missing");
-  if (total > job.sizeMax) return tooLarge(job);
+  if (!fits) throw misfit("the server sent another part than the one that is missing");
+  if (total > job.sizeMax) throw tooLarge(job);
   return { action: "deliver", from: first, end: last + 1, held: { ...held, total } };
 }
 
@@ -456,7 +434,8 @@ function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
   const { validator } = versionOf(head);
   const isLength = Number(complete) === held.bytes && (held.total ?? held.bytes) === held.bytes;
   const isWhole = isLength && validator === held.validator && validator !== "";
-  return isWhole ? { action: "complete" } : misfit("the server has no such part");
+  if (!isWhole) throw misfit("the server has no such part");
+  return { action: "complete" };
 }
 
 const misfit = (message: string) => new TransferError("range", message, { refusesRest: true });
@@ -464,31 +443,10 @@ const tooLarge = ({ sizeMax }: Job) => new TransferError("tooLarge", `the conten
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
-/**
- * Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205 or
- * 207 is about something else. To another method any 2xx does.
- */
-const hasContent = ({ status }: ResponseHead, method: string) =>
-  method === "GET" ? status === 200 || status === 203 || status === 206 : status >= 200 && status < 300;
-
 /** RFC 9110 §14.4: bytes first-last/complete. `complete` is undefined for "*"; what does not match is NaN, which fits nothing. */
 function parseContentRange(value: string): { first: number; last: number; complete: number | undefined } {
   const [, first, last, complete] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
   return { first: Number(first), last: Number(last), complete: complete === "*" ? undefined : Number(complete) };
-}
-
-/**
- * Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
- * so, and their content is the part that the field says; others send 206 unasked.
- * @returns for each range the length of the whole, or NaN if it is not the range of a whole, or a 206 has none
- */
-function rangesOfWhole(head: ResponseHead): number[] {
-  const lengths: number[] = [];
-  for (const value of fieldValues(head, "content-range")) {
-    const { first, last, complete } = parseContentRange(value);
-    if (/^bytes\b/i.test(value)) lengths.push(first === 0 && last + 1 === complete ? complete : Number.NaN);
-  }
-  return lengths.length === 0 && head.status === 206 ? [Number.NaN] : lengths;
 }
 
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of every version
@@ -518,12 +476,9 @@ const digestOf = (text: string) => text && new Bun.CryptoHasher("sha256").update
 export const resourceOf = ({ pathname, search }: URL) =>
   `${pathname}?${search && digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
 
-/**
- * No field of the response contradicts the version held. A 206 need not repeat the coding (RFC 9110 §15.3.7), but some
- * servers name two codings by one entity-tag.
- */
+/** No field of the response contradicts the version held. */
 const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
-  codingOf(head) === coding &&
+  codingOf(head) === coding && // a 206 may omit it (RFC 9110 §15.3.7), but some servers name two codings by one tag
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
   fieldValues(head, "last-modified").every((value) => lastModified === "" || value === lastModified);
 
@@ -533,52 +488,34 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
   return /^\d+$/.test(value) ? Number(value) * 1000 : Math.max(0, parseHttpDate(value) - now) || 0;
 }
 
-/** An attempt that has failed. */
-export interface Attempt {
-  readonly failure: TransferError;
-  readonly method: string;
-  readonly wasSent: boolean; // the request may have reached the server
-  readonly failures: number; // attempts in a row that have failed and brought no new data, this one included
-  readonly elapsedMs: number; // since the first attempt
-}
+/** An attempt that has failed, and the time since the first one began. */
+export type Attempt = Pick<Session, "wasSent" | "failures"> & { method: string; elapsedMs: number };
 
-/**
- * The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
- * just starting. "tls": the connection was lost during the handshake.
- */
+// The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
+// just starting. "tls": the connection was lost during the handshake.
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
 /** Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once. */
 const backoffMs = (failures: number, random: () => number) =>
   Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random() / 2);
 
-/**
- * What to do after an attempt that failed.
- *
- * | the failure | then |
- * | --- | --- |
- * | is none: the response was complete, but only a part of the missing bytes | ask for the next part at once |
- * | is that of a request for the rest, and the whole may be had | ask for the whole at once; this is no retry |
- * | is permanent (a certificate, 404, conflicting lengths, disk full) | give up |
- * | the method is not idempotent, and the request was sent | give up |
- * | no retries are left, or no time, or Retry-After is too long | give up |
- * | the content does not fit, or nothing names the version held | ask for the whole; on stdout it cannot always be used |
- * | anything else | continue after the bytes held |
- */
-export function decideNext(attempt: Attempt, held: Held, job: Job, random: () => number) {
-  const { failure, failures } = attempt;
+/** What to do after an attempt that failed: the first of these lines that applies decides. */
+export function decideNext(failure: TransferError, attempt: Attempt, held: Held, job: Job, random: () => number) {
+  const { method, wasSent, failures, elapsedMs } = attempt;
   const giveUp = (why: string) => ({ action: "give-up", why }) as const;
-  // RFC 9110 §15.3.7 allows it. If parts bring nothing new, it is a failure.
+  // RFC 9110 §15.3.7 allows parts of what is missing: the next is asked for at once. Without progress it is a failure.
   if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
-  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const;
+  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const; // no retry, either
+  // It is permanent: a certificate, 404, conflicting lengths, a full disk. Or the request must not be sent twice.
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
-  if (attempt.wasSent && !IDEMPOTENT_METHODS.includes(attempt.method)) return giveUp("");
+  if (wasSent && !IDEMPOTENT_METHODS.includes(method)) return giveUp("");
   if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
-  const leftMs = job.retryMaxMs - attempt.elapsedMs;
+  const leftMs = job.retryMaxMs - elapsedMs;
   if (leftMs <= 0) return giveUp("no time is left for another attempt");
   const { retryAfterMs } = failure;
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
     return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
+  // Continue after the bytes held; ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
   if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
   const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs(failures, random), leftMs));
@@ -587,40 +524,31 @@ export function decideNext(attempt: Attempt, held: Held, job: Job, random: () =>
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
 
-/**
- * The first byte to ask for. If all may be held already, it is the last byte held: past the end a server answers 416,
- * which need not name the version.
- */
+/** The first byte to ask for. If all may be held, it is the last one held: a 416 past the end names no version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
 const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
 
-/**
- * The head of the request as it goes over the wire (RFC 9112 §3), for the whole content or for the bytes after
- * `held`. Range (RFC 9110 §14.2) asks for the rest; If-Range (§13.1.5) makes it the whole if the version has changed.
- */
+/** The head of the request as it goes over the wire (RFC 9112 §3): for the whole, or for the bytes after `held`. */
 export function formatRequest(request: Request, held: Held): Uint8Array {
   const { method, url, fields, content } = request;
-  const defaults = [
+  const ours = [
     ["Host", url.host],
     ["User-Agent", `http-over-tcp/${VERSION}`],
     ["Accept", "*/*"],
     ["Accept-Encoding", "identity"], // RFC 9110 §12.5.3: without it any coding would be acceptable
     ["Want-Repr-Digest", "sha-256=10"], // RFC 9530 §4: then the content can be verified
     ["Content-Type", content.length === 0 ? "" : "application/x-www-form-urlencoded"],
-  ] as const;
-  const own = [
     ["Content-Length", content.length === 0 ? "" : `${contentLength(request)}`],
     ["Connection", "close"],
-    ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""],
-    ["If-Range", held.bytes > 0 ? held.validator : ""],
+    ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""], // RFC 9110 §14.2
+    ["If-Range", held.bytes > 0 ? held.validator : ""], // §13.1.5: the whole instead, if the version has changed
   ] as const;
   const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
   const target = url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, ""); // not pathname and search: they forget a "?" at the end
   let head = `${method} ${target} HTTP/1.1\r\n`;
-  for (const [name, value] of [...defaults.filter(([name]) => !isReplaced(name)), ...own, ...fields])
+  for (const [name, value] of [...ours.filter(([name]) => !isReplaced(name)), ...fields])
     if (value !== "") head += `${name}: ${value}\r\n`;
-  // Values may be any bytes but CTL; the command line has made them ISO 8859-1, one character a byte.
-  return toBytes(`${head}\r\n`);
+  return toBytes(`${head}\r\n`); // values may be any bytes but CTL: the command line has made them ISO 8859-1
 }
 
 /** The bytes of ISO 8859-1 text. (Buffer.from and Uint8Array.from take longer, the first time.) */
@@ -630,32 +558,25 @@ function toBytes(text: string): Uint8Array {
   return bytes;
 }
 
-/** Fields that only the first server may see, and fields about content that is not sent again. */
-const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i;
-const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i;
-
+const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i; // only the first server may see it
+const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i; // about content that is not sent again
 const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
 
-/** The request that a redirect asks for (RFC 9110 §15.4). */
-function redirect(request: Request, status: number, url: URL): Request {
-  const { method } = request;
+/** The request that a redirect asks for (RFC 9110 §15.4). @throws TransferError "url" */
+function redirect({ method, url: from, fields, content }: Request, { status, location }: Redirect): Request {
+  const url = URL.parse(location, from);
+  if (url === null || !isSpoken(url)) throw new TransferError("url", `cannot follow the redirect to ${location}`);
   const becomesGet = status === 303 ? method !== "HEAD" : method === "POST" && (status === 301 || status === 302);
-  const isElsewhere = url.origin !== request.url.origin;
   const isDropped = (name: string) =>
-    (isElsewhere && SECRET_FIELD.test(name)) || (becomesGet && CONTENT_FIELD.test(name));
-  const fields = request.fields.filter(([name]) => !isDropped(name));
-  const same = { ...request, url, fields };
-  return becomesGet ? { ...same, method: "GET", content: [] } : same;
+    (url.origin !== from.origin && SECRET_FIELD.test(name)) || (becomesGet && CONTENT_FIELD.test(name));
+  const kept = fields.filter(([name]) => !isDropped(name));
+  return becomesGet ? { method: "GET", url, fields: kept, content: [] } : { method, url, fields: kept, content };
 }
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
 
 /** Where a response comes from: a connection, or a test. */
-export interface Source {
-  /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
-  receive(): Promise<Uint8Array | undefined>;
-  readonly endsInOrder: boolean; // the peer has announced its end: the connection was not cut
-}
+export type Source = Pick<Connection, "receive" | "endsInOrder">;
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
@@ -812,47 +733,37 @@ const unparsable = (fault: string, details: ConstructorParameters<typeof Transfe
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 
-const EMPTY_LINE = /\n\r?\n/;
-
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
   let [text, passed] = ["", 0]; // all that has come, and how much of it is 1xx
   for (;;) {
     const bytes = await source.receive();
-    if (bytes === undefined) throw endOfHead(text.slice(passed), method, passed > 0);
+    if (bytes === undefined) {
+      parseResponseHead(text.slice(passed), method); // a line that is malformed is so whatever would have followed
+      if (text === "") throw new TransferError("empty", "the server closed the connection without an answer");
+      throw new TransferError("partial", "the response ends inside its head");
+    }
     const before = text.length;
     const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - before));
     text += piece;
     const fits = piece.length === bytes.length;
-    // Parsing starts at the head's first byte: at its start, when its first line has ended, and when an empty line has
-    // come. So a byte at a time stays cheap.
+    // Parsed anew only at the start, when the first line has ended, and at an empty line: a byte at a time is cheap.
     const isDue = () => !text.slice(passed, before).includes("\n") || EMPTY_LINE.test(text.slice(before - 2));
     if (before - passed > 7 && fits && !(piece.includes("\n") && isDue())) continue;
     for (let head; (head = parseResponseHead(text.slice(passed), method)) !== undefined;) {
       passed += head.text.length;
-      // RFC 9110 §15.2.2: 101 answers an Upgrade, and we sent none.
-      if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that");
+      if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that"); // RFC 9110 §15.2.2
       if (head.status >= 200) return { head, rest: bytes.subarray(passed - before) };
     }
     if (!fits) throw unparsable("the head is too large");
   }
 }
 
-/** What the end of the connection means inside a head. A CR inside the last line makes it malformed, not merely cut. */
-function endOfHead(text: string, method: string, isAfterInterim: boolean): TransferError {
-  parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
-  if (text.slice(text.lastIndexOf("\n") + 1, -1).includes("\r")) return unparsable(NO_FIELD_LINE);
-  if (text === "" && !isAfterInterim)
-    return new TransferError("empty", "the server closed the connection without an answer");
-  return new TransferError("partial", "the response ends inside its head");
-}
-
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
 const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
+const EMPTY_LINE = /\n\r?\n/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
-/** A field-line as some servers send it. NUL and CR stay refused: another reader may take them for an end. */
-const LOOSE_FIELD_LINE = /^([^:\0\r]*):[^\0\r]*$/;
-/** The fields that this client reads: their lines must be field-lines to the letter. */
+/** The fields that this client reads: their lines must be field-lines to the letter. Some servers send others. */
 const READ_STRICTLY =
   /^(content-(length|range|encoding)|transfer-encoding|etag|last-modified|date|location|retry-after|repr-digest)$/i;
 
@@ -863,38 +774,36 @@ const READ_STRICTLY =
  * @throws TransferError "unparsable"; it is final, unless the response is no HTTP at all
  */
 export function parseResponseHead(text: string, method: string): ResponseHead | undefined {
+  const end = EMPTY_LINE.exec(text);
+  const begun = end === null ? text : text.slice(0, end.index + 1);
+  // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
+  const [first = "", ...lines] = begun.split(/\r?\n/);
+  const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
+  const statusLine = STATUS_LINE.exec(first);
   // A response that does not start like one is refused before the end of its line has come.
-  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7));
-  let statusLine: RegExpExecArray | null = null;
+  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : statusLine !== null);
+  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {});
+  lines.pop(); // what is behind the last line end: a line that has not ended
+  if (isMalformed) throw unparsable(NO_FIELD_LINE);
+  if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   const fields = new Map<string, string[]>();
-  let [count, last]: [number, string[]] = [0, []];
-  for (let at = 0, lf = 0; isHttp && (lf = text.indexOf("\n", at)) >= 0; at = lf + 1) {
-    // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
-    const line = text.slice(at, text[lf - 1] === "\r" ? lf - 1 : lf);
-    if (statusLine === null) {
-      statusLine = STATUS_LINE.exec(line);
-      if (statusLine === null) break;
-      continue;
-    }
-    if (line === "") {
-      const [, minorVersion, status, reasonPhrase = ""] = statusLine;
-      const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, lf + 1) };
-      return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
-    }
+  let last: string[] | undefined;
+  for (const line of lines) {
     // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
     const isFold = /^[ \t]/.test(line);
-    const name = isFold ? undefined : LOOSE_FIELD_LINE.exec(line)?.[1]?.toLowerCase();
-    if (isFold && count > 0 && FIELD_LINE.test(`x:${line}`)) last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
+    const name = isFold ? undefined : /^([^:]*):/.exec(line)?.[1]?.toLowerCase();
+    if (isFold && last !== undefined && FIELD_LINE.test(`x:${line}`))
+      last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
     else if (name !== undefined && (FIELD_LINE.test(line) || !READ_STRICTLY.test(name.replace(/[^\w-]/g, "")))) {
       last = fields.get(name) ?? [];
       fields.set(name, last);
       last.push(trimOws(line.slice(name.length + 1)));
     } else throw unparsable(NO_FIELD_LINE);
-    if (++count > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   }
-  if (!isHttp || (statusLine === null && text.includes("\n")))
-    throw unparsable("its first line is not a status-line of HTTP/1", {});
-  return undefined;
+  if (end === null || statusLine === null) return undefined;
+  const [, minorVersion, status, reasonPhrase = ""] = statusLine;
+  const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, end.index + end[0].length) };
+  return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
 }
 
 const fieldValues = ({ fields }: Pick<ResponseHead, "fields">, name: string) => fields.get(name) ?? [];
@@ -926,43 +835,35 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 
 /** Where the content of a response ends: RFC 9112 §6.3, item by item. @throws TransferError "unparsable" */
 export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boolean, method: string): Framing {
-  // Item 1: never any content, whatever the fields say.
+  // Item 1: never any content, whatever the fields say. Item 2 is about CONNECT, which this client does not send.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
-  // Item 2 is about CONNECT, which this client does not send.
   const codings = fieldValues(head, "transfer-encoding");
   const lengths = fieldValues(head, "content-length");
   if (codings.length > 0) {
-    // Item 3: both present is an attempt at smuggling or at splitting.
+    // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
     if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
-    // §6.1: an HTTP/1.0 server cannot know it: its framing is faulty.
     if (isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
     // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
     if (!/^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","))) throw unparsable("its transfer coding is not chunked");
     return "chunked";
   }
-  // Item 8: no length at all: until the connection is closed.
-  if (lengths.length === 0) return "close";
-  // Items 5 and 6: one value, or the same one again.
-  const [text = "", ...others] = lengths.join(",").split(",");
-  const isOne = /^[\t ]*\d+[\t ]*$/.test(text) && others.every((other) => trimOws(other) === trimOws(text));
+  if (lengths.length === 0) return "close"; // item 8: until the connection is closed
+  const [text = "", ...others] = lengths.join(",").split(",").map(trimOws);
+  const isOne = /^\d+$/.test(text) && others.every((other) => other === text); // items 5 and 6: or the same again
   if (!isOne || !Number.isSafeInteger(Number(text))) throw unparsable("its Content-Length is not one number");
   return Number(text);
 }
 
 /**
- * Receives the content of a response, piece by piece, and no byte after it. Each piece is valid until the next is asked
- * for. RFC 9112 §8: only content without a length may end with the connection, and over TLS only if the peer has
- * announced that (§9.8), since anyone on the path can cut a connection.
- * @param begun what came with the head
- * @throws TransferError
+ * Receives the content of a response, of which `begun` came with the head: piece by piece, and no byte after it. Each
+ * piece is valid until the next is asked for. RFC 9112 §8: only content without a length may end with the connection,
+ * and over TLS only if the peer has announced that (§9.8), since anyone on the path can cut it. @throws TransferError
  */
 export async function* receiveContent(source: Source, framing: Framing, begun: Uint8Array): AsyncGenerator<Uint8Array> {
   const decoder = framing === "chunked" ? new ChunkedDecoder(LIMITS, true) : undefined;
   const length = typeof framing === "number" ? framing : Number.POSITIVE_INFINITY;
-  let [rest, kept]: [Uint8Array, number] = [begun, 0]; // the beginning of a line of chunked content: `kept` bytes
-  for (let [came, isFirst] = [0, begun.length > 0]; came < length; isFirst = false) {
-    const bytes = isFirst ? begun : await receiveMore(source, framing, came);
-    if (bytes === undefined) return;
+  let [rest, kept, came]: [Uint8Array, number, number] = [begun, 0, 0]; // `kept` bytes: a line of chunks, incomplete
+  for (let bytes: Uint8Array | undefined = begun; bytes !== undefined;) {
     if (kept > 0 && rest.length < kept + bytes.length)
       rest = Buffer.concat([rest.subarray(0, kept)], 2 * (kept + bytes.length));
     if (kept > 0) rest.set(bytes, kept);
@@ -973,10 +874,10 @@ export async function* receiveContent(source: Source, framing: Framing, begun: U
     if (used > 0 || kept === 0) rest = new Uint8Array(all.subarray(used));
     kept = all.length - used;
     release(bytes);
-    if (decoder !== undefined && decoder.fault !== "")
-      // The content before it may have been damaged as well.
-      throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
-    if (decoder?.state === "done") return;
+    // What came before a fault may have been damaged as well.
+    if (decoder?.fault) throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
+    if (came === length || decoder?.state === "done") return;
+    bytes = await receiveMore(source, framing, came);
   }
 }
 
@@ -1001,8 +902,7 @@ function takeContent(decoder: ChunkedDecoder | undefined, bytes: Uint8Array, lef
     next = decoder.next(bytes, at, bytes.length);
     if (decoder.contentTo > at) bytes.copyWithin(to, at, decoder.contentTo);
     to += decoder.contentTo - at;
-    if (next === at || decoder.state === "done" || decoder.fault !== "")
-      return { content: bytes.subarray(0, to), used: next };
+    if (next === at) return { content: bytes.subarray(0, to), used: next };
   }
 }
 
@@ -1045,9 +945,8 @@ function formatBytes(bytes: number): string {
 function ignoreErrors<T>(step: () => T): T | undefined {
   try {
     return step();
-  } catch {
-    return undefined;
-  }
+  } catch {}
+  return undefined;
 }
 
 /** A head or a reason phrase for people: UTF-8 if it is that, otherwise ISO 8859-1. */
@@ -1061,17 +960,9 @@ function tellHead(mark: string, head: string): void {
   for (const line of asText(head).trimEnd().split(/\r?\n/)) tell(mark + line);
 }
 
-/** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
-function formatProgress(bytes: number, total: number | undefined, bytesPerSecond: number): string {
-  const speed = `${formatBytes(bytesPerSecond)}/s`;
-  if (total === undefined || total === 0) return `${formatBytes(bytes)}, ${speed}`;
-  const left = bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
-  return `${formatBytes(bytes)} of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %, ${speed}${left}`;
-}
-
 /** Size, speed and time left, in one line of stderr that is overwritten; only on a terminal that gets no content. */
 class ProgressLine {
-  private shownAt = LIMITS.progressAfterMs - LIMITS.progressEveryMs;
+  private dueAt: number = LIMITS.progressAfterMs;
   private firstBytes: number | undefined;
   private isOnScreen = false;
 
@@ -1081,17 +972,19 @@ class ProgressLine {
     private readonly sink: Sink,
   ) {}
 
-  show({ bytes, total }: Held): void {
+  /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
+  show({ bytes, total = 0 }: Held): void {
     this.firstBytes ??= bytes;
     const now = this.clock.elapsedMs;
-    if (now - this.shownAt < LIMITS.progressEveryMs) return;
-    this.shownAt = now;
-    const isUnwanted = this.job.isSilent || this.job.isTraced || this.sink.isTerminal;
-    if (isUnwanted || !isTerminal(2, fs().fstatSync(2))) return;
+    if (now < this.dueAt) return;
+    this.dueAt = now + LIMITS.progressEveryMs;
+    if (this.job.isSilent || this.job.isTraced || this.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
-    // In a narrow terminal the line is cut off, not wrapped.
-    ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${formatProgress(bytes, total, bytesPerSecond)}\x1b[?7h\x1b[K`));
+    const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
+    const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
+    const line = `${formatBytes(bytes)}${share}, ${formatBytes(bytesPerSecond)}/s${left}`;
+    ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
   }
 
   /** Ends the line with a summary. */
@@ -1114,7 +1007,7 @@ class ProgressLine {
 // ═══ 9 Sockets ═════════════════════════════════════════════════════════════════════════════════
 
 /** A socket turned from events into steps: send, receive, receive …, close. */
-export class Connection implements Source {
+export class Connection {
   private readonly received: Uint8Array[] = [];
   private receivedBytes = 0;
   private isPaused = false;
@@ -1176,7 +1069,7 @@ export class Connection implements Source {
     this.wake();
   }
 
-  /** Over TLS, anyone on the way can send a FIN. */
+  /** The peer has announced its end: the connection was not cut. Over TLS, anyone on the way can send a FIN. */
   get endsInOrder(): boolean {
     return this.records?.endsInOrder ?? true;
   }
@@ -1236,6 +1129,7 @@ export class Connection implements Source {
     return this.receivedBytes > 0 && /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(text());
   }
 
+  /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
   async receive(): Promise<Uint8Array | undefined> {
     while (this.received.length === 0) {
       this.throwFailure();

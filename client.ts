@@ -29,7 +29,7 @@ ${RECEIVED_BYTES_MAX} bytes), prints that, and closes.
 Exit 1: no answer, or none within ${TIMEOUT_MS / 1000} s. Exit 2: wrong usage.
 `;
 
-// ═══ 5 Formatting ═══════════════════════════════════════════════════════════════════════════════
+// ═══ 2 Formatting ═══════════════════════════════════════════════════════════════════════════════
 
 /** RFC 9112 §3.2: an HTTP/1.1 request names its host; and the port, unless it is the default, 80. */
 export function formatRequest(host: string, port: number, target: string): string {
@@ -55,7 +55,7 @@ export function tell(line: string): void {
 }
 // ── end shared ──
 
-// ═══ 8 Sockets ═══════════════════════════════════════════════════════════════════════════════════
+// ═══ 3 Sockets ═══════════════════════════════════════════════════════════════════════════════════
 
 /** Connects, sends, receives once, closes. @throws Error if nothing came */
 function exchange(hostname: string, port: number, request: string): Promise<Uint8Array> {
@@ -77,7 +77,7 @@ function exchange(hostname: string, port: number, request: string): Promise<Uint
   return promise;
 }
 
-// ═══ 9 Command line ══════════════════════════════════════════════════════════════════════════════
+// ═══ 4 Command line ══════════════════════════════════════════════════════════════════════════════
 
 /** @throws Error that says in one line what is wrong */
 function parseCommandLine([host = "localhost", port = "8888", target = "/data", extra]: readonly string[]) {
@@ -109,6 +109,6 @@ async function main(args: readonly string[]): Promise<number> {
   }
 }
 
-// ═══ 10 Main ═════════════════════════════════════════════════════════════════════════════════════
+// ═══ 5 Main ══════════════════════════════════════════════════════════════════════════════════════
 
 if (import.meta.main) process.exit(await main(process.argv.slice(2)));

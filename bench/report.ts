@@ -31,18 +31,17 @@ const HEADINGS: Readonly<Record<Subject, string>> = {
 const HOW_TO_READ: Readonly<Record<Subject, string>> = {
   server: `More requests/s are better, less CPU is better. Where two have the same requests/s and one takes less CPU, the load
 generator was at its end, not the server: CPU is what a busy machine feels. **floor** is a C loop that parses nothing.
-It does not show TLS, more than 32 connections, or what a handler with work to do would cost, which soon outweighs all of this.`,
+It does not show what a handler with work to do would cost, which soon outweighs all of this.`,
   client: `Less time is better, and less CPU. CPU is the client's own; on the pipe, what \`dd\` takes at its other end is in the time
 alone. **floor** copies from socket to stdout and checks next to nothing. To a file, client-robust has synced what it
-saved to the disk when it ends; curl and wget leave that to the kernel, which does it later, on nobody's clock: "curl, then sync" is what
-it takes. It does not show a network with a delay or losses, nor TLS.`,
+saved to the disk when it ends; curl and wget leave that to the kernel, which does it later, outside of the measured time: "curl, then sync" is what
+it takes. It does not show a network with a delay or losses.`,
   files: `More requests/s and throughput are better; less CPU and memory are better. **floor** opens, sends with sendfile(2) and closes:
 what the kernel alone would take. Resident memory is the most while that workload was measured; for programs on Bun some
 of it is Bun itself. The large file is read by one reader, which is as busy as the server: throughput is of the two
-together, CPU of the server alone. nginx has no \`open_file_cache\` by default, and opens a file for each request; server.ts
-keeps those that were just asked for open for a quarter of a second, so there is a row of nginx that keeps them too.
-python's http.server was started with \`--protocol HTTP/1.1\`, and logs each request (to /dev/null), which it cannot be
-told not to; it writes head and content by themselves and leaves Nagle's algorithm on, so each answer on a connection
+together, CPU of the server alone. server.ts and nginx open a file for each request; a row shows nginx with \`open_file_cache\`,
+which keeps files open. python's http.server was started with \`--protocol HTTP/1.1\`, and logs each request (to /dev/null),
+which cannot be switched off; it writes head and content by themselves and leaves Nagle's algorithm on, so each answer on a connection
 that stays waits some 40 ms for an acknowledgement: what it could do is in its CPU, not in its requests/s. All files are in the page cache: no disk is measured.`,
 };
 
@@ -119,7 +118,7 @@ used the machine too: that spoils requests/s and times more than CPU. How it is 
 
 const CLOSING = `## What none of this shows
 
-Other machines, kernels and networks; more than one core for a server; many thousand connections at once; TLS; and how
+Other machines, kernels and networks; more than one core for a server; more than 5,000 connections at once; and how
 the peers do when somebody who knows them has tuned them. Load generator and server share one machine.`;
 
 /** Writes RESULTS.md, and has it and results.json formatted as the rest of the project is. */

@@ -163,7 +163,7 @@ export const ODD_NAMES: readonly string[] = [
   "many words ".repeat(22) + "that wrap",
 ];
 
-/** A folder as somebody might share it, for who looks at the page. */
+/** A folder as somebody might share it, to look at its page. */
 export function makeExampleFolder(root: string): void {
   const write = (name: string, size: number, date: string) => {
     const path = join(root, name);

@@ -21,7 +21,7 @@ import { binaries, command, makeCertificate, mortal, temporaryFolder, VARIANTS }
 import { Random } from "./random.ts";
 
 const CONCURRENT = 40;
-/** Who takes longer for one transfer is killed. */
+/** A client that takes longer for one transfer is killed. */
 const TRANSFER_MS = 120_000;
 /** Sent in such pieces, or the kernel would hold a whole file that a client has long refused. */
 const PIECE_BYTES = 16_384;
@@ -103,7 +103,7 @@ class Exchange {
     await this.send(
       [`HTTP/1.1 ${status} Chaos`, "Connection: close", ...fields, ...length, ...coding, "\r\n"].join("\r\n"),
     );
-    // Who does not want the content may say so before most of it is sent.
+    // A client that does not want the content may say so before most of it is sent.
     if (status !== 200) await Bun.sleep(ARRIVAL_MS);
   }
 

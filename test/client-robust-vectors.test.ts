@@ -180,7 +180,7 @@ async function send(socket: Bun.Socket<Peer>, pieces: readonly Buffer[], closes:
   if (closes) socket.shutdown();
 }
 
-/** A server that sends the vector NAME to who asks for /NAME/DELIVERY. */
+/** A server that answers /NAME/DELIVERY with the vector NAME. */
 function serveVectors() {
   const byName = new Map(vectors.map((vector) => [vector.name, vector]));
   const onRequest = (socket: Bun.Socket<Peer>): void => {

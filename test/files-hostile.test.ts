@@ -1,5 +1,5 @@
 /**
- * server.ts --root against who wants out of the folder, at what is hidden in it, or the server down: the request vectors of
+ * server.ts --root against clients that try to leave the folder, reach hidden names or exhaust it: the request vectors of
  * test/vectors/path, links that are swapped and files that change under the server's hands, peers that take nothing.
  *
  *     outcome: 404          the status; of a 200 the content is OPEN, or a listing
@@ -282,8 +282,7 @@ async function playAll(port: number): Promise<string[]> {
 }
 
 /**
- * Waits in the opening of a FIFO, as whoever writes to one does, until somebody opens it for reading, and gives him the
- * one message that it has.
+ * Opens a FIFO for writing, which waits for a reader, and sends the reader its one message.
  */
 const FIFO_WRITER = `
 import os, sys
@@ -465,7 +464,7 @@ describe.each(VARIANTS)("hostile to files (%s)", (variant) => {
     await until("no file is left open", () => openFiles(server.pid) === before);
   });
 
-  test("who is one too many for the descriptors is refused; who is there is served, and so is everybody once there is room", async () => {
+  test("a connection too many for the descriptors is refused; the others are served, and so are all once there is room", async () => {
     await using planted = await plantedFolder();
     const limit = ["bash", "-c", 'ulimit -n 64; exec "$@"', "bash"];
     await using server = await startServer(variant, planted.dir, limit);
@@ -575,7 +574,7 @@ test("answers that took their time count among the bytes that wait", async () =>
   expect(server.waitingBytes).toBe(0);
 });
 
-test("who has gone leaves no folder open that waits to be listed", async () => {
+test("a peer that has gone leaves no folder open that waits to be listed", async () => {
   await using folder = await temporaryFolder();
   for (let i = 0; i < 100; i++) fs.mkdirSync(join(folder.path, String(i)));
   const server = new Server(new FileSite(folder.path), "off", () => {});
@@ -590,7 +589,7 @@ test("who has gone leaves no folder open that waits to be listed", async () => {
   expect(after - before).toBeLessThan(10);
 });
 
-test("a link that leads to a hidden name is followed: who made it knows what it shows", async () => {
+test("a link that leads to a hidden name is followed: creating the link publishes the file", async () => {
   await using planted = await plantedFolder();
   await using server = await startServer("script", planted.dir);
   for (const target of ["/link-hidden-file", "/link-hidden-folder/secret.txt"])
@@ -652,10 +651,10 @@ test.if(canMount)("in a new PID namespace that keeps the old /proc, files and li
   expect(await exchange(server.port, [getAndClose("/folder/")])).toContain('<a href="file.txt">');
 });
 
-test("files that are kept open for a moment give way when no descriptor is left", async () => {
+test("a hundred files in a row are served with few descriptors", async () => {
   await using folder = await temporaryFolder();
   for (let i = 0; i < 100; i++) fs.writeFileSync(join(folder.path, `${i}.txt`), OPEN);
-  // Long ago enough to be kept.
+  // Long enough ago for a lasting version.
   await Bun.sleep(20);
   await using server = await startServer("script", folder.path, ["bash", "-c", 'ulimit -n 64; exec "$@"', "bash"]);
   const targets = Array.from({ length: 100 }, (_, i) => `/${i}.txt`);

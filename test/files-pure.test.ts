@@ -697,7 +697,7 @@ describe("a connection that sends files", () => {
     expect(contents(transport.written).map(({ length }) => length)).toEqual([A.length, B.length]);
   });
 
-  test("cuts off nobody who takes a little: the kernel may take some though it has not told of room", async () => {
+  test("cuts off no peer that takes a little: the kernel may take some though it has not told of room", async () => {
     await using all = await connect(100_000);
     const { server, transport, connection } = all;
     connection.onData(GET_A);

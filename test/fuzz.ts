@@ -16,7 +16,7 @@ import { converse, nextTurn } from "./transport.ts";
 import { parseMessage, readVectors } from "./vector.ts";
 
 const FINDINGS_MAX = 5;
-/** Who takes longer for one input hangs; 50 µs are usual, and some hundred ms over TCP. */
+/** An input that takes longer is a hang; 50 µs are usual, and some hundred ms over TCP. */
 const HANG_MS = 20_000;
 /** What a process may grow by after its first quarter: so much garbage may lie about; 2 MiB are usual. */
 const GROWTH_KIB_MAX = 16_384;

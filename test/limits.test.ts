@@ -94,7 +94,7 @@ describe.each(VARIANTS)("limits (%s)", (variant) => {
     },
   );
 
-  test.concurrent("--head-timeout-ms: who never says a word is closed without one", async () => {
+  test.concurrent("--head-timeout-ms: a silent connection is closed without an answer", async () => {
     await using server = await serve("--head-timeout-ms", "300");
     expect(await exchange(server.port, [])).toBe("");
   });

@@ -121,7 +121,7 @@ describe.skipIf(!hasChromium)("listing", () => {
     }
   });
 
-  test("takes who clicks into folders with names that look like something else, and out again", async () => {
+  test("clicks lead into folders with names that look like something else, and out again", async () => {
     const marks = ["?query", "#hash", "%2e%2e", "~", "-", " leading", "trailing ", "[::1]", "\u202egnp.exe", "😀"];
     const names = ["javascript:alert(1)", "<script>alert(1)", ...marks];
     await using server = await serveFolder((root) => mkdirSync(join(root, ...names), { recursive: true }));
@@ -201,7 +201,7 @@ describe.skipIf(!hasChromium)("listing", () => {
     expect(await tab.evaluate<string>("getComputedStyle(document.links[0]).overflowWrap")).toBe("anywhere");
   });
 
-  test("has a title, a language, a heading, a list and times, for who hears it or reads it by program", async () => {
+  test("has a title, a language, a heading, a list and times, for screen readers and programs", async () => {
     await using server = await serveFolder((root) => makeExampleFolder(join(root, "shared")));
     await tab.navigate(`${server.url}/shared/`);
     expect(await tab.evaluate<string>("document.documentElement.lang")).toBe("en");

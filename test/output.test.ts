@@ -451,7 +451,7 @@ const holdings = (paths: string[]) => paths.map((path) => sha256(readFileSync(pa
 
 const isRoot = process.getuid?.() === 0;
 const NOBODY = 65534;
-/** Root may write everywhere: who has to be refused is somebody else. */
+/** Root may write everywhere, so a run that has to be refused is one of another user. */
 const unprivileged = isRoot ? ["setpriv", `--reuid=${NOBODY}`, `--regid=${NOBODY}`, "--clear-groups"] : [];
 
 async function saveUnprivileged(place: Place, url: string, ...args: string[]) {

@@ -419,29 +419,32 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       },
     );
 
-    test.concurrent.if(hasTool("openssl"))("a --cacert that is no PEM is 77 at once, whoever listens", async () => {
-      await using folder = await temporaryFolder();
-      const { cert, key } = await makeCertificate(folder.path);
-      await using server = await startPython(TELLING_NAMES, [cert, key, "", "TLSv1_3"]);
-      const pem = readFileSync(cert, "latin1");
-      const bad = `${folder.path}/bad.pem`;
-      for (const text of [
-        "",
-        "hello\n",
-        readFileSync(key, "latin1"),
-        pem.slice(0, 300),
-        "-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n",
-      ]) {
-        writeFileSync(bad, text);
-        for (const port of [server.port, await freePort()]) {
-          const { stderr, exitCode } = await save(`https://localhost:${port}/`, "--cacert", bad);
-          expect([text, exitCode]).toEqual([text, EXIT_CODES.authorities]);
-          expect(stderr).toMatch(/^Error: [^\n]*bad\.pem[^\n]*\n$/);
+    test.concurrent.if(hasTool("openssl"))(
+      "a --cacert that is no PEM is 77 at once, before the server matters",
+      async () => {
+        await using folder = await temporaryFolder();
+        const { cert, key } = await makeCertificate(folder.path);
+        await using server = await startPython(TELLING_NAMES, [cert, key, "", "TLSv1_3"]);
+        const pem = readFileSync(cert, "latin1");
+        const bad = `${folder.path}/bad.pem`;
+        for (const text of [
+          "",
+          "hello\n",
+          readFileSync(key, "latin1"),
+          pem.slice(0, 300),
+          "-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n",
+        ]) {
+          writeFileSync(bad, text);
+          for (const port of [server.port, await freePort()]) {
+            const { stderr, exitCode } = await save(`https://localhost:${port}/`, "--cacert", bad);
+            expect([text, exitCode]).toEqual([text, EXIT_CODES.authorities]);
+            expect(stderr).toMatch(/^Error: [^\n]*bad\.pem[^\n]*\n$/);
+          }
         }
-      }
-      for (const path of [folder.path, "/nowhere/ca.pem"])
-        expect((await save("https://localhost:1/", "--cacert", path)).exitCode).toBe(EXIT_CODES.authorities);
-    });
+        for (const path of [folder.path, "/nowhere/ca.pem"])
+          expect((await save("https://localhost:1/", "--cacert", path)).exitCode).toBe(EXIT_CODES.authorities);
+      },
+    );
 
     test.concurrent.if(hasTool("openssl"))(
       "no name is sent for an address, and none with a dot at its end",
@@ -1115,7 +1118,7 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
   });
 
   describe("slow answers", () => {
-    test.concurrent("a minute without a byte is waited for, and --help says so", async () => {
+    test.concurrent("--help says that a minute without a byte is waited for", async () => {
       expect((await get("--help")).stdout).toMatch(/^ +--stall-timeout S .*\(60\)$/m);
     });
 

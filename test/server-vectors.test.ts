@@ -107,7 +107,7 @@ function expectedContents(outcome: string): string[] {
   return rejections.map(([, [, explanation]]) => `${explanation}\n`);
 }
 
-/** What a vector says about its answers, for whoever plays it. */
+/** What a vector says about its answers. */
 class Expectation {
   readonly finishes: boolean;
   private readonly persists: boolean;
@@ -170,7 +170,7 @@ class Expectation {
     if (interims.length === 1) expect(all[0]).toEqual({ statusLine: INTERIM, fields: {}, content: "" });
   }
 
-  /** Who sends byte by byte has sent no content when its head is complete, and must be told to go on. */
+  /** A peer that sends byte by byte has sent no content when its head is complete, and must be told to go on. */
   checkAsked(stream: string): void {
     expect(stream.startsWith(`${INTERIM}\r\n\r\n`)).toBe(this.mayAskForContent);
   }

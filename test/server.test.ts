@@ -367,7 +367,7 @@ print(s.getsockname()[1])`;
   });
 
   test.if(hasTool("openssl"))(
-    "serves TLS: right answers, none lost, and no time for who never shakes hands",
+    "serves TLS: right answers, none lost, and a deadline for peers that never shake hands",
     async () => {
       await using folder = await temporaryFolder();
       const { cert, key } = await makeCertificate(folder.path);

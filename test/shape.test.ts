@@ -41,8 +41,8 @@ describe.each(PROGRAMS)("%s.ts", (program) => {
 
   test("has its sections in order, and a header of at most 30 lines", () => {
     const sections = [...text.matchAll(/^\/\/ ═══ (\d+) /gm)].map(([, number]) => Number(number));
-    expect(sections).toEqual(sections.toSorted((a, b) => a - b));
-    expect(new Set(sections).size).toBe(sections.length);
+    expect(sections).toEqual(sections.map((_, i) => i + 1));
+    expect(sections.length).toBeGreaterThan(4);
     expect(text.slice(0, text.indexOf("*/")).split("\n").length).toBeLessThanOrEqual(30);
   });
 
@@ -129,7 +129,7 @@ test("the Chinese README has a row for each option that --help has", async () =>
   expect([...chinese].sort()).toEqual([...english].sort());
 });
 
-test("the README fits on two screens of a terminal, and has the figures of bench/results.json", () => {
+test("the README has at most 150 lines, and the figures of bench/results.json", () => {
   expect(read("README.md").split("\n").length - 1).toBeLessThanOrEqual(150);
   expect(read("docs/figures.svg")).toBe(drawFigures());
 });

@@ -19,17 +19,17 @@ import { Random } from "./random.ts";
 
 // ── bounds ──
 
-/** Who waits longer than this for an answer has not been served. */
+/** A client that waits longer for an answer has not been served. */
 const ANSWER_MS = 5000;
-/** Others may have the machine for a moment; a server that slow peers can hold up stands still for whole seconds. */
+/** Other load may take the machine for a moment; a server that slow peers can hold up stands still for whole seconds. */
 const P99_MS = 1000;
 /** What a garbage collector and an allocator may keep. A leak of ten bytes a request would be 38 MiB in 4 million. */
 const GROWTH_MIB = 32;
-/** The same where transfers broke off: each holds one piece of 256 KiB at the most. */
+/** The same after transfers that broke off: garbage of their responses and promises. */
 const KILLED_GROWTH_MIB = 64;
-/** Where nobody asks there is nothing to do; a server that is busy turns round and round, as far as others let it. */
+/** Without requests there is nothing to do: a server that is busy then is in a loop. */
 const BUSY_PERCENT = 10;
-/** A request that was on its way when the server's FIN was: nobody can answer it. Only who was idle can send such a one. */
+/** A request that was on its way when the server's FIN was: it cannot be answered. Only an idle client can send one. */
 const CROSSING_MS = 100;
 /** Descriptors and connections go back within the server's linger time, and some sweeps. */
 const SETTLE_MS = 8000;
@@ -447,7 +447,7 @@ const SPARE_DESCRIPTORS = 4000;
 const descriptorLimit = () =>
   Number(/^Max open files +(\d+)/m.exec(readFileSync("/proc/self/limits", "utf8"))?.[1] ?? 1024);
 
-/** A slow peer: `begin` is sent at once, `drip` again and again; whoever is cut off comes again. */
+/** A slow peer: it sends `begin` at once, `drip` again and again, and connects again if it is cut off. */
 interface Slow {
   readonly name: string;
   readonly begin: string;
@@ -778,7 +778,7 @@ export async function memory(variant: Variant, { requests, fileRequests, partMs 
 const fateOf = (caller: Caller) =>
   caller.status > 0 ? String(caller.status) : caller.ending === "" ? "waiting" : "cut off";
 
-/** The server at its limit: who is over it, how busy it is, and whether it comes back once the peers have gone. */
+/** The server at its limit: peers above it, how busy it is, and whether it recovers once the peers have gone. */
 async function rowsAtLimit(
   name: string,
   server: Watched,

@@ -1,8 +1,6 @@
 // Go's own servers, as the documentation of net/http starts with them: a text, or with ROOT http.FileServer.
 //
 //	go build -o go-http main.go && ./go-http PORT [ROOT]
-//
-// Not run yet where these measurements were written: there was no Go on that machine.
 package main
 
 import (
