@@ -596,8 +596,7 @@ function bytesLike(pattern: RegExp): Uint8Array {
 const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
 const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
-/** The byte at an index that the caller knows to be in range; the type cannot know it. */
-const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
+const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number; // the caller knows it to be in range
 
 /** The index of the first byte of from..to that is not of the class; `to` if all are. */
 function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {
@@ -627,19 +626,10 @@ const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${
 /** field-line = field-name ":" OWS field-value OWS */
 const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
 
-/** A longer line is refused, whatever its extensions may weigh: it has to be held until its end has come. */
-const CHUNK_LINE_BYTES_MAX = 131_072;
-const CHUNK_SIZE_DIGITS_MAX = 64;
-/** What may stand behind a chunk-size: an extension, or the end of the line. */
-const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/);
+const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
+const CHUNK_SIZE_DIGITS_MAX = 64; // Leading zeros could go on and on.
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an extension, or the end of the line.
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
-
-/** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */
-function findSizeEnd(bytes: Uint8Array, from: number, to: number): number | undefined {
-  const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
-  const isSize = end > from && end - from <= CHUNK_SIZE_DIGITS_MAX;
-  return isSize && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1) ? end : undefined;
-}
 
 export type ChunkedFault =
   "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
@@ -650,52 +640,44 @@ export type ChunkedFault =
  *     chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF
  *
  * A chunk is a line, so many bytes, and CRLF; a trailer section is lines. Call {@link next} until `state` is "done" or
- * "failed". It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind them.
+ * there is a fault. It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind.
  */
 export class ChunkedDecoder {
-  state: "line" | "data" | "trailer" | "done" | "failed" = "line";
-  /** Why, once `state` is "failed". */
+  state: "line" | "data" | "trailer" | "done" = "line";
   fault: ChunkedFault | "" = "";
-  /** The content that the last call found: these indexes into the bytes that it was given. */
-  contentFrom = 0;
-  contentTo = 0;
-  /** Octets of content announced so far, those of the chunk under way included. */
-  announced = 0;
-  /** The lower-case names of the trailer fields: the caller may have to refuse some. */
-  readonly trailerNames: string[] = [];
-  private left = 0;
-  /** Bytes of an incomplete line that were checked and need not be again. */
-  private known = 0;
+  contentTo = 0; // the end of the content that the last call found: it starts where that call did
+  announced = 0; // octets of content so far, those of the chunk under way included
+  readonly trailerNames: string[] = []; // in lower case: the caller may have to refuse some
+  private left = 0; // octets of the chunk under way
+  private known = 0; // bytes of an incomplete line that were checked and need not be again
   private extensionBytes = 0;
   private trailerBytes = 0;
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
-    /** A user agent reads obs-fold as SP (RFC 9112 §5.2), and white space behind a chunk-size; a server refuses both. */
-    private readonly isUserAgent: boolean,
+    private readonly isUserAgent: boolean, // a server refuses obs-fold (§5.2), and white space behind a chunk-size
   ) {}
 
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
-    this.contentFrom = this.contentTo = from;
+    this.contentTo = from;
     if (this.state === "data") return this.takeData(bytes, from, to);
-    if (from === to || this.state === "done" || this.state === "failed") return from;
+    if (from === to || this.state === "done" || this.fault !== "") return from;
     const isTrailer = this.state === "trailer";
-    // What cannot become a line that fits is refused before its end has come.
-    const sizeEnd = isTrailer ? from : findSizeEnd(bytes, from, to);
-    if (sizeEnd === undefined) return this.fail("chunk-size", from);
-    const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeEnd, from + this.known), to);
+    const sizeTo = isTrailer ? from : skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX));
+    const isSize = sizeTo > from && (sizeTo === to || CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
+    const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
-    if (isTrailer && this.trailerBytes + this.known + 2 > this.limits.headBytesMax)
-      return this.fail("trailer-too-large", from);
-    if (!isTrailer && this.known > CHUNK_LINE_BYTES_MAX) return this.fail("chunk-extension", from);
+    // What cannot become a line that fits is refused before its end has come.
+    if (!isTrailer && !isSize) return this.fail("chunk-size", from);
+    const most = isTrailer ? this.limits.headBytesMax - this.trailerBytes - 2 : CHUNK_LINE_BYTES_MAX;
+    if (this.known > most) return this.fail(isTrailer ? "trailer-too-large" : "chunk-extension", from);
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
     this.known = 0;
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
-    if (isTrailer) this.takeTrailerLine(latin1(bytes, from, end));
-    else this.takeChunkLine(bytes, from, sizeEnd, end);
+    this.fault = isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
     return end + 2;
   }
 
@@ -712,36 +694,37 @@ export class ChunkedDecoder {
     return end + 2;
   }
 
-  private takeChunkLine(bytes: Uint8Array, from: number, sizeEnd: number, end: number): void {
-    for (let at = from; at < sizeEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
-    // Past 2^53 sums stop being exact: refuse, never wrap around.
-    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return void this.fail("chunk-size", 0);
-    // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-    this.extensionBytes += end - sizeEnd;
-    const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
-    const isExtended = sizeEnd < end; // most lines are a size alone, and no text is made of them
-    const extension = isExtended ? latin1(bytes, sizeEnd, end) : "";
-    if (isExtended && !(fits && CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)))
-      return void this.fail("chunk-extension", 0);
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): ChunkedFault | "" {
+    for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
+    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size"; // past 2^53 sums are not exact
+    // Most lines are a size alone, and no text is made of them.
+    if (sizeTo < end) {
+      // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
+      this.extensionBytes += end - sizeTo;
+      if (this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax) return "chunk-extension";
+      const extension = latin1(bytes, sizeTo, end);
+      if (!CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)) return "chunk-extension";
+    }
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
+    return "";
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(line: string): void {
+  private takeTrailerLine(bytes: Uint8Array, from: number, end: number): ChunkedFault | "" {
+    const line = latin1(bytes, from, end);
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
-    else if (this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
-    else {
-      const name = FIELD_LINE.exec(line)?.[1];
-      if (name === undefined) return void this.fail("trailer", 0);
-      if (this.trailerNames.length === this.limits.fieldLinesMax) return void this.fail("trailer-too-large", 0);
-      this.trailerNames.push(name.toLowerCase());
-    }
+    const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
+    if (line === "" || isFold) return "";
+    const name = FIELD_LINE.exec(line)?.[1];
+    if (name === undefined) return "trailer";
+    if (this.trailerNames.length === this.limits.fieldLinesMax) return "trailer-too-large";
+    this.trailerNames.push(name.toLowerCase());
+    return "";
   }
 
   private fail(fault: ChunkedFault, at: number): number {
-    this.state = "failed";
     this.fault = fault;
     return at;
   }
@@ -921,8 +904,8 @@ function takeContent(decoder: ChunkedDecoder | undefined, bytes: Uint8Array, lef
   if (decoder === undefined) return { content: bytes.subarray(0, left), used: bytes.length };
   for (let at = 0, to = 0, next = 0; ; at = next) {
     next = decoder.next(bytes, at, bytes.length);
-    if (decoder.contentTo > decoder.contentFrom) bytes.copyWithin(to, decoder.contentFrom, decoder.contentTo);
-    to += decoder.contentTo - decoder.contentFrom;
+    if (decoder.contentTo > at) bytes.copyWithin(to, at, decoder.contentTo);
+    to += decoder.contentTo - at;
     if (next === at) return { content: bytes.subarray(0, to), used: next };
   }
 }
@@ -935,14 +918,13 @@ function release({ buffer, byteLength }: Uint8Array): void {
 // ═══ 8 Text ════════════════════════════════════════════════════════════════════════════════════
 
 // ── shared: printable ──
-/** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
-export function printable(text: string): string {
-  return text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, (character) => {
-    const code = character.codePointAt(0) ?? 0;
-    return code < 0x100 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u{${code.toString(16)}}`;
-  });
-}
+const escapeByte = (byte: string) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`;
+const escapeCharacter = (character: string) =>
+  character <= "\xff" ? escapeByte(character) : `\\u{${character.codePointAt(0)?.toString(16)}}`;
 
+/** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
+export const printable = (text: string) =>
+  text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escapeCharacter);
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
@@ -1213,8 +1195,6 @@ const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promi
   within(Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, step, `not done within ${job.maxMs / 1000} s`, true);
 
 // ── shared: trace ──
-const escapeByte = (character: string) => `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`;
-
 /**
  * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
  *

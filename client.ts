@@ -38,14 +38,13 @@ export function formatRequest(host: string, port: number, target: string): strin
 }
 
 // ── shared: printable ──
-/** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
-export function printable(text: string): string {
-  return text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, (character) => {
-    const code = character.codePointAt(0) ?? 0;
-    return code < 0x100 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u{${code.toString(16)}}`;
-  });
-}
+const escapeByte = (byte: string) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`;
+const escapeCharacter = (character: string) =>
+  character <= "\xff" ? escapeByte(character) : `\\u{${character.codePointAt(0)?.toString(16)}}`;
 
+/** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
+export const printable = (text: string) =>
+  text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escapeCharacter);
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */

@@ -63,34 +63,22 @@ export const LIMITS = Object.freeze(
   Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // nor does fromEntries
 );
 
-/** Connections above the limit that still get a 503, so that a proxy learns of it. In a flood nobody is told. */
-const REFUSED_CONNECTIONS_MAX = 256;
-/** RFC 9112 §2.2: "at least one" empty line before a request is skipped. Old clients send one. */
-const EMPTY_LINES_MAX = 4;
-/** A longer head is parsed again only when a line of it, or this much more, has come: see {@link readHead}. */
-const LONG_HEAD_BYTES = 1024;
-/** The least that must arrive within each content timeout. */
-const CONTENT_PART_BYTES_MIN = 5000;
-/** Answers buffered for a peer that does not take them: at this much, the server stops reading from it. */
-const UNSENT_BYTES_MAX = 65_536;
-/** After the last answer, what the peer still sends is read and dropped, so that it can send a refused upload to its end. */
+const REFUSED_CONNECTIONS_MAX = 256; // So many above the limit get a 503, so that a proxy knows; in a flood, nobody.
+const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is skipped. Old clients send one.
+const LONG_HEAD_BYTES = 1024; // A longer head is parsed again only now and then: see readHead.
+const CONTENT_PART_BYTES_MIN = 5000; // The least that must arrive within each content timeout.
+const UNSENT_BYTES_MAX = 65_536; // At so much of answers that a peer does not take, the server stops reading from it.
+// After the last answer, what the peer still sends is read and dropped, so that it can send a refused upload to its end.
 const LINGER_TIMEOUT_MS = 5000; // without a byte
 const LINGER_MS_MAX = 30_000; // in all; both as nginx
 const LINGER_BYTES_MAX = 1_073_741_824;
-/** How often deadlines are checked: one sweep costs less than a timer for each connection. */
-const SWEEP_MS = 250;
-/** On a stop, an idle connection stays open this long: a request may be on its way. */
-const STOP_IDLE_MS = 250;
-/** The request log shows at most this much content, as the tutorial's `recv(1024)` does. */
-const LOGGED_BYTES_MAX = 1024;
-/** Log text that waits for a slow reader of stdout. More is dropped and counted, never waited for. */
-const LOG_BACKLOG_CHARS_MAX = 1_048_576;
-/** At exit, the log gets this long to be read. */
-const LOG_FLUSH_MS = 1000;
-/** A timer set for longer fires at once. */
-const TIMER_MS_MAX = 2 ** 31 - 1;
-/** Descriptors of the runtime itself: event loop, standard streams, listeners, threads. */
-const RUNTIME_DESCRIPTORS = 16;
+const SWEEP_MS = 250; // How often deadlines are checked: one sweep costs less than a timer for each connection.
+const STOP_IDLE_MS = 250; // On a stop, an idle connection stays open this long: a request may be on its way.
+const LOGGED_BYTES_MAX = 1024; // The request log shows so much content at most, as the tutorial's `recv(1024)` does.
+const LOG_BACKLOG_CHARS_MAX = 1_048_576; // Log text for a slow reader of stdout. More is dropped and counted.
+const LOG_FLUSH_MS = 1000; // At exit, the log gets this long to be read.
+const TIMER_MS_MAX = 2 ** 31 - 1; // A timer set for longer fires at once.
+const RUNTIME_DESCRIPTORS = 16; // Of the runtime itself: event loop, standard streams, listeners, threads.
 
 // ═══ 2 Words and refusals ════════════════════════════════════════════════════════════════════════
 
@@ -104,19 +92,31 @@ export type LogFormat = (typeof LOG_FORMATS)[number];
 /** A response that is ready to be sent except for its Date. */
 export interface Response {
   readonly status: number;
-  /** status-line and field-lines, ending in `Date: `. */
-  readonly head: Uint8Array;
+  readonly head: Uint8Array; // status-line and field-lines, ending in `Date: `
   readonly content: Uint8Array;
-  /** Content that is read while it is sent, instead of `content`. The holder must close it. */
-  readonly part?: Part;
+  readonly part?: Part; // content that is read while it is sent, instead of `content`; the holder must close it
 }
 
 /** What a server answers with: a text, or files. */
-export interface Site {
-  /** The response if it does not depend on the content: the method is refused, whatever the content is. */
-  refuse(request: RequestHead): Response | undefined;
+export abstract class Site {
+  readonly options: Response;
+  private readonly notAllowed: Response;
+
+  constructor(private readonly methods: readonly Method[]) {
+    const Allow = methods.join(", ");
+    this.options = prepareResponse(204, { Allow });
+    this.notAllowed = prepareResponse(405, { ...TEXT_FIELDS, Allow }, "method not allowed\n");
+  }
+
+  /** The response if the method is refused, whatever the content is. RFC 9110 §15.5.6: 405 says which methods there are. */
+  refuse({ method }: RequestHead): Response | undefined {
+    if (this.methods.includes(method)) return undefined;
+    return method === "" ? responseTo("method-unknown") : this.notAllowed;
+  }
+
   /** The response to a request whose content has been read. Nothing is read from the peer until a promise settles. */
-  respond(request: RequestHead): Response | Promise<Response>;
+  abstract respond(request: RequestHead): Response | Promise<Response>;
+
   /** Called every 250 ms to drop short-lived state. @param now the time that answers have as their Date */
   sweep?(now: number): void;
 }
@@ -167,7 +167,7 @@ export type Rejection = keyof typeof REJECTIONS;
 
 /** Thrown to end a conversation with an answer. */
 class Refusal {
-  constructor(readonly response: Response) {}
+  constructor(readonly rejection: Rejection) {}
 }
 
 /** Thrown to end a conversation without an answer: the peer left, or asks nothing more, or its answer is cut off. */
@@ -211,12 +211,13 @@ export async function serve(connection: Connection): Promise<void> {
       }
 
       // Read its content, if it has any.
-      if (head.contentLength !== 0) content = new Content(connection, site.refuse(head));
+      head.refusal = site.refuse(head);
+      if (head.contentLength !== 0) content = new Content(connection);
       for (let outcome: Outcome = "bytes"; content?.read(outcome) === false;)
         outcome = await connection.receive(content.deadline);
 
       // Respond. Only --root returns promises.
-      let response = site.respond(head);
+      let response = head.refusal ?? site.respond(head);
       if (response instanceof Promise) response = await waitForResponse(connection, response);
       closes = isLast(connection, response);
 
@@ -232,7 +233,8 @@ export async function serve(connection: Connection): Promise<void> {
     if (reason === GONE) return;
     // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
     if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
-    const response = reason instanceof Refusal ? reason.response : responseTo("internal");
+    const response =
+      reason instanceof Refusal ? (head.refusal ?? responseTo(reason.rejection)) : responseTo("internal");
     connection.trace?.step("refuse", `with ${response.status}`);
     // It closes: where a next request would start is not known, or the server is full or at fault.
     log(connection, content, response.status, output.appendResponse(head, response, true));
@@ -265,7 +267,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
   if (at === to) head.hasBegun = false;
   else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
     const next = parseRequestHead(head, bytes, at, to);
-    if (head.rejection !== "") throw new Refusal(responseTo(head.rejection));
+    if (typeof next === "string") throw new Refusal(next);
     connection.parsedBytes = next < 0 ? to - at : 0;
     if (next >= 0) {
       connection.at = next;
@@ -276,7 +278,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
   if (!endsReading(outcome)) return false;
   if (!head.hasBegun || outcome === "gone") throw GONE;
   // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
-  throw new Refusal(responseTo(outcome === "late" ? "timeout" : "incomplete"));
+  throw new Refusal(outcome === "late" ? "timeout" : "incomplete");
 }
 
 /** Does this answer end the conversation? */
@@ -285,15 +287,14 @@ function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }
   if (head.hasClose || (head.minorVersion === 0 && !head.hasKeepAlive)) return true;
   // A site's 400 is for a peer that is not understood; 500 and 503 are of a server in trouble. 404 and 405 go on.
   if (status === 400 || status === 500 || status === 503) return true;
-  const hasMore = at < to;
-  if (hasEnded && !hasMore) return true;
+  if (at === to && (hasEnded || server.isStopping)) return true;
   // On a stop, requests that have already come are answered until STOP_IDLE_MS is over; server.now stands still meanwhile.
-  return server.isStopping && (!hasMore || part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
+  return server.isStopping && (part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
 }
 
 /** Logs a request: as received, with the start of its content; or one access line, with status and octets sent. */
 function log({ server, head, address }: Connection, content: Content | undefined, status: number, sent: number): void {
-  if (server.logFormat === "access") server.log(formatAccessLog(head, address, new Date(), status, sent));
+  if (server.logFormat === "access") server.log(formatAccessLog(head, address, status, sent));
   else if (server.logFormat === "request" && head.to > head.from)
     server.log(formatRequestLog(head, content?.logged ?? NO_BYTES, content?.wireBytes ?? 0));
 }
@@ -317,8 +318,7 @@ function bytesLike(pattern: RegExp): Uint8Array {
 const FIELD_CONTENT = bytesLike(/[\t\x20-\x7e\x80-\xff]/);
 const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
-/** The byte at an index that the caller knows to be in range; the type cannot know it. */
-const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number;
+const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number; // the caller knows it to be in range
 
 /** The index of the first byte of from..to that is not of the class; `to` if all are. */
 function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {
@@ -342,64 +342,54 @@ function trimOws(text: string): string {
 
 /** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
 const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
-/** request-target: visible ASCII (RFC 9112 §3.2) except "#", which starts a fragment, and "%". */
-const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/);
+const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/); // visible ASCII (RFC 9112 §3.2) but "%", and "#" of a fragment
 const DIGIT = bytesLike(/[0-9]/);
 const OWS = bytesLike(/[\t ]/);
-/** reg-name (RFC 3986 §3.2.2) but for "%", and but for ",": in Host it can only be a list of hosts. */
-const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/);
-/**
- * uri-host [ ":" port ] (RFC 9110 §4.2): an IP-literal or a reg-name, never empty, without userinfo. No zone id
- * ("fe80::1%eth0"): it means nothing to another machine.
- */
+const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // RFC 3986 §3.2.2, but "%", and ",": in Host it is a list
+/** uri-host [ ":" port ] (RFC 9110 §4.2), without userinfo and without a zone id: that means nothing to others. */
 const AUTHORITY = /^(?:\[([^\]%]+)\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::(\d*))?$/;
 /** IPvFuture = "v" 1*HEXDIG "." 1*( unreserved / sub-delims / ":" ) */
 const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
 /** absolute-form or origin-form: an authority, if there is one, a path, a query. */
 const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i;
-const [HTAB, SP, COLON, PERCENT, SLASH] = [0x09, 0x20, 0x3a, 0x25, 0x2f];
-
 /** Codings that are not implemented, and after them chunked, last and once. */
-const OTHER_CODINGS = /^(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked$/;
-
-/** Content whose end is marked by the chunked transfer coding; other lengths are octets. */
-export const CHUNKED = -1;
+const OTHER_CODINGS = /^[\t ]*(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked[\t ]*\r\n$/i;
+const [SP, COLON, PERCENT, SLASH] = [0x20, 0x3a, 0x25, 0x2f];
+const CHUNKED = -1; // as a length of content: the chunked transfer coding marks its end
 
 /** A request head. Positions are indexes into `bytes`. Texts are made only when they are asked for. */
 export class RequestHead {
   bytes: Uint8Array = NO_BYTES;
   from = 0;
-  /** The index behind the head; if it was refused or is incomplete, behind the part that is kept for the log. */
-  to = 0;
-  rejection: Rejection | "" = "";
-  /** Has a byte of the request come? An empty line before it does not count. */
-  hasBegun = false;
+  to = 0; // behind the head; if it was refused or is incomplete, behind the part that is kept for the log
+  rejection: Rejection = "request-line"; // of the first byte that does not fit
+  hasBegun = false; // a byte of the request has come; an empty line before it does not count
   method: Method = "";
   targetFrom = 0;
   targetTo = 0;
   minorVersion = 0;
-  /** Where the value of Host starts: 0 for none, -1 for several lines. */
-  host = 0;
+  host = 0; // where the value of Host starts: 0 for none, -1 for several lines
   hasClose = false;
   hasKeepAlive = false;
-  /** The values of rarer fields that decide about the message; those of several lines are joined by LF. */
-  lengthField: string | undefined;
-  codings: string | undefined;
-  expect: string | undefined;
-  /** Octets of content that follow, or {@link CHUNKED}. */
-  contentLength = 0;
+  // The values of rarer fields that decide about the message, each with its CRLF; "" for none.
+  lengthField = "";
+  codings = "";
+  expect = "";
+  contentLength = 0; // octets of content that follow, or CHUNKED
+  refusal: Response | undefined; // of its method: it is told whatever the content is
   /** The content, once it has been read, if {@link RESPOND_NEEDS_CONTENT}. */
   content: Uint8Array = NO_BYTES;
 
   constructor(readonly limits: Limits) {}
 
-  start(bytes: Uint8Array, from: number): void {
+  start(bytes: Uint8Array, from: number, to: number): void {
     this.bytes = bytes;
-    this.from = this.to = from;
-    this.rejection = this.method = "";
+    this.from = from;
+    this.to = to;
+    this.method = this.lengthField = this.codings = this.expect = "";
     this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = false;
-    this.lengthField = this.codings = this.expect = undefined;
+    this.refusal = undefined;
     this.content = NO_BYTES;
   }
 
@@ -446,31 +436,27 @@ export class RequestHead {
 
 /**
  * Parses a request head (RFC 9112 §2 to §5) that starts at bytes[from]; bytes[to], if there is one, must be 0.
- * @returns the index behind the head; -1 if it is refused, for head.rejection, or more bytes are needed
+ * @returns the index behind the head; -1 if more bytes are needed; or why it is refused
  */
-export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
-  head.start(bytes, from);
+export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number | Rejection {
+  head.start(bytes, from, to);
   const next = recogniseHead(head, bytes, from, to);
   const { headBytesMax } = head.limits;
   if (next >= 0 && next - from <= headBytesMax) {
     head.to = next;
-    head.rejection = checkRequestTarget(head) || checkHost(head) || decideFraming(head) || checkExpect(head);
-    return head.rejection === "" ? next : -1;
+    return checkRequestTarget(head) || checkHost(head) || decideFraming(head) || checkExpect(head) || next;
   }
   const misfit = next < 0 ? ~next : next;
-  head.to = Math.min(to, from + headBytesMax);
-  // RFC 9112 §3: a method longer than any that is implemented gets 501.
-  if (misfit - from >= headBytesMax) {
-    const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
-    head.rejection = isMethod ? "method-unknown" : "head-too-large";
-  } else if (misfit === to) return -1;
-  else if (head.rejection === "") head.rejection = explainMisfit(head, bytes, misfit);
+  const isTooLarge = misfit - from >= headBytesMax;
+  if (misfit === to && !isTooLarge) return -1;
   head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  return -1;
+  if (!isTooLarge) return head.rejection;
+  // RFC 9112 §3: a method longer than any that is implemented gets 501.
+  const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
+  return isMethod ? "method-unknown" : "head-too-large";
 }
 
-/** RFC 9112 §2.3: HTTP-version = "HTTP" "/" DIGIT "." DIGIT, in upper case; then CRLF. D is any digit. */
-const VERSION_LINE_END = "HTTP/D.D\r\n";
+const VERSION_LINE_END = "HTTP/D.D\r\n"; // RFC 9112 §2.3: in upper case; D is any DIGIT
 
 /**
  * HTTP-message = request-line CRLF *( field-line CRLF ) CRLF
@@ -480,7 +466,7 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
   // RFC 9112 §2.2: a server should skip an empty line before the request-line.
   let at = from;
   for (let emptyLines = 1; bytes[at] === CR; emptyLines++, at += 2) {
-    if (bytes[at + 1] !== LF) return ~(at + 1);
+    if (bytes[at + 1] !== LF) return misfits(head, "bare-cr", at + 1);
     if (emptyLines > EMPTY_LINES_MAX) return misfits(head, "empty-lines", at);
   }
   head.hasBegun = at < to;
@@ -488,7 +474,7 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
   // RFC 9112 §3: request-line = method SP request-target SP HTTP-version; exactly one SP, no other white space.
   const methodFrom = at;
   at = skipWhile(TCHAR, bytes, at, to);
-  if (at === methodFrom || bytes[at] !== SP) return ~at;
+  if (at === methodFrom || bytes[at] !== SP) return breaksLine(head, "request-line", at);
   head.method = recogniseMethod(bytes, methodFrom, at);
   head.targetFrom = ++at;
   for (;;) {
@@ -498,15 +484,17 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
       return misfits(head, "request-target-too-long", head.targetFrom + head.limits.requestTargetBytesMax);
     if (bytes[at] !== PERCENT) break;
     // RFC 3986 §2.1: pct-encoded = "%" HEXDIG HEXDIG. Decoders differ on anything else: refuse it.
-    if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return ~(at + 1);
-    if (HEXDIG[byteAt(bytes, at + 2)] !== 1) return ~(at + 2);
+    if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return misfits(head, "request-target", at + 1);
+    if (HEXDIG[byteAt(bytes, at + 2)] !== 1) return misfits(head, "request-target", at + 2);
     at += 3;
   }
-  if (at === head.targetFrom || bytes[at] !== SP) return ~at;
+  if (at === head.targetFrom || bytes[at] !== SP)
+    return breaksLine(head, byteAt(bytes, at) > 0x7e ? "request-target-byte" : "request-line", at);
   head.targetTo = at++;
   for (let i = 0; i < VERSION_LINE_END.length; i++, at++) {
     const expected = VERSION_LINE_END.charCodeAt(i);
-    if (expected === 0x44 ? DIGIT[byteAt(bytes, at)] !== 1 : bytes[at] !== expected) return ~at;
+    if (expected === 0x44 ? DIGIT[byteAt(bytes, at)] !== 1 : bytes[at] !== expected)
+      return expected === LF ? misfits(head, "bare-cr", at) : breaksLine(head, "request-line", at);
   }
   // RFC 9110 §2.5: a higher minor version is read as ours; another major one is another protocol.
   if (bytes[at - 5] !== 0x31) return misfits(head, "http-version", at - 1);
@@ -516,14 +504,16 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
   for (let fieldLines = 1; bytes[at] !== CR; fieldLines++, at += 2) {
     const nameFrom = at;
     const nameTo = (at = skipWhile(TCHAR, bytes, at, to));
-    if (at === nameFrom || bytes[at] !== COLON) return ~at;
+    // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
+    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfits(head, "obs-fold", at);
+    if (at === nameFrom || bytes[at] !== COLON) return breaksLine(head, "field-line", at);
     if (fieldLines > head.limits.fieldLinesMax) return misfits(head, "too-many-fields", at);
     at = skipWhile(FIELD_CONTENT, bytes, at + 1, to);
-    if (bytes[at] !== CR) return ~at;
-    if (bytes[at + 1] !== LF) return ~(at + 1);
+    if (bytes[at] !== CR) return breaksLine(head, "field-value", at);
+    if (bytes[at + 1] !== LF) return misfits(head, "bare-cr", at + 1);
     noteField(head, bytes, nameFrom, nameTo, at);
   }
-  return bytes[at + 1] === LF ? at + 2 : ~(at + 1);
+  return bytes[at + 1] === LF ? at + 2 : misfits(head, "bare-cr", at + 1);
 }
 
 function misfits(head: RequestHead, rejection: Rejection, at: number): number {
@@ -531,20 +521,9 @@ function misfits(head: RequestHead, rejection: Rejection, at: number): number {
   return ~at;
 }
 
-/** Why the byte at this index does not fit. */
-function explainMisfit(head: RequestHead, bytes: Uint8Array, at: number): Rejection {
-  const byte = byteAt(bytes, at);
-  if (at > head.from && bytes[at - 1] === CR) return "bare-cr";
-  const isInTarget = head.targetFrom > 0 && head.targetTo === 0;
-  if (isInTarget && (bytes[at - 1] === PERCENT || bytes[at - 2] === PERCENT)) return "request-target";
-  if (byte === LF) return "bare-lf";
-  if (isInTarget && byte > 0x7e) return "request-target-byte";
-  const lineFrom = bytes.lastIndexOf(LF, at - 1) + 1;
-  if (head.targetTo === 0 || lineFrom < head.targetTo) return "request-line";
-  // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
-  if (at === lineFrom && (byte === SP || byte === HTAB)) return "obs-fold";
-  return bytes.subarray(lineFrom, at).includes(COLON) ? "field-value" : "field-line";
-}
+/** The same inside a line, where LF would end it without CR. */
+const breaksLine = (head: RequestHead, rejection: Rejection, at: number) =>
+  misfits(head, head.bytes[at] === LF ? "bare-lf" : rejection, at);
 
 /** Methods are case-sensitive (RFC 9110 §9.1). */
 function recogniseMethod(bytes: Uint8Array, from: number, to: number): Method {
@@ -562,10 +541,9 @@ function isText(bytes: Uint8Array, from: number, to: number, text: string, caseB
 /** Notes a field-line if its field decides about the message: its name is from..to, its value to + 1..lineTo. */
 function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: number, lineTo: number): void {
   if (isText(bytes, from, to, "host")) head.host = head.host === 0 ? to + 1 : -1;
-  else if (isText(bytes, from, to, "content-length"))
-    head.lengthField = addLine(head.lengthField, bytes, to + 1, lineTo);
-  else if (isText(bytes, from, to, "transfer-encoding")) head.codings = addLine(head.codings, bytes, to + 1, lineTo);
-  else if (isText(bytes, from, to, "expect")) head.expect = addLine(head.expect, bytes, to + 1, lineTo);
+  else if (isText(bytes, from, to, "content-length")) head.lengthField += latin1(bytes, to + 1, lineTo + 2);
+  else if (isText(bytes, from, to, "transfer-encoding")) head.codings += latin1(bytes, to + 1, lineTo + 2);
+  else if (isText(bytes, from, to, "expect")) head.expect += latin1(bytes, to + 1, lineTo + 2);
   else if (isText(bytes, from, to, "connection"))
     // RFC 9110 §7.6.1: Connection = #connection-option, tokens in any case.
     for (let at = to + 1; at < lineTo; at++) {
@@ -576,27 +554,19 @@ function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: numbe
     }
 }
 
-const addLine = (lines: string | undefined, bytes: Uint8Array, from: number, to: number) =>
-  lines === undefined ? latin1(bytes, from, to) : `${lines}\n${latin1(bytes, from, to)}`;
-
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
 function checkRequestTarget(head: RequestHead): Rejection | "" {
   const { bytes, method, targetFrom } = head;
   // §3.2.1: origin-form = absolute-path [ "?" query ]
   if (bytes[targetFrom] === SLASH && method !== "CONNECT") return "";
   const target = head.requestTarget;
-  // §3.2.3: authority-form = uri-host ":" port, for CONNECT and only for it.
-  if (method === "CONNECT") return isAuthority(target) && /:\d+$/.test(target) ? "" : "request-target";
-  // §3.2.4: asterisk-form = "*", for OPTIONS and only for it.
-  if (target === "*") return method === "OPTIONS" ? "" : "request-target";
-  // §3.2.2: absolute-form = absolute-URI, of the schemes that this server could answer for.
-  return isAuthority(TARGET_PARTS.exec(target)?.[1] ?? "") ? "" : "request-target";
+  let fits = isAuthority(TARGET_PARTS.exec(target)?.[1] ?? ""); // §3.2.2: absolute-form, of the schemes served here
+  if (method === "CONNECT") fits = isAuthority(target) && /:\d+$/.test(target); // §3.2.3: authority-form, only for it
+  if (target === "*") fits = method === "OPTIONS"; // §3.2.4: asterisk-form, only for it
+  return fits ? "" : "request-target";
 }
 
-/**
- * RFC 9112 §3.2: 400 for an HTTP/1.1 request without Host, and for any request with more than one or with an invalid
- * one. In absolute-form the target's authority wins, but Host must still be valid.
- */
+/** RFC 9112 §3.2: HTTP/1.1 needs a Host. There may be but one, and a valid one, even if the target's authority wins. */
 function checkHost(head: RequestHead): Rejection | "" {
   const { bytes, host, to } = head;
   if (host <= 0) return host < 0 ? "host-repeated" : head.minorVersion > 0 ? "host-missing" : "";
@@ -606,9 +576,8 @@ function checkHost(head: RequestHead): Rejection | "" {
   let port = 0;
   if (at > from && bytes[at] === COLON)
     for (at++; DIGIT[byteAt(bytes, at)] === 1; at++) port = 10 * port + byteAt(bytes, at) - 0x30;
-  const isUsual = at > from && bytes[at] === CR && port <= 65_535;
-  if (isUsual) return "";
-  const value = latin1(bytes, host, skipWhile(FIELD_CONTENT, bytes, host, to));
+  if (at > from && bytes[at] === CR && port <= 65_535) return "";
+  const value = latin1(bytes, from, skipWhile(FIELD_CONTENT, bytes, from, to));
   return isAuthority(trimOws(value)) ? "" : "host-invalid";
 }
 
@@ -618,36 +587,26 @@ function isAuthority(text: string): boolean {
   return whole !== undefined && Number(port) <= 65_535;
 }
 
-/**
- * RFC 9112 §6.3: where the content ends. Parsers that disagree about it make smuggling possible: a second request in
- * the content of the first. So nothing is guessed.
- */
+/** RFC 9112 §6.3: where content ends. Nothing is guessed: parsers that disagree let requests be smuggled in content. */
 function decideFraming(head: RequestHead): Rejection | "" {
-  const { lengthField: length, codings, minorVersion } = head;
-  if (codings !== undefined) {
-    // §6.1: an HTTP/1.0 peer cannot know it: its framing is faulty.
-    if (minorVersion === 0) return "transfer-encoding-1.0";
-    // §6.3 item 3: both present is an attempt at smuggling or at splitting.
-    if (length !== undefined) return "length-and-chunked";
-    // §6.3 item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
+  const { lengthField, codings, minorVersion } = head;
+  if (codings !== "") {
+    if (minorVersion === 0) return "transfer-encoding-1.0"; // §6.1: an HTTP/1.0 peer cannot know it
+    if (lengthField !== "") return "length-and-chunked"; // item 3: an attempt at smuggling or at splitting
+    // Item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
     head.contentLength = CHUNKED;
-    const value = trimOws(codings).toLowerCase();
-    if (value === "chunked") return "";
-    return OTHER_CODINGS.test(value) ? "transfer-coding-unknown" : "transfer-encoding";
+    if (/^[\t ]*chunked[\t ]*\r\n$/i.test(codings)) return "";
+    return OTHER_CODINGS.test(codings) ? "transfer-coding-unknown" : "transfer-encoding";
   }
-  // §6.3 item 7: a request with neither has no content.
-  if (length === undefined) return "";
-  // §6.3 item 5: repeated or listed values are refused even if they are equal.
-  // RFC 9110 §8.6: guard against values that overflow: past 2^53 numbers are no longer exact.
-  head.contentLength = /^[\t ]*\d+[\t ]*$/.test(length) ? Number(length) : Number.NaN;
+  if (lengthField === "") return ""; // item 7: a request with neither has no content
+  // Item 5: repeated or listed values are refused even if they are equal; RFC 9110 §8.6: so are those that overflow.
+  head.contentLength = /^[\t ]*\d+[\t ]*\r\n$/.test(lengthField) ? Number(lengthField) : Number.NaN;
   return Number.isSafeInteger(head.contentLength) ? "" : "content-length";
 }
 
 /** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
-function checkExpect({ expect }: RequestHead): Rejection | "" {
-  if (expect === undefined) return "";
-  return /^[\t\n ,]*(?:100-continue[\t ]*(?:[\n,][\t\n ,]*|$))*$/i.test(expect) ? "" : "expectation";
-}
+const checkExpect = ({ expect }: RequestHead): Rejection | "" =>
+  expect === "" || /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i.test(expect) ? "" : "expectation";
 
 // ═══ 5 Content ═══════════════════════════════════════════════════════════════════════════════════
 
@@ -659,19 +618,10 @@ const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${
 /** field-line = field-name ":" OWS field-value OWS */
 const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
 
-/** A longer line is refused, whatever its extensions may weigh: it has to be held until its end has come. */
-const CHUNK_LINE_BYTES_MAX = 131_072;
-const CHUNK_SIZE_DIGITS_MAX = 64;
-/** What may stand behind a chunk-size: an extension, or the end of the line. */
-const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/);
+const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
+const CHUNK_SIZE_DIGITS_MAX = 64; // Leading zeros could go on and on.
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an extension, or the end of the line.
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
-
-/** The index behind a chunk-size, or undefined if it is none. Its digits are bounded: leading zeros could go on and on. */
-function findSizeEnd(bytes: Uint8Array, from: number, to: number): number | undefined {
-  const end = skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX + 1));
-  const isSize = end > from && end - from <= CHUNK_SIZE_DIGITS_MAX;
-  return isSize && (end === to || CHUNK_SIZE_END[byteAt(bytes, end)] === 1) ? end : undefined;
-}
 
 export type ChunkedFault =
   "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
@@ -682,52 +632,44 @@ export type ChunkedFault =
  *     chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF
  *
  * A chunk is a line, so many bytes, and CRLF; a trailer section is lines. Call {@link next} until `state` is "done" or
- * "failed". It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind them.
+ * there is a fault. It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind.
  */
 export class ChunkedDecoder {
-  state: "line" | "data" | "trailer" | "done" | "failed" = "line";
-  /** Why, once `state` is "failed". */
+  state: "line" | "data" | "trailer" | "done" = "line";
   fault: ChunkedFault | "" = "";
-  /** The content that the last call found: these indexes into the bytes that it was given. */
-  contentFrom = 0;
-  contentTo = 0;
-  /** Octets of content announced so far, those of the chunk under way included. */
-  announced = 0;
-  /** The lower-case names of the trailer fields: the caller may have to refuse some. */
-  readonly trailerNames: string[] = [];
-  private left = 0;
-  /** Bytes of an incomplete line that were checked and need not be again. */
-  private known = 0;
+  contentTo = 0; // the end of the content that the last call found: it starts where that call did
+  announced = 0; // octets of content so far, those of the chunk under way included
+  readonly trailerNames: string[] = []; // in lower case: the caller may have to refuse some
+  private left = 0; // octets of the chunk under way
+  private known = 0; // bytes of an incomplete line that were checked and need not be again
   private extensionBytes = 0;
   private trailerBytes = 0;
 
   constructor(
     private readonly limits: { chunkExtensionBytesMax: number; headBytesMax: number; fieldLinesMax: number },
-    /** A user agent reads obs-fold as SP (RFC 9112 §5.2), and white space behind a chunk-size; a server refuses both. */
-    private readonly isUserAgent: boolean,
+    private readonly isUserAgent: boolean, // a server refuses obs-fold (§5.2), and white space behind a chunk-size
   ) {}
 
   /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
-    this.contentFrom = this.contentTo = from;
+    this.contentTo = from;
     if (this.state === "data") return this.takeData(bytes, from, to);
-    if (from === to || this.state === "done" || this.state === "failed") return from;
+    if (from === to || this.state === "done" || this.fault !== "") return from;
     const isTrailer = this.state === "trailer";
-    // What cannot become a line that fits is refused before its end has come.
-    const sizeEnd = isTrailer ? from : findSizeEnd(bytes, from, to);
-    if (sizeEnd === undefined) return this.fail("chunk-size", from);
-    const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeEnd, from + this.known), to);
+    const sizeTo = isTrailer ? from : skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX));
+    const isSize = sizeTo > from && (sizeTo === to || CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
+    const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
-    if (isTrailer && this.trailerBytes + this.known + 2 > this.limits.headBytesMax)
-      return this.fail("trailer-too-large", from);
-    if (!isTrailer && this.known > CHUNK_LINE_BYTES_MAX) return this.fail("chunk-extension", from);
+    // What cannot become a line that fits is refused before its end has come.
+    if (!isTrailer && !isSize) return this.fail("chunk-size", from);
+    const most = isTrailer ? this.limits.headBytesMax - this.trailerBytes - 2 : CHUNK_LINE_BYTES_MAX;
+    if (this.known > most) return this.fail(isTrailer ? "trailer-too-large" : "chunk-extension", from);
     if (end === to || (bytes[end] === CR && end + 1 === to)) return from;
     this.known = 0;
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
-    if (isTrailer) this.takeTrailerLine(latin1(bytes, from, end));
-    else this.takeChunkLine(bytes, from, sizeEnd, end);
+    this.fault = isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
     return end + 2;
   }
 
@@ -744,36 +686,37 @@ export class ChunkedDecoder {
     return end + 2;
   }
 
-  private takeChunkLine(bytes: Uint8Array, from: number, sizeEnd: number, end: number): void {
-    for (let at = from; at < sizeEnd; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
-    // Past 2^53 sums stop being exact: refuse, never wrap around.
-    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return void this.fail("chunk-size", 0);
-    // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-    this.extensionBytes += end - sizeEnd;
-    const fits = this.extensionBytes - this.announced <= this.limits.chunkExtensionBytesMax;
-    const isExtended = sizeEnd < end; // most lines are a size alone, and no text is made of them
-    const extension = isExtended ? latin1(bytes, sizeEnd, end) : "";
-    if (isExtended && !(fits && CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)))
-      return void this.fail("chunk-extension", 0);
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): ChunkedFault | "" {
+    for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
+    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size"; // past 2^53 sums are not exact
+    // Most lines are a size alone, and no text is made of them.
+    if (sizeTo < end) {
+      // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
+      this.extensionBytes += end - sizeTo;
+      if (this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax) return "chunk-extension";
+      const extension = latin1(bytes, sizeTo, end);
+      if (!CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)) return "chunk-extension";
+    }
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
+    return "";
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(line: string): void {
+  private takeTrailerLine(bytes: Uint8Array, from: number, end: number): ChunkedFault | "" {
+    const line = latin1(bytes, from, end);
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
-    else if (this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line)) return;
-    else {
-      const name = FIELD_LINE.exec(line)?.[1];
-      if (name === undefined) return void this.fail("trailer", 0);
-      if (this.trailerNames.length === this.limits.fieldLinesMax) return void this.fail("trailer-too-large", 0);
-      this.trailerNames.push(name.toLowerCase());
-    }
+    const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
+    if (line === "" || isFold) return "";
+    const name = FIELD_LINE.exec(line)?.[1];
+    if (name === undefined) return "trailer";
+    if (this.trailerNames.length === this.limits.fieldLinesMax) return "trailer-too-large";
+    this.trailerNames.push(name.toLowerCase());
+    return "";
   }
 
   private fail(fault: ChunkedFault, at: number): number {
-    this.state = "failed";
     this.fault = fault;
     return at;
   }
@@ -786,34 +729,21 @@ const FORBIDDEN_TRAILER =
 
 /** The content of one request: read to its end, within its bounds. It is kept only if `respond` needs it. */
 class Content {
-  /** Octets as they came, the chunked framing included, and the first of them for the log. */
-  wireBytes = 0;
-  logged: Uint8Array = NO_BYTES;
+  wireBytes = 0; // octets as they came, the chunked framing included
+  logged: Uint8Array = NO_BYTES; // the first of them, for the log
   deadline: number;
+  private wireBytesDue = CONTENT_PART_BYTES_MIN; // so many must have come by then
   private readonly decoder: ChunkedDecoder | undefined;
-  private left: number;
-  /** So many of {@link wireBytes} must have come at the deadline. */
-  private wireBytesDue = CONTENT_PART_BYTES_MIN;
-  private kept: Uint8Array = NO_BYTES;
-  private keptLength = 0;
 
-  /**
-   * @param refusal the answer if the method is refused: it is told before the content is judged
-   * @throws Refusal if the content will not be read
-   */
-  constructor(
-    private readonly connection: Connection,
-    private readonly refusal: Response | undefined,
-  ) {
+  /** @throws Refusal if the content will not be read */
+  constructor(private readonly connection: Connection) {
     const { head, server, at, to } = connection;
     this.deadline = server.now + server.limits.contentTimeoutMs;
-    this.left = head.contentLength;
-    if (this.left === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
-    if (this.left > server.limits.contentBytesMax) this.refuse("content-too-large");
-    // In an HTTP/1.0 request 100-continue is ignored.
-    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect ?? "")) return;
+    if (head.contentLength === CHUNKED) this.decoder = new ChunkedDecoder(server.limits, false);
+    if (head.contentLength > server.limits.contentBytesMax) throw new Refusal("content-too-large");
+    if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // in HTTP/1.0 it is ignored
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
-    if (refusal !== undefined) throw new Refusal(refusal);
+    if (head.refusal !== undefined) throw new Refusal("expectation");
     if (at === to) server.output.append(CONTINUE);
   }
 
@@ -823,28 +753,24 @@ class Content {
     const { server, head, bytes, to, trace } = connection;
     for (let from = -1; from < connection.at;) {
       from = connection.at;
-      const next = decoder === undefined ? Math.min(to, from + this.left) : decoder.next(bytes, from, to);
+      const next = decoder?.next(bytes, from, to) ?? Math.min(to, from + head.contentLength - this.wireBytes);
       connection.at = next;
       this.wireBytes += next - from;
       if (server.logFormat === "request" && this.logged.length < LOGGED_BYTES_MAX)
         this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LOGGED_BYTES_MAX);
-      if (decoder === undefined) this.left -= next - from;
-      else if (decoder.announced > server.limits.contentBytesMax) this.refuse("content-too-large");
-      else if (decoder.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) this.refuse("trailer-forbidden");
-      else if (decoder.fault !== "") this.refuse(decoder.fault);
-      if (RESPOND_NEEDS_CONTENT) this.keep(decoder?.contentFrom ?? from, decoder?.contentTo ?? next);
-      if (decoder === undefined ? this.left === 0 : decoder.state === "done") {
-        trace?.complete("content complete");
-        head.content = this.kept.subarray(0, this.keptLength);
-        return true;
-      }
-      if (next > from) trace?.complete("content");
+      if (decoder && decoder.announced > server.limits.contentBytesMax) throw new Refusal("content-too-large");
+      if (decoder?.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) throw new Refusal("trailer-forbidden");
+      if (decoder?.fault) throw new Refusal(decoder.fault);
+      if (RESPOND_NEEDS_CONTENT) this.keep(bytes.subarray(from, decoder?.contentTo ?? next));
+      const isDone = this.wireBytes === head.contentLength || decoder?.state === "done";
+      if (next > from) trace?.complete(isDone ? "content complete" : "content");
+      if (isDone) return true;
     }
     head.keep();
-    if (outcome === "end") this.refuse("incomplete");
+    if (outcome === "end") throw new Refusal("incomplete");
     if (outcome === "gone") throw GONE;
     if (outcome === "late") {
-      if (this.wireBytes < this.wireBytesDue) this.refuse("timeout");
+      if (this.wireBytes < this.wireBytesDue) throw new Refusal("timeout");
       this.wireBytesDue = this.wireBytes + CONTENT_PART_BYTES_MIN;
       this.deadline = server.now + server.limits.contentTimeoutMs;
     }
@@ -852,20 +778,16 @@ class Content {
   }
 
   release(): void {
-    this.connection.server.waitingBytes -= this.kept.length;
-    this.kept = NO_BYTES;
+    this.connection.server.waitingBytes -= this.connection.head.content.buffer.byteLength;
   }
 
-  private refuse(rejection: Rejection): never {
-    throw new Refusal(this.refusal ?? responseTo(rejection));
-  }
-
-  private keep(from: number, to: number): void {
-    const { bytes, server } = this.connection;
-    server.waitingBytes -= this.kept.length;
-    this.kept = appended(this.kept, this.keptLength, bytes.subarray(from, to));
-    server.waitingBytes += this.kept.length;
-    this.keptLength += to - from;
+  /** Keeps a part of the content behind the others, in a buffer with room for more. It counts until it is released. */
+  private keep(more: Uint8Array): void {
+    const { server, head } = this.connection;
+    const { buffer, length } = head.content;
+    const kept = appended(new Uint8Array(buffer), length, more);
+    server.waitingBytes += kept.length - buffer.byteLength;
+    head.content = kept.subarray(0, length + more.length);
     if (server.waitingBytes <= server.limits.waitingBytesMax) return;
     this.connection.abort();
     throw GONE;
@@ -874,13 +796,11 @@ class Content {
 
 /** A buffer with more bytes behind its first `length`. It doubles when it is full, and is 0 behind its end. */
 function appended(buffer: Uint8Array, length: number, more: Uint8Array): Uint8Array {
-  let larger = buffer;
-  if (length + more.length > buffer.length) {
-    larger = new Uint8Array(Math.max(256, 2 * (length + more.length)));
-    larger.set(buffer.subarray(0, length));
-  }
-  larger.set(more, length);
-  return larger;
+  const needed = length + more.length;
+  const all = needed > buffer.length ? new Uint8Array(Math.max(256, 2 * needed)) : buffer;
+  if (all !== buffer) all.set(buffer.subarray(0, length));
+  all.set(more, length);
+  return all;
 }
 
 // ═══ 6 Answers and log lines ═════════════════════════════════════════════════════════════════════
@@ -907,17 +827,15 @@ function formatHead(status: number, fields: Record<string, string>): Uint8Array 
 
 /** Makes a response, with its Content-Length. */
 export function prepareResponse(status: number, fields: Record<string, string>, content: string | Uint8Array = "") {
+  // RFC 9110 §6.4.1, §8.6 and §15.4.5: 204 and 304 have no content, 204 no Content-Length, and 304 none but the whole's.
+  if (status === 204 || status === 304) return { status, head: formatHead(status, fields), content: NO_BYTES };
   const bytes = typeof content === "string" ? encoder.encode(content) : content;
-  // RFC 9110 §8.6 and §15.4.5: no Content-Length in a 1xx or 204 response, and none of another content in a 304.
-  const hasLength = status !== 204 && status !== 304;
-  const all = hasLength ? { ...fields, "Content-Length": String(bytes.length) } : fields;
-  return { status, head: formatHead(status, all), content: bytes } satisfies Response;
+  return { status, head: formatHead(status, { ...fields, "Content-Length": String(bytes.length) }), content: bytes };
 }
 
-/** Formatted once: an attacker must not cost more than others. */
 const REJECTION_RESPONSES: { [Key in Rejection]?: Response } = {};
 
-/** The answer to a refused request. It repeats nothing that the peer sent. */
+/** The answer to a refused request. It repeats nothing of the peer's, and is formatted once: an attack costs no more. */
 function responseTo(rejection: Rejection): Response {
   const [status, explanation] = REJECTIONS[rejection];
   return (REJECTION_RESPONSES[rejection] ??= prepareResponse(status, TEXT_FIELDS, `${explanation}\n`));
@@ -927,8 +845,7 @@ function responseTo(rejection: Rejection): Response {
 export class Output {
   bytes: Uint8Array = new Uint8Array(131_072);
   length = 0;
-  /** The value of Date and the end of the head: without a Connection field, with close, with keep-alive. */
-  private ends: readonly Uint8Array[] = [];
+  private ends: readonly Uint8Array[] = []; // of heads, from the Date on: no Connection field, close, keep-alive
 
   constructor() {
     this.setDate(Date.now());
@@ -950,22 +867,20 @@ export class Output {
     this.append(response.head);
     // RFC 9112 §9.6: the last answer says that the connection closes; an HTTP/1.0 client has to be told if it does not.
     this.append(this.ends[closes ? 1 : head.minorVersion === 0 ? 2 : 0] ?? NO_BYTES);
-    // RFC 9110 §6.4.1: no content in an answer to HEAD and in a 204 or 304, whatever the fields say.
-    if (head.method === "HEAD" || response.status === 204 || response.status === 304) return 0;
+    if (head.method === "HEAD") return 0; // RFC 9110 §9.3.2: the fields of the answer to a GET, and no content
     this.append(response.content);
     return response.content.length;
   }
 }
 
 // ── shared: printable ──
-/** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
-export function printable(text: string): string {
-  return text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, (character) => {
-    const code = character.codePointAt(0) ?? 0;
-    return code < 0x100 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u{${code.toString(16)}}`;
-  });
-}
+const escapeByte = (byte: string) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`;
+const escapeCharacter = (character: string) =>
+  character <= "\xff" ? escapeByte(character) : `\\u{${character.codePointAt(0)?.toString(16)}}`;
 
+/** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
+export const printable = (text: string) =>
+  text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escapeCharacter);
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
@@ -977,8 +892,8 @@ export function tell(line: string): void {
 // ── end shared ──
 
 /** A request as it was received, with an empty line after it: what the tutorial's server prints. */
-export function formatRequestLog(head: RequestHead, content: Uint8Array, contentLength: number): string {
-  const text = printable(utf8.decode(head.bytes.subarray(head.from, head.to))) + printable(utf8.decode(content));
+function formatRequestLog({ bytes, from, to }: RequestHead, content: Uint8Array, contentLength: number): string {
+  const text = printable(utf8.decode(bytes.subarray(from, to))) + printable(utf8.decode(content));
   const more = contentLength - content.length;
   return `${text}${text.endsWith("\n") ? "" : "\n"}${more > 0 ? `(${more} more bytes)\n` : ""}`;
 }
@@ -987,15 +902,13 @@ const UNSAFE_IN_QUOTES = /[^\x20\x21\x23-\x5b\x5d-\x7e]/g;
 const inQuotes = (text = "") => `"${text.replace(UNSAFE_IN_QUOTES, escapeByte) || "-"}"`;
 
 /** A line of the Combined Log Format, which tools for the logs of web servers read. */
-export function formatAccessLog(head: RequestHead, address: string, date: Date, status: number, bytes: number): string {
-  const [, day, month, year, time] = date.toUTCString().split(" ");
-  const { text } = head;
+function formatAccessLog({ text }: RequestHead, address: string, status: number, bytes: number): string {
+  const [, day, month, year, time] = new Date().toUTCString().split(" ");
   const [requestLine] = text.trimStart().split("\r", 1);
   // A map of all fields would take two fifths of the CPU of such a request.
-  const valueOf = (line: RegExp) => trimOws(line.exec(text)?.[1] ?? "");
-  const [referer, userAgent] = [valueOf(/\nreferer:(.*)/i), valueOf(/\nuser-agent:(.*)/i)];
-  const about = `${inQuotes(requestLine)} ${status} ${bytes} ${inQuotes(referer)} ${inQuotes(userAgent)}`;
-  return `${address} - - [${day}/${month}/${year}:${time} +0000] ${about}\n`;
+  const quoted = (line: RegExp) => inQuotes(trimOws(line.exec(text)?.[1] ?? ""));
+  const about = `${quoted(/\nreferer:(.*)/i)} ${quoted(/\nuser-agent:(.*)/i)}`;
+  return `${address} - - [${day}/${month}/${year}:${time} +0000] ${inQuotes(requestLine)} ${status} ${bytes} ${about}\n`;
 }
 
 // ═══ 7 Text mode ═════════════════════════════════════════════════════════════════════════════════
@@ -1013,34 +926,24 @@ const RESPOND_NEEDS_CONTENT = false as boolean; // the compiler must not take it
  *     if (request.path === "/echo" && request.method === "POST")
  *       return prepareResponse(200, { "Content-Type": "application/octet-stream" }, request.content);
  *
- * It is called once the content has been read, for the methods that {@link TextSite.refuse} lets pass. It must not wait:
+ * It is called once the content has been read, for the methods that {@link Site.refuse} lets pass. It must not wait:
  * no other peer is served meanwhile. 400, 500 and 503 close the connection. With `--root`, FileSite answers instead.
  */
 export function respond(request: RequestHead, site: TextSite): Response {
   return request.method === "OPTIONS" ? site.options : site.text;
 }
 
-/** RFC 9110 §15.5.6: 405 says which methods there are. */
-const prepareNotAllowed = (allow: string) =>
-  prepareResponse(405, { ...TEXT_FIELDS, Allow: allow }, "method not allowed\n");
-
 /** The answers of text mode, formatted once. */
-export class TextSite implements Site {
+export class TextSite extends Site {
   readonly text: Response;
-  readonly options = prepareResponse(204, { Allow: "GET, HEAD, POST, OPTIONS" });
-  private readonly notAllowed = prepareNotAllowed("GET, HEAD, POST, OPTIONS");
 
   constructor(text: string) {
+    super(["GET", "HEAD", "POST", "OPTIONS"]);
     this.text = prepareResponse(200, TEXT_FIELDS, text);
   }
 
-  refuse({ method }: RequestHead): Response | undefined {
-    if (method === "GET" || method === "HEAD" || method === "POST" || method === "OPTIONS") return undefined;
-    return method === "" ? responseTo("method-unknown") : this.notAllowed;
-  }
-
   respond(request: RequestHead): Response {
-    return this.refuse(request) ?? respond(request, this);
+    return respond(request, this);
   }
 }
 
@@ -1272,7 +1175,7 @@ export class Server {
   admit(connection: Connection): void {
     const excess = this.connections.size - this.limits.connectionsMax;
     if (excess > this.refusedConnectionsMax) connection.abort();
-    else if (excess > 0) throw new Refusal(responseTo("too-many-connections"));
+    else if (excess > 0) throw new Refusal("too-many-connections");
   }
 
   /** Ends the steps that are late, and sets the Date, for all connections at once. */
@@ -1393,8 +1296,6 @@ const reports = new Log(2);
 const report = (line: string) => reports.print(asLine(line)); // once it serves, this takes the place of tell
 
 // ── shared: trace ──
-const escapeByte = (character: string) => `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`;
-
 /**
  * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
  *
@@ -1700,9 +1601,7 @@ const isLinux = process.platform === "linux";
 const OPEN_DESCRIPTORS = "/proc/self/fd/"; // "self", since /proc may be that of an outer PID namespace
 
 /** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
-export class FileSite implements Site {
-  private readonly options = prepareResponse(204, { Allow: "GET, HEAD, OPTIONS" });
-  private readonly notAllowed = prepareNotAllowed("GET, HEAD, OPTIONS");
+export class FileSite extends Site {
   private readonly root: string;
   private realRoot = ""; // Ends in a slash. "" at each sweep: links in the path of the root are followed anew.
   private readonly knownFiles = new Map<string, KnownFile>(); // by path
@@ -1712,6 +1611,7 @@ export class FileSite implements Site {
 
   /** @throws StartError if it is not the path of a folder that may be entered */
   constructor(path: string) {
+    super(["GET", "HEAD", "OPTIONS"]);
     this.root = fs.existsSync(resolve(path)) ? resolve(path) : path; // a name that is not UTF-8 is above it
     try {
       fs.statSync(`${path}/.`); // it may be entered: what it has can be served even if it cannot be listed
@@ -1720,14 +1620,8 @@ export class FileSite implements Site {
     }
   }
 
-  refuse({ method }: RequestHead): Response | undefined {
-    if (method === "GET" || method === "HEAD" || method === "OPTIONS") return undefined;
-    return method === "" ? responseTo("method-unknown") : this.notAllowed;
-  }
-
   respond(request: RequestHead): Response | Promise<Response> {
-    const refusal = request.method === "OPTIONS" ? this.options : this.refuse(request);
-    if (refusal !== undefined) return refusal;
+    if (request.method === "OPTIONS") return this.options;
     const target = parseTargetPath(request.requestTarget);
     if (target === undefined) return responseTo("path");
     const { segments, isFolder, query } = target;
@@ -1746,7 +1640,7 @@ export class FileSite implements Site {
     return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
   }
 
-  sweep(now: number): void {
+  override sweep(now: number): void {
     this.dateNow = now;
     this.realRoot = "";
   }
