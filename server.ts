@@ -1259,17 +1259,18 @@ function explainListenError(code: string, { host, isHostFromEnv, port }: Command
 // ═══ 9 Log ═══════════════════════════════════════════════════════════════════════════════════════
 
 /** One after the other: a write that waits for its reader keeps a thread of the pool, which may have only two. */
-let lastWrite = Promise.resolve();
+let lastWrite = Promise.resolve<Uint8Array>(NO_BYTES);
 
 /** Writes to stdout or stderr without ever making a peer wait for it: what a slow reader leaves is bounded. */
 class Log {
+  written = Promise.resolve(); // settles when all is written
   private waiting = "";
   private dropped = 0;
 
   constructor(private readonly fd: 1 | 2) {}
 
   print(text: string): void {
-    if (this.waiting === "") lastWrite = lastWrite.then(() => this.write());
+    if (this.waiting === "") this.written = this.written.then(() => this.write());
     if (this.waiting.length > LOG_BACKLOG_CHARS_MAX) this.dropped++;
     else this.waiting += text;
   }
@@ -1279,7 +1280,7 @@ class Log {
     if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: their reader is slow)\n`;
     let rest: Uint8Array = encoder.encode(this.waiting);
     [this.waiting, this.dropped] = ["", 0];
-    while (rest.length > 0) rest = await writeSome(this.fd, rest);
+    while (rest.length > 0) rest = await (lastWrite = lastWrite.then(() => writeSome(this.fd, rest)));
   }
 }
 
@@ -1483,7 +1484,8 @@ function run(commandLine: CommandLine): void {
   const stop = () => {
     if (server.isStopping) exit();
     for (const listener of listeners) listener.stop();
-    server.onEmpty = () => void Promise.race([lastWrite, Bun.sleep(LOG_FLUSH_MS)]).then(exit);
+    const isLogged = () => Promise.all([log.written, reports.written]);
+    server.onEmpty = () => void Promise.race([isLogged(), Bun.sleep(LOG_FLUSH_MS)]).then(exit);
     setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
     server.stop();
   };

@@ -433,6 +433,27 @@ print(s.getsockname()[1])`;
     expect(await server.child.exited).toBe(0);
   });
 
+  test.if(hasTool("openssl"))(
+    "stderr speaks while stdout is a full, non-blocking pipe that nobody empties",
+    async () => {
+      await using folder = await temporaryFolder();
+      const { cert, key } = await makeCertificate(folder.path);
+      // The script becomes the server, and holds both ends of its stdout.
+      const code = `
+import os, sys
+r, w = os.pipe(); os.set_inheritable(r, True); os.set_blocking(w, False)
+os.write(w, b"z" * 65536)
+os.dup2(w, 1); os.execvp(sys.argv[1], sys.argv[1:])`;
+      const argv = [...(await command("server", variant)), "--port", "0", "--tls-cert", cert, "--tls-key", key];
+      await using server = await start(["python3", "-c", code, ...argv], LISTENING);
+      expect((await run(["curl", "-sk", server.match[0]])).stdout).toBe("Hello, World!");
+      server.child.kill("SIGHUP");
+      await server.stderr.waitFor(/\nCertificate and key are read again\n/);
+      server.child.kill("SIGTERM");
+      expect(await server.child.exited).toBe(0);
+    },
+  );
+
   test.if(hasTool("openssl"))("SIGHUP resets no peer that has connected and waits to be accepted", async () => {
     await using folder = await temporaryFolder();
     const { cert, key } = await makeCertificate(folder.path);
