@@ -1484,7 +1484,8 @@ function run(commandLine: CommandLine): void {
   const stop = () => {
     if (server.isStopping) exit();
     for (const listener of listeners) listener.stop();
-    const isLogged = () => Promise.all([log.written, reports.written]);
+    // The conversation on the last connection goes on for a turn, and may still log its request.
+    const isLogged = () => new Promise(setImmediate).then(() => Promise.all([log.written, reports.written]));
     server.onEmpty = () => void Promise.race([isLogged(), Bun.sleep(LOG_FLUSH_MS)]).then(exit);
     setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
     server.stop();

@@ -691,6 +691,20 @@ print(sent)`;
     expect(await server.child.exited).toBe(0);
   });
 
+  test.concurrent("SIGTERM: the last peer leaves in the middle of a file, and the log has its line", async () => {
+    await using server = await serveFiles({ file: new Uint8Array(12 * MIB) }, "--log", "access");
+    using idle = await Peer.connect(server.port);
+    using peer = await Peer.connect(server.port);
+    await peer.send("GET /file HTTP/1.1\r\nHost: x\r\n\r\n");
+    await peer.waitFor(/\r\n\r\n\0/);
+    peer.pause();
+    server.child.kill("SIGTERM");
+    expect(await idle.closed).toBe("end");
+    peer[Symbol.dispose]();
+    await server.stdout.waitFor(/"GET \/file HTTP\/1.1" 200 \d+ /);
+    expect(await server.child.exited).toBe(0);
+  });
+
   test.concurrent(
     "SIGTERM: requests that are on their way to an idle connection are still answered, all of them",
     async () => {
