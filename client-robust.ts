@@ -1693,15 +1693,17 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
     // A mount point, a folder in which nothing may be renamed, a part on another disk, a disk that replaces no file.
     const isRefused = /^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code);
     if (!exists || !isRefused) throw error;
-    await using target = await fs().promises.open(file, fs().constants.O_WRONLY);
-    const { size } = fs().fstatSync(target.fd);
+    // Nothing below waits for an event: a signal or a deadline comes before the first byte is changed, or after the last.
+    const target = fs().openSync(file, fs().constants.O_WRONLY);
+    using _ = { [Symbol.dispose]: () => fs().closeSync(target) };
+    const { size } = fs().fstatSync(target);
     // What goes beyond the old content comes first: is there room for it?
-    await copy(fd, target.fd, size).catch((error) => {
-      fs().ftruncateSync(target.fd, size);
+    await copy(fd, target, size).catch((error) => {
+      fs().ftruncateSync(target, size);
       throw error;
     });
-    fs().ftruncateSync(target.fd, fs().fstatSync(fd).size);
-    await copy(fd, target.fd, 0);
+    fs().ftruncateSync(target, fs().fstatSync(fd).size);
+    await copy(fd, target, 0);
     return `${file} was overwritten in place, since it cannot be replaced (${code})`;
   }
 }
