@@ -373,7 +373,6 @@ export class RequestHead {
     this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = false;
     this.refusal = undefined;
-    this.content = NO_BYTES;
   }
 
   /** Copies the head out of the bytes of a read, so that these can be freed while it is still needed. */
