@@ -357,7 +357,7 @@ type Redirect = { readonly action: "redirect"; readonly status: number; readonly
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
 const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
-const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2: twice is as once
+const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2
 
 /** The request. `hasRange`: for the rest of what is held; `isLastTry`: show an error page instead of another try. */
 type Asked = { method: string; resource: string; hasRange: boolean; isLastTry: boolean };
@@ -1827,10 +1827,11 @@ Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
 FILE is never partial: it is untouched until the download is complete. A transfer that breaks
 off leaves a part beside FILE, from which the same command continues. Proxies from the
 environment are not used, and a URL takes no user name. Exit codes are curl's: 0 done (304,
-too), 2 usage, 3 URL, 6 cannot resolve, 7 cannot connect, 8 not HTTP, 18 partial, 22 status (of
-a GET with -o any but 200, otherwise 400 and above), 23 cannot write, 28 timeout, 33 range,
-35 TLS, 47 redirects, 52 no answer, 55 cannot send, 56 cannot receive, 60 certificate, 63 too
-large, 77 --cacert; and 29 if a digest does not fit, 1 a fault of this program.
+too), 2 usage, 3 URL, 6 cannot resolve, 7 cannot connect, 8 malformed or not HTTP, 18 partial,
+22 status (400 and above; with -o also one without the content), 23 cannot write, 28 timeout,
+33 range, 35 TLS, 47 redirects, 52 no answer, 55 cannot send, 56 cannot receive,
+60 certificate, 63 too large, 77 --cacert; and 29 if a digest does not fit, 1 a fault of this
+program.
 `;
 
 /** Checks what the user typed. @throws TransferError "usage" */

@@ -8,7 +8,8 @@
  *
  * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for
  * one request. Here the bytes may come one at a time or a hundred requests at once, and every
- * message is checked against RFC 9112 before it is answered: anything else gets 400 and a close.
+ * message is checked against RFC 9112 before it is answered: what breaks a rule is refused, and the
+ * connection is closed.
  *
  * Left out: uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
  *
@@ -63,11 +64,11 @@ export const LIMITS = Object.freeze(
   Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // nor does fromEntries
 );
 
-const REFUSED_CONNECTIONS_MAX = 256; // So many above the limit get a 503, so that a proxy knows; in a flood, nobody.
+const REFUSED_CONNECTIONS_MAX = 256; // Connections above the limit that get a 503. More are dropped: it is a flood.
 const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is skipped. Old clients send one.
 const LONG_HEAD_BYTES = 1024; // A longer head is parsed again only now and then: see readHead.
 const CONTENT_PART_BYTES_MIN = 5000; // The least that must arrive within each content timeout.
-const UNSENT_BYTES_MAX = 65_536; // At so much of answers that a peer does not take, the server stops reading from it.
+const UNSENT_BYTES_MAX = 65_536; // Answers to pipelined requests are buffered up to this, then written.
 // After the last answer, what the peer still sends is read and dropped, so that it can send a refused upload to its end.
 const LINGER_TIMEOUT_MS = 5000; // without a byte
 const LINGER_MS_MAX = 30_000; // in all; both as nginx
@@ -328,8 +329,8 @@ const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
 const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/); // visible ASCII (RFC 9112 §3.2) but "%", and "#" of a fragment
 const DIGIT = bytesLike(/[0-9]/);
 const OWS = bytesLike(/[\t ]/);
-const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // RFC 3986 §3.2.2, but "%", and ",": in Host it is a list
-/** uri-host [ ":" port ] (RFC 9110 §4.2), without userinfo and without a zone id: that means nothing to others. */
+const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // reg-name (RFC 3986) without "%", and "," of a list
+/** uri-host [ ":" port ] (RFC 9110 §4.2): no userinfo, and no zone id, which means nothing to another machine. */
 const AUTHORITY = /^(?:\[([^\]%]+)\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::(\d*))?$/;
 /** IPvFuture = "v" 1*HEXDIG "." 1*( unreserved / sub-delims / ":" ) */
 const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
@@ -555,7 +556,7 @@ function checkRequestTarget(head: RequestHead): Rejection | "" {
   return fits ? "" : "request-target";
 }
 
-/** RFC 9112 §3.2: HTTP/1.1 needs a Host. There may be but one, and a valid one, even if the target's authority wins. */
+/** RFC 9112 §3.2: HTTP/1.1 needs a Host, only one, and a valid one, even if the target has an authority. */
 function checkHost(head: RequestHead): Rejection | "" {
   const { bytes, host, to } = head;
   if (host <= 0) return host < 0 ? "host-repeated" : head.minorVersion > 0 ? "host-missing" : "";
@@ -732,7 +733,7 @@ class Content {
     if (head.contentLength > server.limits.contentBytesMax) throw new Refusal("content-too-large");
     if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // in HTTP/1.0 it is ignored
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
-    if (head.refusal !== undefined) throw new Refusal("expectation");
+    if (head.refusal !== undefined) throw new Refusal("expectation"); // the peer is told of its method
     if (at === to) server.output.append(CONTINUE);
   }
 
