@@ -357,7 +357,7 @@ type Redirect = { readonly action: "redirect"; readonly status: number; readonly
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
 const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
-const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2: twice is as once
+const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2
 
 /** The request. `hasRange`: for the rest of what is held; `isLastTry`: show an error page instead of another try. */
 type Asked = { method: string; resource: string; hasRange: boolean; isLastTry: boolean };
@@ -609,13 +609,8 @@ function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: num
 const latin1 = (bytes: Uint8Array, from: number, to: number): string =>
   Buffer.prototype.toString.call(bytes, "latin1", from, to);
 
-/** OWS is SP and HTAB. String.trim takes more, and a regular expression takes quadratic time on long runs. */
-function trimOws(text: string): string {
-  let [from, to] = [0, text.length];
-  while (from < to && (text[from] === " " || text[from] === "\t")) from++;
-  while (to > from && (text[to - 1] === " " || text[to - 1] === "\t")) to--;
-  return text.slice(from, to);
-}
+/** OWS is SP and HTAB; String.trim takes more, and a search for /[\t ]+$/ takes quadratic time on long runs. */
+const trimOws = (text: string): string => /^[\t ]*(.*[^\t ])?/s.exec(text)?.[1] ?? "";
 // ── end shared ──
 
 // ── shared: chunked ──
@@ -1693,15 +1688,17 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
     // A mount point, a folder in which nothing may be renamed, a part on another disk, a disk that replaces no file.
     const isRefused = /^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code);
     if (!exists || !isRefused) throw error;
-    await using target = await fs().promises.open(file, fs().constants.O_WRONLY);
-    const { size } = fs().fstatSync(target.fd);
+    // Nothing below waits for an event: a signal or a deadline comes before the first byte is changed, or after the last.
+    const target = fs().openSync(file, fs().constants.O_WRONLY);
+    using _ = { [Symbol.dispose]: () => fs().closeSync(target) };
+    const { size } = fs().fstatSync(target);
     // What goes beyond the old content comes first: is there room for it?
-    await copy(fd, target.fd, size).catch((error) => {
-      fs().ftruncateSync(target.fd, size);
+    await copy(fd, target, size).catch((error) => {
+      fs().ftruncateSync(target, size);
       throw error;
     });
-    fs().ftruncateSync(target.fd, fs().fstatSync(fd).size);
-    await copy(fd, target.fd, 0);
+    fs().ftruncateSync(target, fs().fstatSync(fd).size);
+    await copy(fd, target, 0);
     return `${file} was overwritten in place, since it cannot be replaced (${code})`;
   }
 }
@@ -1830,10 +1827,11 @@ Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
 FILE is never partial: it is untouched until the download is complete. A transfer that breaks
 off leaves a part beside FILE, from which the same command continues. Proxies from the
 environment are not used, and a URL takes no user name. Exit codes are curl's: 0 done (304,
-too), 2 usage, 3 URL, 6 cannot resolve, 7 cannot connect, 8 not HTTP, 18 partial, 22 status (of
-a GET with -o any but 200, otherwise 400 and above), 23 cannot write, 28 timeout, 33 range,
-35 TLS, 47 redirects, 52 no answer, 55 cannot send, 56 cannot receive, 60 certificate, 63 too
-large, 77 --cacert; and 29 if a digest does not fit, 1 a fault of this program.
+too), 2 usage, 3 URL, 6 cannot resolve, 7 cannot connect, 8 malformed or not HTTP, 18 partial,
+22 status (400 and above; with -o also one without the content), 23 cannot write, 28 timeout,
+33 range, 35 TLS, 47 redirects, 52 no answer, 55 cannot send, 56 cannot receive,
+60 certificate, 63 too large, 77 --cacert; and 29 if a digest does not fit, 1 a fault of this
+program.
 `;
 
 /** Checks what the user typed. @throws TransferError "usage" */

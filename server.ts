@@ -8,7 +8,8 @@
  *
  * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for
  * one request. Here the bytes may come one at a time or a hundred requests at once, and every
- * message is checked against RFC 9112 before it is answered: anything else gets 400 and a close.
+ * message is checked against RFC 9112 before it is answered: what breaks a rule is refused, and the
+ * connection is closed.
  *
  * Left out: uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
  *
@@ -63,11 +64,11 @@ export const LIMITS = Object.freeze(
   Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // nor does fromEntries
 );
 
-const REFUSED_CONNECTIONS_MAX = 256; // So many above the limit get a 503, so that a proxy knows; in a flood, nobody.
+const REFUSED_CONNECTIONS_MAX = 256; // Connections above the limit that get a 503. More are dropped: it is a flood.
 const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is skipped. Old clients send one.
 const LONG_HEAD_BYTES = 1024; // A longer head is parsed again only now and then: see readHead.
 const CONTENT_PART_BYTES_MIN = 5000; // The least that must arrive within each content timeout.
-const UNSENT_BYTES_MAX = 65_536; // At so much of answers that a peer does not take, the server stops reading from it.
+const UNSENT_BYTES_MAX = 65_536; // Answers to pipelined requests are buffered up to this, then written.
 // After the last answer, what the peer still sends is read and dropped, so that it can send a refused upload to its end.
 const LINGER_TIMEOUT_MS = 5000; // without a byte
 const LINGER_MS_MAX = 30_000; // in all; both as nginx
@@ -178,8 +179,8 @@ class StartError extends Error {
   exitCode = 1;
 }
 
-/** What ended a wait: bytes, FIN, room in the socket, a passed deadline, a stop of the server, or a lost connection. */
-export type Outcome = "bytes" | "end" | "room" | "late" | "stop" | "gone";
+/** What ended a wait: bytes, FIN or a lost connection, room in the socket, a passed deadline, a stop of the server. */
+export type Outcome = "bytes" | "end" | "room" | "late" | "stop";
 
 const NO_BYTES = new Uint8Array(0);
 
@@ -216,21 +217,21 @@ export async function serve(connection: Connection): Promise<void> {
       for (let outcome: Outcome = "bytes"; content?.read(outcome) === false;)
         outcome = await connection.receive(content.deadline);
 
-      // Respond. Only --root returns promises.
+      // Respond. Only --root returns promises: what was answered before is sent meanwhile.
       let response = head.refusal ?? site.respond(head);
-      if (response instanceof Promise) response = await waitForResponse(connection, response);
+      if (response instanceof Promise) [response] = await Promise.all([response, connection.flush()]);
       closes = isLast(connection, response);
 
       // Send: a part now, a text in the next `receive`, when no whole request is left in what came.
       const sent = output.appendResponse(head, response, closes);
       if (response.part === undefined) log(connection, content, response.status, sent);
       else await sendPart(connection, content, response, response.part);
-      content?.release();
       content = undefined;
+      head.content = NO_BYTES;
       if (output.length >= UNSENT_BYTES_MAX) await connection.flush();
     }
   } catch (reason) {
-    if (reason === GONE) return;
+    if (reason === GONE || (reason instanceof Refusal && connection.isGone)) return;
     // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
     if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
     const response =
@@ -239,21 +240,12 @@ export async function serve(connection: Connection): Promise<void> {
     // It closes: where a next request would start is not known, or the server is full or at fault.
     log(connection, content, response.status, output.appendResponse(head, response, true));
   } finally {
-    content?.release();
     await connection.close();
   }
 }
 
-/** Waits for a response that takes time. The shared output is sent before; if the peer has gone, that shows after. */
-async function waitForResponse(connection: Connection, promise: Promise<Response>): Promise<Response> {
-  const [response] = await Promise.all([promise, connection.flush()]);
-  if (!connection.isGone) return response;
-  if (response.part !== undefined) fs.closeSync(response.part.fd);
-  throw GONE;
-}
-
 /** Does this outcome of a step mean that no more bytes will come, or not in time? */
-const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late" || outcome === "gone";
+const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late";
 
 /**
  * Parses what has been received of a head. A long one is parsed again only when a line of it is complete, or much has
@@ -276,7 +268,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
     }
   }
   if (!endsReading(outcome)) return false;
-  if (!head.hasBegun || outcome === "gone") throw GONE;
+  if (!head.hasBegun) throw GONE;
   // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
   throw new Refusal(outcome === "late" ? "timeout" : "incomplete");
 }
@@ -300,9 +292,6 @@ function log({ server, head, address }: Connection, content: Content | undefined
 }
 
 // ═══ 4 Request head ══════════════════════════════════════════════════════════════════════════════
-//
-// A head is recognised whole, by a pure function of the bytes that keeps nothing between two calls:
-// its outcome is the same however the bytes were split.
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
@@ -331,13 +320,8 @@ function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: num
 const latin1 = (bytes: Uint8Array, from: number, to: number): string =>
   Buffer.prototype.toString.call(bytes, "latin1", from, to);
 
-/** OWS is SP and HTAB. String.trim takes more, and a regular expression takes quadratic time on long runs. */
-function trimOws(text: string): string {
-  let [from, to] = [0, text.length];
-  while (from < to && (text[from] === " " || text[from] === "\t")) from++;
-  while (to > from && (text[to - 1] === " " || text[to - 1] === "\t")) to--;
-  return text.slice(from, to);
-}
+/** OWS is SP and HTAB; String.trim takes more, and a search for /[\t ]+$/ takes quadratic time on long runs. */
+const trimOws = (text: string): string => /^[\t ]*(.*[^\t ])?/s.exec(text)?.[1] ?? "";
 // ── end shared ──
 
 /** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
@@ -345,8 +329,8 @@ const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
 const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/); // visible ASCII (RFC 9112 §3.2) but "%", and "#" of a fragment
 const DIGIT = bytesLike(/[0-9]/);
 const OWS = bytesLike(/[\t ]/);
-const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // RFC 3986 §3.2.2, but "%", and ",": in Host it is a list
-/** uri-host [ ":" port ] (RFC 9110 §4.2), without userinfo and without a zone id: that means nothing to others. */
+const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // reg-name (RFC 3986) without "%", and "," of a list
+/** uri-host [ ":" port ] (RFC 9110 §4.2): no userinfo, and no zone id, which means nothing to another machine. */
 const AUTHORITY = /^(?:\[([^\]%]+)\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::(\d*))?$/;
 /** IPvFuture = "v" 1*HEXDIG "." 1*( unreserved / sub-delims / ":" ) */
 const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
@@ -390,7 +374,6 @@ export class RequestHead {
     this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
     this.hasBegun = this.hasClose = this.hasKeepAlive = false;
     this.refusal = undefined;
-    this.content = NO_BYTES;
   }
 
   /** Copies the head out of the bytes of a read, so that these can be freed while it is still needed. */
@@ -401,6 +384,12 @@ export class RequestHead {
     this.targetTo -= this.from;
     this.to -= this.from;
     this.from = 0;
+  }
+
+  /** Keeps a part of the content behind the others, in a buffer with room for more. */
+  addContent(more: Uint8Array): void {
+    const { buffer, length } = this.content;
+    this.content = appended(new Uint8Array(buffer), length, more).subarray(0, length + more.length);
   }
 
   get requestTarget(): string {
@@ -435,7 +424,8 @@ export class RequestHead {
 }
 
 /**
- * Parses a request head (RFC 9112 §2 to §5) that starts at bytes[from]; bytes[to], if there is one, must be 0.
+ * Parses a request head (RFC 9112 §2 to §5) that starts at bytes[from]; bytes[to], if there is one, must be 0. It keeps
+ * nothing between two calls: a head is recognised whole, and its outcome is the same however the bytes were split.
  * @returns the index behind the head; -1 if more bytes are needed; or why it is refused
  */
 export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number | Rejection {
@@ -566,7 +556,7 @@ function checkRequestTarget(head: RequestHead): Rejection | "" {
   return fits ? "" : "request-target";
 }
 
-/** RFC 9112 §3.2: HTTP/1.1 needs a Host. There may be but one, and a valid one, even if the target's authority wins. */
+/** RFC 9112 §3.2: HTTP/1.1 needs a Host, only one, and a valid one, even if the target has an authority. */
 function checkHost(head: RequestHead): Rejection | "" {
   const { bytes, host, to } = head;
   if (host <= 0) return host < 0 ? "host-repeated" : head.minorVersion > 0 ? "host-missing" : "";
@@ -743,7 +733,7 @@ class Content {
     if (head.contentLength > server.limits.contentBytesMax) throw new Refusal("content-too-large");
     if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // in HTTP/1.0 it is ignored
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
-    if (head.refusal !== undefined) throw new Refusal("expectation");
+    if (head.refusal !== undefined) throw new Refusal("expectation"); // the peer is told of its method
     if (at === to) server.output.append(CONTINUE);
   }
 
@@ -761,36 +751,19 @@ class Content {
       if (decoder && decoder.announced > server.limits.contentBytesMax) throw new Refusal("content-too-large");
       if (decoder?.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) throw new Refusal("trailer-forbidden");
       if (decoder?.fault) throw new Refusal(decoder.fault);
-      if (RESPOND_NEEDS_CONTENT) this.keep(bytes.subarray(from, decoder?.contentTo ?? next));
+      if (RESPOND_NEEDS_CONTENT) head.addContent(bytes.subarray(from, decoder?.contentTo ?? next));
       const isDone = this.wireBytes === head.contentLength || decoder?.state === "done";
       if (next > from) trace?.complete(isDone ? "content complete" : "content");
       if (isDone) return true;
     }
     head.keep();
     if (outcome === "end") throw new Refusal("incomplete");
-    if (outcome === "gone") throw GONE;
     if (outcome === "late") {
       if (this.wireBytes < this.wireBytesDue) throw new Refusal("timeout");
       this.wireBytesDue = this.wireBytes + CONTENT_PART_BYTES_MIN;
       this.deadline = server.now + server.limits.contentTimeoutMs;
     }
     return false;
-  }
-
-  release(): void {
-    this.connection.server.waitingBytes -= this.connection.head.content.buffer.byteLength;
-  }
-
-  /** Keeps a part of the content behind the others, in a buffer with room for more. It counts until it is released. */
-  private keep(more: Uint8Array): void {
-    const { server, head } = this.connection;
-    const { buffer, length } = head.content;
-    const kept = appended(new Uint8Array(buffer), length, more);
-    server.waitingBytes += kept.length - buffer.byteLength;
-    head.content = kept.subarray(0, length + more.length);
-    if (server.waitingBytes <= server.limits.waitingBytesMax) return;
-    this.connection.abort();
-    throw GONE;
   }
 }
 
@@ -841,21 +814,20 @@ function responseTo(rejection: Rejection): Response {
   return (REJECTION_RESPONSES[rejection] ??= prepareResponse(status, TEXT_FIELDS, `${explanation}\n`));
 }
 
+/**
+ * The ends of heads, from the Date on: without a Connection field, with close, with keep-alive. RFC 9110 §6.6.1: Date is
+ * the time at which the message originates; a second is its resolution.
+ */
+const formatHeadEnds = (now: number) =>
+  ["", "Connection: close\r\n", "Connection: keep-alive\r\n"].map((option) =>
+    encoder.encode(`${new Date(now).toUTCString()}\r\n${option}\r\n`),
+  );
+
 /** Formatted answers that wait to be written, in one buffer that all connections use in turn. */
 export class Output {
   bytes: Uint8Array = new Uint8Array(131_072);
   length = 0;
-  private ends: readonly Uint8Array[] = []; // of heads, from the Date on: no Connection field, close, keep-alive
-
-  constructor() {
-    this.setDate(Date.now());
-  }
-
-  /** RFC 9110 §6.6.1: Date is the time at which the message originates; a second is its resolution. */
-  setDate(now: number): void {
-    const options = ["", "Connection: close\r\n", "Connection: keep-alive\r\n"];
-    this.ends = options.map((option) => encoder.encode(`${new Date(now).toUTCString()}\r\n${option}\r\n`));
-  }
+  ends = formatHeadEnds(Date.now()); // renewed by each sweep
 
   append(bytes: Uint8Array): void {
     this.bytes = appended(this.bytes, this.length, bytes);
@@ -977,6 +949,7 @@ export class Connection {
   readonly address: string; // taken now: a closed socket does not know it any more
   readonly trace: Trace | undefined;
   private unsent: Uint8Array = NO_BYTES; // answers that the kernel did not take
+  private counted = 0; // bytes of this connection in server.waitingBytes
   private writeDeadline = 0; // by then the peer must have taken some of what is left
   private needsRoom = false; // the kernel did not take all of the last write: the next step waits for room
   private isPaused = false;
@@ -1025,7 +998,7 @@ export class Connection {
   /** Ends the step that waits, if this concerns it. @returns whether it does */
   wake(outcome: Outcome): boolean {
     const { resolve } = this;
-    const isForBoth = outcome === "late" || outcome === "gone";
+    const isForBoth = outcome === "late" || this.isGone;
     if (resolve === undefined || (!isForBoth && this.needsRoom !== (outcome === "room"))) return false;
     if (outcome === "late")
       this.trace?.step("deadline", this.needsRoom ? "the peer takes nothing" : "nothing has come in time");
@@ -1038,8 +1011,7 @@ export class Connection {
   receive(deadline: number): Promise<Outcome> | Outcome {
     const draining = this.flush();
     if (draining !== undefined) return draining;
-    if (this.isGone) return "gone";
-    if (this.hasEnded) return "end";
+    if (this.isGone || this.hasEnded) return "end";
     if (this.at === this.to) this.hold(NO_BYTES, 0, 0);
     // A part of a message is kept in a buffer with room for more, so that the bytes of the read can be freed.
     else if (this.at > 0 || this.to === this.bytes.length)
@@ -1062,13 +1034,13 @@ export class Connection {
 
   /** Waits until the kernel has taken these bytes. More may have been received by then. */
   private async drain(unsent: Uint8Array): Promise<Outcome> {
-    this.keepUnsent(unsent);
+    this.unsent = unsent;
     while (this.unsent.length > 0) {
       await this.waitForRoom();
       const taken = this.write(this.unsent, this.unsent.length);
-      this.keepUnsent(this.unsent.slice(taken));
+      this.unsent = this.unsent.slice(taken);
     }
-    return this.isGone ? "gone" : "room";
+    return "room";
   }
 
   /** Writes bytes. @returns how many the kernel took; none if the connection has gone */
@@ -1124,30 +1096,32 @@ export class Connection {
 
   private leave(): void {
     this.isGone = true;
+    this.unsent = NO_BYTES;
     this.hold(NO_BYTES, 0, 0);
-    this.keepUnsent(NO_BYTES);
-    this.wake("gone");
+    this.wake("end");
   }
 
   private wait(deadline: number): Promise<Outcome> | Outcome {
-    const isHolding = this.bytes.length + this.unsent.length > 0;
-    if (isHolding && this.server.waitingBytes > this.server.limits.waitingBytesMax) this.abort();
-    if (this.isGone) return "gone";
+    this.count();
+    if (this.counted > 0 && this.server.waitingBytes > this.server.limits.waitingBytesMax) this.abort();
+    if (this.isGone) return "end";
     this.deadline = deadline;
     this.trace?.flush();
     return new Promise(this.executor);
   }
 
   private hold(bytes: Uint8Array, at: number, to: number): void {
-    this.server.waitingBytes += bytes.length - this.bytes.length;
     this.bytes = bytes;
     this.at = at;
     this.to = to;
+    this.count();
   }
 
-  private keepUnsent(bytes: Uint8Array): void {
-    this.server.waitingBytes += bytes.length - this.unsent.length;
-    this.unsent = bytes;
+  private count(): void {
+    const kept = 2 * this.head.content.length; // its buffer may be twice as long
+    const held = this.isGone ? 0 : this.bytes.length + this.unsent.length + kept;
+    this.server.waitingBytes += held - this.counted;
+    this.counted = held;
   }
 }
 
@@ -1185,7 +1159,7 @@ export class Server {
     this.now += Math.min(sweptAt - this.sweptAt, SWEEP_MS);
     this.sweptAt = sweptAt;
     const date = Date.now();
-    this.output.setDate(date);
+    this.output.ends = formatHeadEnds(date);
     this.site.sweep?.(date);
     for (const connection of this.connections) if (connection.deadline < this.now) connection.wake("late");
   }

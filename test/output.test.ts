@@ -1630,6 +1630,15 @@ os.setxattr(sys.argv[1], "system.posix_acl_default", acl)`;
       expect(written).toBeGreaterThan(-1);
       expect(synced).toBeGreaterThan(written);
       expect(unlinked).toBeGreaterThan(synced);
+      // Once it has begun, a signal does not break it off: a part of what is there already would be left.
+      const signalled = ["strace", "-f", "-qq", "-o", trace, "-e", "inject=ftruncate:signal=SIGTERM:when=2"];
+      origin.answerAnew(serving({ content: OTHER, etag: '"d"' }));
+      const finished = await run([...bind, mounted, place.file, ...signalled, ...client, "-o", place.file, origin.url]);
+      expect(readFileSync(trace, "utf8")).toContain("SIGTERM");
+      expect([finished.exitCode, readFileSync(mounted).equals(OTHER)]).toEqual([EXIT_CODES.ok, true]);
+      expect(finished.stderr).toMatch(/^(?!Error|Kept)[^\n]+\n$/);
+      rmSync(trace);
+      expect(place.names()).toEqual(["file"]);
     }
     // A version that is shorter leaves nothing of the longer one.
     origin.answerAnew(serving({ content: OTHER.subarray(0, 100), etag: '"b"' }));
