@@ -1547,8 +1547,7 @@ function findLeftover(parts: readonly FoundPart[], request: string, sha256: stri
 }
 
 function removePart(path: string): void {
-  ignoreErrors(() => fs().unlinkSync(path));
-  ignoreErrors(() => fs().unlinkSync(`${path}.json`));
+  for (const name of [path, `${path}.json`]) ignoreErrors(() => fs().unlinkSync(name));
 }
 
 const takenOver = (path: string) =>
