@@ -274,6 +274,7 @@ async function download(job: Job, sink: Sink): Promise<number> {
     progress.finish(delivery);
     return EXIT_CODES.ok;
   } catch (error) {
+    progress.clear();
     const failure = asTransferError(error);
     if (failure.outcome === "timeout" && failure.isFinal) {
       failure.message += session.before;
@@ -281,7 +282,6 @@ async function download(job: Job, sink: Sink): Promise<number> {
     }
     return tellFailure(failure);
   } finally {
-    progress.clear();
     const closing = delivery.sink.close(delivery.held);
     const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
     if (advice !== "" && !job.isSilent) tell(advice);
@@ -1542,8 +1542,7 @@ function findLeftover(parts: readonly FoundPart[], request: string, sha256: stri
 }
 
 function removePart(path: string): void {
-  ignoreErrors(() => fs().unlinkSync(path));
-  ignoreErrors(() => fs().unlinkSync(`${path}.json`));
+  for (const name of [path, `${path}.json`]) ignoreErrors(() => fs().unlinkSync(name));
 }
 
 const takenOver = (path: string) =>
