@@ -274,6 +274,7 @@ async function download(job: Job, sink: Sink): Promise<number> {
     progress.finish(delivery);
     return EXIT_CODES.ok;
   } catch (error) {
+    progress.clear();
     const failure = asTransferError(error);
     if (failure.outcome === "timeout" && failure.isFinal) {
       failure.message += session.before;
@@ -281,7 +282,6 @@ async function download(job: Job, sink: Sink): Promise<number> {
     }
     return tellFailure(failure);
   } finally {
-    progress.clear();
     const closing = delivery.sink.close(delivery.held);
     const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
     if (advice !== "" && !job.isSilent) tell(advice);
@@ -609,8 +609,13 @@ function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: num
 const latin1 = (bytes: Uint8Array, from: number, to: number): string =>
   Buffer.prototype.toString.call(bytes, "latin1", from, to);
 
-/** OWS is SP and HTAB; String.trim takes more, and a search for /[\t ]+$/ takes quadratic time on long runs. */
-const trimOws = (text: string): string => /^[\t ]*(.*[^\t ])?/s.exec(text)?.[1] ?? "";
+/** OWS is SP and HTAB. String.trim takes more, and a regular expression takes quadratic time on long runs. */
+function trimOws(text: string): string {
+  let [from, to] = [0, text.length];
+  while (from < to && (text[from] === " " || text[from] === "\t")) from++;
+  while (to > from && (text[to - 1] === " " || text[to - 1] === "\t")) to--;
+  return text.slice(from, to);
+}
 // ── end shared ──
 
 // ── shared: chunked ──
@@ -1542,8 +1547,7 @@ function findLeftover(parts: readonly FoundPart[], request: string, sha256: stri
 }
 
 function removePart(path: string): void {
-  ignoreErrors(() => fs().unlinkSync(path));
-  ignoreErrors(() => fs().unlinkSync(`${path}.json`));
+  for (const name of [path, `${path}.json`]) ignoreErrors(() => fs().unlinkSync(name));
 }
 
 const takenOver = (path: string) =>

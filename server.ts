@@ -320,8 +320,13 @@ function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: num
 const latin1 = (bytes: Uint8Array, from: number, to: number): string =>
   Buffer.prototype.toString.call(bytes, "latin1", from, to);
 
-/** OWS is SP and HTAB; String.trim takes more, and a search for /[\t ]+$/ takes quadratic time on long runs. */
-const trimOws = (text: string): string => /^[\t ]*(.*[^\t ])?/s.exec(text)?.[1] ?? "";
+/** OWS is SP and HTAB. String.trim takes more, and a regular expression takes quadratic time on long runs. */
+function trimOws(text: string): string {
+  let [from, to] = [0, text.length];
+  while (from < to && (text[from] === " " || text[from] === "\t")) from++;
+  while (to > from && (text[to - 1] === " " || text[to - 1] === "\t")) to--;
+  return text.slice(from, to);
+}
 // ── end shared ──
 
 /** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */

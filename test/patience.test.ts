@@ -1415,7 +1415,7 @@ print("read", n, flush=True)`;
       );
     });
 
-    test.concurrent("Ctrl-C ends the progress line before something else is said", async () => {
+    test.concurrent("Ctrl-C or a deadline ends the progress line before something else is said", async () => {
       await using folder = await temporaryFolder();
       const slow = (): Answer => ({
         bytes: `HTTP/1.1 200 OK\r\nETag: "a"\r\nContent-Length: ${CONTENT.length}\r\n\r\nabc`,
@@ -1430,6 +1430,10 @@ print("read", n, flush=True)`;
       expect(stdout).toMatch(
         /\r\x1b\[\?7l[^\r\n]+ s left\x1b\[\?7h\x1b\[K(\^C)?\r\x1b\[KKept 6 bytes in [^\r\n]+\r\n$/,
       );
+      // So does the deadline.
+      const spawn = "import pty, sys; pty.spawn(sys.argv[1:])";
+      const late = await run(["python3", "-c", spawn, ...argv.with(-2, `${folder.path}/late`), "--max-time", "4"]);
+      expect(late.stdout).toMatch(/ s left\x1b\[\?7h\x1b\[K\r\x1b\[KError: not done within 4 s\r\nKept 6 bytes/);
     });
 
     test.concurrent("what is not a terminal gets no byte that is not content", async () => {
