@@ -767,7 +767,7 @@ export async function receiveHead(source: Source, method: string): Promise<{ hea
 const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
 const EMPTY_LINE = /\n\r?\n/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
-/** The fields that this client reads: their lines must be field-lines to the letter. Some servers send others. */
+/** The fields that this client reads: their lines must be right to the letter. Others may be as some servers send them. */
 const READ_STRICTLY =
   /^(content-(length|range|encoding)|transfer-encoding|etag|last-modified|date|location|retry-after|repr-digest)$/i;
 

@@ -1237,6 +1237,8 @@ function explainListenError(code: string, { host, isHostFromEnv, port }: Command
 
 // ═══ 9 Log ═══════════════════════════════════════════════════════════════════════════════════════
 
+const nextTurn = () => new Promise(setImmediate); // lets all other connections have a turn
+
 /** One after the other: a write that waits for its reader keeps a thread of the pool, which may have only two. */
 let lastWrite = Promise.resolve<Uint8Array>(NO_BYTES);
 
@@ -1255,7 +1257,7 @@ class Log {
   }
 
   private async write(): Promise<void> {
-    await new Promise(setImmediate); // so that all lines of a turn of the event loop go out together
+    await nextTurn(); // so that all lines of one go out together
     if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: their reader is slow)\n`;
     let rest: Uint8Array = encoder.encode(this.waiting);
     [this.waiting, this.dropped] = ["", 0];
@@ -1464,7 +1466,7 @@ function run(commandLine: CommandLine): void {
     if (server.isStopping) exit();
     for (const listener of listeners) listener.stop();
     // The conversation on the last connection goes on for a turn, and may still log its request.
-    const isLogged = () => new Promise(setImmediate).then(() => Promise.all([log.written, reports.written]));
+    const isLogged = () => nextTurn().then(() => Promise.all([log.written, reports.written]));
     server.onEmpty = () => void Promise.race([isLogged(), Bun.sleep(LOG_FLUSH_MS)]).then(exit);
     setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
     server.stop();
@@ -1748,7 +1750,6 @@ let slowUntil = 0; // The disk is slow until then.
 let digestWaiters = 0; // So many responses wait for a digest.
 const piece = new Uint8Array(PIECE_BYTES); // Shared: its content is used before the event loop turns.
 const unused = new Uint8Array(PIECE_BYTES); // Filled by several threads at once, and never looked at.
-const nextTurn = () => new Promise(setImmediate); // Lets all other connections have a turn.
 
 /** Reads a piece in the thread pool, for the page cache alone: to read it then does not wait for the disk. */
 const warm = (fd: number, position: number) =>
