@@ -926,6 +926,7 @@ const escapeCharacter = (character: string) =>
 export const printable = (text: string) =>
   text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escapeCharacter);
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
+// ── end shared ──
 
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
@@ -933,7 +934,6 @@ export function tell(line: string): void {
     process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
   } catch {}
 }
-// ── end shared ──
 
 // ── shared: sizes ──
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];

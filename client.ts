@@ -46,13 +46,6 @@ const escapeCharacter = (character: string) =>
 export const printable = (text: string) =>
   text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escapeCharacter);
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
-
-/** One line on stderr. If stderr is closed the message is lost; that is not an error. */
-export function tell(line: string): void {
-  try {
-    process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
-  } catch {}
-}
 // ── end shared ──
 
 // ═══ 3 Sockets ═══════════════════════════════════════════════════════════════════════════════════
@@ -104,7 +97,8 @@ async function main(args: readonly string[]): Promise<number> {
     await Bun.write(Bun.stdout, text);
     return 0;
   } catch (error) {
-    tell(`Error: ${(error as Error).message}`); // all throws are Errors
+    const line = asLine(`Error: ${(error as Error).message}`); // all throws are Errors
+    await Bun.write(Bun.stderr, line).catch(() => {}); // if stderr is closed the message is lost
     return exitCode;
   }
 }

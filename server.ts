@@ -859,13 +859,6 @@ const escapeCharacter = (character: string) =>
 export const printable = (text: string) =>
   text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escapeCharacter);
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
-
-/** One line on stderr. If stderr is closed the message is lost; that is not an error. */
-export function tell(line: string): void {
-  try {
-    process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
-  } catch {}
-}
 // ── end shared ──
 
 /** A request as it was received, with an empty line after it: what the tutorial's server prints. */
@@ -1275,7 +1268,7 @@ const writeSome = (fd: number, bytes: Uint8Array) =>
   );
 
 const reports = new Log(2);
-const report = (line: string) => reports.print(asLine(line)); // once it serves, this takes the place of tell
+const report = (line: string) => reports.print(asLine(line));
 
 // ── shared: trace ──
 /**
@@ -1498,7 +1491,7 @@ function main(): void {
     else new Log(1).print(commandLine.show);
   } catch (error) {
     if (!(error instanceof StartError)) throw error;
-    tell(`Error: ${error.message}`);
+    report(`Error: ${error.message}`);
     process.exitCode = error.exitCode;
   }
 }
