@@ -171,8 +171,9 @@ function tellFailure(error: unknown): number {
  * @returns nothing if the response is whole and delivered, the request that it redirects to, or why the transfer failed
  */
 export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
-  const { delivery, request, trace } = session;
-  const connection = new Connection(session.job, trace);
+  const { job, delivery, request } = session;
+  const trace = (session.trace = job.isTraced ? new Trace(tell) : undefined);
+  const connection = new Connection(job, trace);
   try {
     await connection.connect(request.url);
     await sendRequest(connection, session);
@@ -253,7 +254,7 @@ function beginSession(job: Job, sink: Sink) {
     job,
     delivery: new Delivery(sink, job),
     progress: new ProgressLine(job, sink),
-    trace: job.isTraced ? new Trace(tell) : undefined,
+    trace: undefined as Trace | undefined, // of the last connection
     first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
     request: job.request, // the last request
     asksForWhole: false, // the next request is for the whole, though something is held
@@ -623,8 +624,7 @@ const TOKEN = "[!#$%&'*+\\-.^_`|~\\w]+";
 const QUOTED_STRING = '"(?:[^"\\\\]|\\\\.)*"';
 /** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ); before it stands chunk-size = 1*HEXDIG */
 const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*$`);
-/** field-line = field-name ":" OWS field-value OWS */
-const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
+const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`); // field-name ":" OWS field-value OWS
 
 const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
 const CHUNK_SIZE_DIGITS_MAX = 64; // Leading zeros could go on and on.
@@ -1059,7 +1059,6 @@ export class Connection {
   /** @throws TransferError "resolve", "connect", "timeout", "tls", "certificate" or "authorities" */
   async connect(url: URL): Promise<void> {
     const { connectMs } = this.job;
-    this.trace?.begin();
     const late = `no connection to ${url.host} within ${connectMs / 1000} s`;
     await within(connectMs, this.open(url), late).catch((error) => this.fail("connect", asTransferError(error)));
   }
@@ -1195,26 +1194,21 @@ const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promi
   within(Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, step, `not done within ${job.maxMs / 1000} s`, true);
 
 // ── shared: trace ──
+let connectionsTraced = 0;
+
 /**
- * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
+ * Prints each step on a connection, decrypted if it is TLS, as one line: its number, the time since it began, the step.
  *
  *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
  *     #1      0.9 ms  send     153 of 153 B
- *
- * Over TLS the bytes are the decrypted ones.
  */
 class Trace {
-  private number = 0;
-  private startedAt = 0;
+  private readonly number = ++connectionsTraced;
+  private readonly startedAt = performance.now();
   private received = ""; // the last receive, printed once it is known what it has completed
   private readonly completed = new Map<string, number>();
 
   constructor(private readonly print: (line: string) => void) {}
-
-  begin(number = this.number + 1): void {
-    this.number = number;
-    this.startedAt = performance.now();
-  }
 
   step(event: string, details: string): void {
     this.flush();

@@ -174,10 +174,8 @@ class Refusal {
 /** Thrown to end a conversation without an answer: the peer left, or asks nothing more, or its answer is cut off. */
 const GONE = Symbol("gone");
 
-/** Thrown before there is a connection: shown as one line, with its exit code. */
-class StartError extends Error {
-  exitCode = 1;
-}
+/** Thrown before there is a connection: shown as one line. */
+class StartError extends Error {}
 
 /** What ended a wait: bytes, FIN or a lost connection, room in the socket, a passed deadline, a stop of the server. */
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop";
@@ -610,8 +608,7 @@ const TOKEN = "[!#$%&'*+\\-.^_`|~\\w]+";
 const QUOTED_STRING = '"(?:[^"\\\\]|\\\\.)*"';
 /** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ); before it stands chunk-size = 1*HEXDIG */
 const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*$`);
-/** field-line = field-name ":" OWS field-value OWS */
-const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`);
+const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`); // field-name ":" OWS field-value OWS
 
 const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
 const CHUNK_SIZE_DIGITS_MAX = 64; // Leading zeros could go on and on.
@@ -812,21 +809,16 @@ export function prepareResponse(status: number, fields: Record<string, string>, 
 }
 
 const REJECTION_RESPONSES: { [Key in Rejection]?: Response } = {};
-
 /** The answer to a refused request. It repeats nothing of the peer's, and is formatted once: an attack costs no more. */
 function responseTo(rejection: Rejection): Response {
   const [status, explanation] = REJECTIONS[rejection];
   return (REJECTION_RESPONSES[rejection] ??= prepareResponse(status, TEXT_FIELDS, `${explanation}\n`));
 }
 
-/**
- * The ends of heads, from the Date on: without a Connection field, with close, with keep-alive. RFC 9110 §6.6.1: Date is
- * the time at which the message originates; a second is its resolution.
- */
+const CONNECTION_LINES = ["", "Connection: close\r\n", "Connection: keep-alive\r\n"];
+/** The ends of heads, one for each of these. RFC 9110 §6.6.1: Date is when the message originates, to the second. */
 const formatHeadEnds = (now: number) =>
-  ["", "Connection: close\r\n", "Connection: keep-alive\r\n"].map((option) =>
-    encoder.encode(`${new Date(now).toUTCString()}\r\n${option}\r\n`),
-  );
+  CONNECTION_LINES.map((line) => encoder.encode(`${new Date(now).toUTCString()}\r\n${line}\r\n`));
 
 /** Formatted answers that wait to be written, in one buffer that all connections use in turn. */
 export class Output {
@@ -906,14 +898,11 @@ export function respond(request: RequestHead, site: TextSite): Response {
 /** The answers of text mode, formatted once. */
 export class TextSite extends Site {
   readonly text: Response;
+  readonly respond = (request: RequestHead) => respond(request, this);
 
   constructor(text: string) {
     super(["GET", "HEAD", "POST", "OPTIONS"]);
     this.text = prepareResponse(200, TEXT_FIELDS, text);
-  }
-
-  respond(request: RequestHead): Response {
-    return respond(request, this);
   }
 }
 
@@ -922,18 +911,16 @@ export class TextSite extends Site {
 /**
  * What a connection needs of Bun's socket. `write` returns how many of the bytes the kernel took, a negative number once
  * the connection has gone. `shutdown` sends FIN behind what was written: the peer gets all of it, and may still send.
- * `end` closes in order, once both sides have sent FIN. `terminate` closes at once: with a reset (RST) if something was
- * unread or unsent. `remoteAddress` is undefined once the peer has left.
+ * `end` closes in order, once both sides have sent FIN. `terminate` closes at once: with RST if bytes are left over.
  */
 export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "pause" | "resume"> & {
   end(): void;
-  readonly remoteAddress: string | undefined;
+  readonly remoteAddress: string | undefined; // once the peer has left
 };
 
 /**
- * A socket turned into steps, for one conversation. The handlers (`on…`) take the socket's events, store what happened
- * and wake the step that waits. Steps come after them, from `receive` on. At most one waits at a time. None throws: if
- * the connection is lost, `isGone` tells, and a step that waits ends.
+ * A socket turned into steps, for one conversation. The handlers (`on…`) store what happened and wake the step that
+ * waits. Steps come after them, from `receive` on. One waits at a time. None throws: `isGone` tells of a lost connection.
  */
 export class Connection {
   bytes: Uint8Array = NO_BYTES; // received and not used yet: bytes[at..to]; behind them is 0, or the end of the array
@@ -963,7 +950,6 @@ export class Connection {
     this.address = server.logFormat === "access" || server.logFormat === "wire" ? (socket.remoteAddress ?? "-") : "";
     server.connections.add(this);
     this.trace = server.logFormat === "wire" ? new Trace((line) => server.log(`${line}\n`)) : undefined;
-    this.trace?.begin(++server.connectionsTraced);
     this.trace?.step("connect", `from ${this.address}`);
   }
 
@@ -1053,21 +1039,17 @@ export class Connection {
     return Math.max(0, taken);
   }
 
-  /**
-   * Waits, after a write, until the kernel tells of room, or the deadline passes: a slow peer may have taken some by
-   * then, since the kernel waits until a third of its buffer is free. If not, the next write ends the connection.
-   */
+  /** Waits, after a write, until the kernel tells of room, or the deadline passes: then the next write decides. */
   waitForRoom(): Promise<Outcome> | Outcome {
+    // The kernel tells only when a third of its buffer is free: a slow peer may have taken some without that.
     return this.wait(this.writeDeadline);
   }
 
-  /**
-   * Writes what is left and sends FIN, then reads and drops until the peer's FIN (RFC 9112 §9.6): a close with bytes
-   * unread sends a reset, after which the peer's kernel may discard what it has not yet delivered, our answer included.
-   */
+  /** Writes what is left and sends FIN, then reads and drops until the peer's FIN (RFC 9112 §9.6). */
   async close(): Promise<void> {
     await this.flush();
     if (this.isGone) return;
+    // A close with bytes unread would send a reset: the peer's kernel may then discard what it holds of our answer.
     this.socket.shutdown();
     this.trace?.step("close", "FIN sent");
     // On a stop, nobody waits for an idle peer that does not notice.
@@ -1127,7 +1109,6 @@ export class Connection {
 export class Server {
   readonly connections = new Set<Connection>();
   readonly output = new Output();
-  connectionsTraced = 0;
   waitingBytes = 0; // in the buffers of all connections
   isStopping = false;
   stoppedAt = 0;
@@ -1172,10 +1153,7 @@ export class Server {
   }
 }
 
-/**
- * Listens and serves. Port 0 picks a free one, the same for all listeners. `tls` has PEM texts.
- * @throws StartError if the port is taken or not allowed, or the host is no address of this machine
- */
+/** Listens and serves. Port 0 picks a free one, the same for all listeners. @throws StartError if it cannot */
 function listen(server: Server, commandLine: CommandLine, tls: { cert: string; key: string } | false) {
   const { host, port, reusePort } = commandLine;
   const fail = (socket: Bun.Socket<Connection>, error: Error) => {
@@ -1271,26 +1249,21 @@ const reports = new Log(2);
 const report = (line: string) => reports.print(asLine(line));
 
 // ── shared: trace ──
+let connectionsTraced = 0;
+
 /**
- * Prints each step on a connection as one line: the connection's number, the time since it began, the step.
+ * Prints each step on a connection, decrypted if it is TLS, as one line: its number, the time since it began, the step.
  *
  *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
  *     #1      0.9 ms  send     153 of 153 B
- *
- * Over TLS the bytes are the decrypted ones.
  */
 class Trace {
-  private number = 0;
-  private startedAt = 0;
+  private readonly number = ++connectionsTraced;
+  private readonly startedAt = performance.now();
   private received = ""; // the last receive, printed once it is known what it has completed
   private readonly completed = new Map<string, number>();
 
   constructor(private readonly print: (line: string) => void) {}
-
-  begin(number = this.number + 1): void {
-    this.number = number;
-    this.startedAt = performance.now();
-  }
 
   step(event: string, details: string): void {
     this.flush();
@@ -1371,20 +1344,20 @@ export function parseCommandLine(args: string[], env: Record<string, string | un
   const { values, positionals: topics } = parseOptions(args);
   const value = (name: string) => (typeof values[name] === "string" ? values[name] : undefined);
   const [extra] = values["help"] && topics[0] === "limits" ? topics.slice(1) : topics;
-  if (extra !== undefined) throw usageError(`Unexpected argument '${extra}'`);
+  if (extra !== undefined) throw new StartError(`Unexpected argument '${extra}'`);
   // Up to 2^50, sums of limits stay exact.
   const limit = (flag: string, byDefault: number) => parseNumber(`--${flag}`, value(flag) ?? `${byDefault}`, 2 ** 50);
   const limits: Record<keyof Limits, number> = { ...LIMITS };
   for (const name of LIMIT_NAMES) limits[name] = limit(flagOf(name), LIMITS[name]);
   const log = LOG_FORMATS.find((format) => format === (value("log") ?? DEFAULTS.log));
-  if (log === undefined) throw usageError("--log takes request, access, wire or off");
+  if (log === undefined) throw new StartError("--log takes request, access, wire or off");
   const [text, root, cert, key] = ["text", "root", "tls-cert", "tls-key"].map(value);
-  if ((cert === undefined) !== (key === undefined)) throw usageError("--tls-cert and --tls-key need each other");
-  if (root !== undefined && text !== undefined) throw usageError("--root and --text exclude each other");
-  if (root === "") throw usageError("--root takes a folder");
+  if ((cert === undefined) !== (key === undefined)) throw new StartError("--tls-cert and --tls-key need each other");
+  if (root !== undefined && text !== undefined) throw new StartError("--root and --text exclude each other");
+  if (root === "") throw new StartError("--root takes a folder");
   const isHostFromEnv = value("host") === undefined && Boolean(env["HOST"]); // an empty variable counts as absent
   const host = (value("host") ?? (env["HOST"] || DEFAULTS.host)).replace(/^\[(.*)\]$/, "$1");
-  if (host === "") throw usageError("--host takes a name or an address");
+  if (host === "") throw new StartError("--host takes a name or an address");
   const portName = value("port") === undefined ? "the environment variable PORT" : "--port";
   const port = parseNumber(portName, value("port") ?? (env["PORT"] || `${DEFAULTS.port}`), 65_535);
   const reusePort = values["reuse-port"] === true;
@@ -1400,17 +1373,14 @@ function parseOptions(args: string[]) {
   try {
     return parseArgs({ args, options, allowPositionals: true });
   } catch (error) {
-    throw usageError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
+    throw new StartError((error as Error).message.split(". ", 1)[0] ?? ""); // parseArgs throws TypeErrors
   }
 }
 
 function parseNumber(name: string, text: string, max: number): number {
   if (/^\d{1,16}$/.test(text) && Number(text) <= max) return Number(text);
-  throw usageError(`${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
+  throw new StartError(`${name} takes a number from 0 to ${max}, not ${JSON.stringify(text)}`);
 }
-
-const usageError = (message: string) =>
-  Object.assign(new StartError(`${message} (see server --help)`), { exitCode: 2 });
 
 function readPem(path: string): string {
   try {
@@ -1430,10 +1400,8 @@ function descriptorsMax(): number {
 }
 
 /**
- * Lowers the limit of connections so that a descriptor is always free for one more. Without one, nobody is accepted or
- * told so, and the event loop spins.
- * @param each descriptors that a connection may need
- * @returns `reserve`: at most so many refused connections; twice as many descriptors are left for files and folders
+ * Lowers the limit of connections, of `each` descriptors, so that one is always free: without one, nobody is accepted or
+ * told so, and the event loop spins. @returns `reserve`: so many may be refused at once; twice as many are for files
  */
 export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { limits: Limits; reserve: number } {
   const reserve = Math.min(REFUSED_CONNECTIONS_MAX, Math.floor(descriptors / 8));
@@ -1485,14 +1453,16 @@ function run(commandLine: CommandLine): void {
 }
 
 function main(): void {
+  let advice = " (see server --help)";
   try {
     const commandLine = parseCommandLine(process.argv.slice(2), process.env);
+    advice = ""; // what fails from here on is no wrong usage
     if (commandLine.show === "") run(commandLine);
     else new Log(1).print(commandLine.show);
   } catch (error) {
     if (!(error instanceof StartError)) throw error;
-    report(`Error: ${error.message}`);
-    process.exitCode = error.exitCode;
+    report(`Error: ${error.message}${advice}`);
+    process.exitCode = advice === "" ? 1 : 2;
   }
 }
 
