@@ -631,9 +631,6 @@ const CHUNK_SIZE_DIGITS_MAX = 64; // Leading zeros could go on and on.
 const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an extension, or the end of the line.
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
-export type ChunkedFault =
-  "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
-
 /**
  * Takes the chunked transfer coding apart (RFC 9112 §7.1):
  *
@@ -644,7 +641,8 @@ export type ChunkedFault =
  */
 export class ChunkedDecoder {
   state: "line" | "data" | "trailer" | "done" = "line";
-  fault: ChunkedFault | "" = "";
+  fault:
+    "" | "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large" = "";
   contentTo = 0; // the end of the content that the last call found: it starts where that call did
   announced = 0; // octets of content so far, those of the chunk under way included
   readonly trailerNames: string[] = []; // in lower case: the caller may have to refuse some
@@ -694,7 +692,7 @@ export class ChunkedDecoder {
     return end + 2;
   }
 
-  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): ChunkedFault | "" {
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number) {
     for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
     if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size"; // past 2^53 sums are not exact
     // Most lines are a size alone, and no text is made of them.
@@ -711,7 +709,7 @@ export class ChunkedDecoder {
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(bytes: Uint8Array, from: number, end: number): ChunkedFault | "" {
+  private takeTrailerLine(bytes: Uint8Array, from: number, end: number) {
     const line = latin1(bytes, from, end);
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
@@ -724,7 +722,7 @@ export class ChunkedDecoder {
     return "";
   }
 
-  private fail(fault: ChunkedFault, at: number): number {
+  private fail(fault: ChunkedDecoder["fault"], at: number): number {
     this.fault = fault;
     return at;
   }
@@ -918,13 +916,12 @@ function release({ buffer, byteLength }: Uint8Array): void {
 // ═══ 8 Text ════════════════════════════════════════════════════════════════════════════════════
 
 // ── shared: printable ──
-const escapeByte = (byte: string) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`;
-const escapeCharacter = (character: string) =>
-  character <= "\xff" ? escapeByte(character) : `\\u{${character.codePointAt(0)?.toString(16)}}`;
+const hexOf = (character: string) => character.codePointAt(0)?.toString(16).padStart(2, "0");
+const escaped = (character: string) => (character <= "\xff" ? `\\x${hexOf(character)}` : `\\u{${hexOf(character)}}`);
 
 /** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
 export const printable = (text: string) =>
-  text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escapeCharacter);
+  text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escaped);
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
@@ -1219,7 +1216,7 @@ class Trace {
     this.flush();
     const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
     const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
-      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escapeByte(character),
+      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escaped(character),
     );
     this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
   }

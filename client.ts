@@ -38,13 +38,12 @@ export function formatRequest(host: string, port: number, target: string): strin
 }
 
 // ── shared: printable ──
-const escapeByte = (byte: string) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`;
-const escapeCharacter = (character: string) =>
-  character <= "\xff" ? escapeByte(character) : `\\u{${character.codePointAt(0)?.toString(16)}}`;
+const hexOf = (character: string) => character.codePointAt(0)?.toString(16).padStart(2, "0");
+const escaped = (character: string) => (character <= "\xff" ? `\\x${hexOf(character)}` : `\\u{${hexOf(character)}}`);
 
 /** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
 export const printable = (text: string) =>
-  text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escapeCharacter);
+  text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escaped);
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 

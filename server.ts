@@ -615,9 +615,6 @@ const CHUNK_SIZE_DIGITS_MAX = 64; // Leading zeros could go on and on.
 const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an extension, or the end of the line.
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
-export type ChunkedFault =
-  "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
-
 /**
  * Takes the chunked transfer coding apart (RFC 9112 §7.1):
  *
@@ -628,7 +625,8 @@ export type ChunkedFault =
  */
 export class ChunkedDecoder {
   state: "line" | "data" | "trailer" | "done" = "line";
-  fault: ChunkedFault | "" = "";
+  fault:
+    "" | "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large" = "";
   contentTo = 0; // the end of the content that the last call found: it starts where that call did
   announced = 0; // octets of content so far, those of the chunk under way included
   readonly trailerNames: string[] = []; // in lower case: the caller may have to refuse some
@@ -678,7 +676,7 @@ export class ChunkedDecoder {
     return end + 2;
   }
 
-  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): ChunkedFault | "" {
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number) {
     for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
     if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size"; // past 2^53 sums are not exact
     // Most lines are a size alone, and no text is made of them.
@@ -695,7 +693,7 @@ export class ChunkedDecoder {
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(bytes: Uint8Array, from: number, end: number): ChunkedFault | "" {
+  private takeTrailerLine(bytes: Uint8Array, from: number, end: number) {
     const line = latin1(bytes, from, end);
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
@@ -708,7 +706,7 @@ export class ChunkedDecoder {
     return "";
   }
 
-  private fail(fault: ChunkedFault, at: number): number {
+  private fail(fault: ChunkedDecoder["fault"], at: number): number {
     this.fault = fault;
     return at;
   }
@@ -843,13 +841,12 @@ export class Output {
 }
 
 // ── shared: printable ──
-const escapeByte = (byte: string) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`;
-const escapeCharacter = (character: string) =>
-  character <= "\xff" ? escapeByte(character) : `\\u{${character.codePointAt(0)?.toString(16)}}`;
+const hexOf = (character: string) => character.codePointAt(0)?.toString(16).padStart(2, "0");
+const escaped = (character: string) => (character <= "\xff" ? `\\x${hexOf(character)}` : `\\u{${hexOf(character)}}`);
 
 /** Text of a peer's, safe to print: nothing in it moves the cursor, colours, rings or reorders text. */
 export const printable = (text: string) =>
-  text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escapeCharacter);
+  text.replaceAll("\r\n", "\n").replace(/[^\n\t\P{C}]|[\u2028\u2029]/gu, escaped);
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
@@ -860,8 +857,7 @@ function formatRequestLog({ bytes, from, to }: RequestHead, content: Uint8Array,
   return `${text}${text.endsWith("\n") ? "" : "\n"}${more > 0 ? `(${more} more bytes)\n` : ""}`;
 }
 
-const UNSAFE_IN_QUOTES = /[^\x20\x21\x23-\x5b\x5d-\x7e]/g;
-const inQuotes = (text = "") => `"${text.replace(UNSAFE_IN_QUOTES, escapeByte) || "-"}"`;
+const inQuotes = (text = "") => `"${text.replace(/[^\x20\x21\x23-\x5b\x5d-\x7e]/g, escaped) || "-"}"`;
 
 /** A line of the Combined Log Format, which tools for the logs of web servers read. */
 function formatAccessLog({ text }: RequestHead, address: string, status: number, bytes: number): string {
@@ -1274,7 +1270,7 @@ class Trace {
     this.flush();
     const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
     const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
-      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escapeByte(character),
+      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escaped(character),
     );
     this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
   }
@@ -1336,7 +1332,6 @@ ${LIMIT_NAMES.map((name) => `  --${flagOf(name).padEnd(26)} ${String(BOUNDS[name
 
 /** A line of these texts defines an option: its letter, its name, and what it takes, by name or default. */
 const OPTION = /^ +(?:-(\w), )?--([\w-]+)( +(?:[A-Z]+|\d+))? {2}/gm;
-
 type CommandLine = ReturnType<typeof parseCommandLine>;
 
 /** @throws StartError that says in one line what is wrong */
@@ -1453,16 +1448,16 @@ function run(commandLine: CommandLine): void {
 }
 
 function main(): void {
-  let advice = " (see server --help)";
+  let isParsed = false;
   try {
     const commandLine = parseCommandLine(process.argv.slice(2), process.env);
-    advice = ""; // what fails from here on is no wrong usage
+    isParsed = true;
     if (commandLine.show === "") run(commandLine);
     else new Log(1).print(commandLine.show);
   } catch (error) {
     if (!(error instanceof StartError)) throw error;
-    report(`Error: ${error.message}${advice}`);
-    process.exitCode = advice === "" ? 1 : 2;
+    report(`Error: ${error.message}${isParsed ? "" : " (see server --help)"}`);
+    process.exitCode = isParsed ? 1 : 2;
   }
 }
 
