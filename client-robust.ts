@@ -1194,7 +1194,7 @@ const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promi
 let connectionsTraced = 0;
 
 /**
- * Prints each step on a connection, decrypted if it is TLS, as one line: its number, the time since it began, the step.
+ * Prints each step on a connection as one line: its number, the time since it began, the step. TLS is shown decrypted.
  *
  *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
  *     #1      0.9 ms  send     153 of 153 B

@@ -907,11 +907,11 @@ export class TextSite extends Site {
 /**
  * What a connection needs of Bun's socket. `write` returns how many of the bytes the kernel took, a negative number once
  * the connection has gone. `shutdown` sends FIN behind what was written: the peer gets all of it, and may still send.
- * `end` closes in order, once both sides have sent FIN. `terminate` closes at once: with RST if bytes are left over.
+ * `end` closes in order, once both sides have sent FIN. `terminate` closes at once, with a reset (RST) if bytes are left.
  */
 export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "pause" | "resume"> & {
   end(): void;
-  readonly remoteAddress: string | undefined; // once the peer has left
+  readonly remoteAddress: string | undefined; // undefined once the peer has left
 };
 
 /**
@@ -1004,12 +1004,11 @@ export class Connection {
 
   /** Writes what the output holds. @returns a promise if the kernel did not take all: it settles when it has */
   flush(): Promise<Outcome> | undefined {
-    const { output } = this.server;
-    const { length } = output;
+    const { bytes, length } = this.server.output;
     if (length === 0) return undefined;
-    output.length = 0;
-    const taken = this.write(output.bytes, length);
-    return taken < length && !this.isGone ? this.drain(output.bytes.slice(taken, length)) : undefined;
+    this.server.output.length = 0;
+    const taken = this.write(bytes, length);
+    return taken < length && !this.isGone ? this.drain(bytes.slice(taken, length)) : undefined;
   }
 
   /** Waits until the kernel has taken these bytes. More may have been received by then. */
@@ -1248,7 +1247,7 @@ const report = (line: string) => reports.print(asLine(line));
 let connectionsTraced = 0;
 
 /**
- * Prints each step on a connection, decrypted if it is TLS, as one line: its number, the time since it began, the step.
+ * Prints each step on a connection as one line: its number, the time since it began, the step. TLS is shown decrypted.
  *
  *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
  *     #1      0.9 ms  send     153 of 153 B
@@ -1395,8 +1394,8 @@ function descriptorsMax(): number {
 }
 
 /**
- * Lowers the limit of connections, of `each` descriptors, so that one is always free: without one, nobody is accepted or
- * told so, and the event loop spins. @returns `reserve`: so many may be refused at once; twice as many are for files
+ * Lowers the limit of connections, which need `each` descriptors, so that one is always free: without, nobody is accepted
+ * or told so, and the event loop spins. @returns `reserve`: so many may be refused at once; twice as many are for files
  */
 export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { limits: Limits; reserve: number } {
   const reserve = Math.min(REFUSED_CONNECTIONS_MAX, Math.floor(descriptors / 8));
