@@ -907,7 +907,7 @@ export class TextSite extends Site {
 /**
  * What a connection needs of Bun's socket. `write` returns how many of the bytes the kernel took, a negative number once
  * the connection has gone. `shutdown` sends FIN behind what was written: the peer gets all of it, and may still send.
- * `end` closes in order, once both sides have sent FIN. `terminate` closes at once, with a reset (RST) if bytes are left.
+ * `end` closes in order, once both sides have sent FIN. `terminate` closes at once: by reset (RST) if bytes are left.
  */
 export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "pause" | "resume"> & {
   end(): void;
@@ -916,7 +916,7 @@ export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "p
 
 /**
  * A socket turned into steps, for one conversation. The handlers (`on…`) store what happened and wake the step that
- * waits. Steps come after them, from `receive` on. One waits at a time. None throws: `isGone` tells of a lost connection.
+ * waits. Steps come after them, from `receive` on. One waits at a time. None throws: `isGone` tells of a lost peer.
  */
 export class Connection {
   bytes: Uint8Array = NO_BYTES; // received and not used yet: bytes[at..to]; behind them is 0, or the end of the array
@@ -1394,7 +1394,7 @@ function descriptorsMax(): number {
 }
 
 /**
- * Lowers the limit of connections, which need `each` descriptors, so that one is always free: without, nobody is accepted
+ * Lowers the limit of connections, which need `each` descriptors, so that one stays free: without it, nobody is accepted
  * or told so, and the event loop spins. @returns `reserve`: so many may be refused at once; twice as many are for files
  */
 export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { limits: Limits; reserve: number } {
