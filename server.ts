@@ -1394,7 +1394,7 @@ function descriptorsMax(): number {
 }
 
 /**
- * Lowers the limit of connections, which need `each` descriptors, so that one stays free: without it, nobody is accepted
+ * Lowers the limit of connections, which need `each` descriptors, so that one stays free: else nobody is accepted
  * or told so, and the event loop spins. @returns `reserve`: so many may be refused at once; twice as many are for files
  */
 export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { limits: Limits; reserve: number } {
