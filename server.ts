@@ -6,17 +6,15 @@
  *     bun server.ts --root .               # the same, but serves the files below this folder
  *     curl -v http://localhost:8888/data   # in a second terminal
  *
- * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for
- * one request. Here the bytes may come one at a time or a hundred requests at once, and every
- * message is checked against RFC 9112 before it is answered: what breaks a rule is refused, and the
- * connection is closed.
+ * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for one request. Here the
+ * bytes may come one at a time or a hundred requests at once, and every message is checked against RFC 9112 before it is
+ * answered: what breaks a rule is refused, and the connection is closed.
  *
  * Left out: uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
  *
- * Read it from top to bottom: `serve`, in section 3, is the tutorial's loop, and what follows is
- * what the loop calls, in the order in which a request meets it. Section 11, Files, is for `--root`
- * alone: a reader can stop before it. To give answers of your own, copy this file and change
- * `respond`, in section 7.
+ * Read it from top to bottom: `serve`, in section 3, is the tutorial's loop, and what follows is what the loop calls, in
+ * the order in which a request meets it. Section 11, Files, is for `--root` alone: a reader can stop before it. To give
+ * answers of your own, copy this file and change `respond`, in section 7.
  */
 import { isUtf8 } from "node:buffer";
 import * as fs from "node:fs";
@@ -57,12 +55,8 @@ const BOUNDS = {
 } as const satisfies Record<string, readonly [value: number, meaning: string]>;
 
 export type Limits = Readonly<Record<keyof typeof BOUNDS, number>>;
-const LIMIT_NAMES = Object.keys(BOUNDS) as (keyof Limits)[]; // Object.keys does not keep the type
-
-/** The defaults. */
-export const LIMITS = Object.freeze(
-  Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // nor does fromEntries
-);
+const LIMIT_NAMES = Object.keys(BOUNDS) as (keyof Limits)[]; // Neither Object.keys nor fromEntries keeps the type.
+export const LIMITS = Object.freeze(Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits);
 
 const REFUSED_CONNECTIONS_MAX = 256; // Connections above the limit that get a 503. More are dropped: it is a flood.
 const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is skipped. Old clients send one.
@@ -104,9 +98,8 @@ export abstract class Site {
   private readonly notAllowed: Response;
 
   constructor(private readonly methods: readonly Method[]) {
-    const Allow = methods.join(", ");
-    this.options = prepareResponse(204, { Allow });
-    this.notAllowed = prepareResponse(405, { ...TEXT_FIELDS, Allow }, "method not allowed\n");
+    this.options = prepareResponse(204, { Allow: methods.join(", ") });
+    this.notAllowed = prepareResponse(405, { ...TEXT_FIELDS, Allow: methods.join(", ") }, "method not allowed\n");
   }
 
   /** The response if the method is refused, whatever the content is. RFC 9110 §15.5.6: 405 says which methods there are. */
@@ -170,9 +163,7 @@ export type Rejection = keyof typeof REJECTIONS;
 class Refusal {
   constructor(readonly rejection: Rejection) {}
 }
-
-/** Thrown to end a conversation without an answer: the peer left, or asks nothing more, or its answer is cut off. */
-const GONE = Symbol("gone");
+const GONE = Symbol("gone"); // thrown to end it without one: the peer left, asks no more, or its answer is cut off
 
 /** Thrown before there is a connection: shown as one line, with its exit code. */
 class StartError extends Error {
@@ -181,7 +172,6 @@ class StartError extends Error {
 
 /** What ended a wait: bytes, FIN or a lost connection, room in the socket, a passed deadline, a stop of the server. */
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop";
-
 const NO_BYTES = new Uint8Array(0);
 
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
