@@ -192,13 +192,11 @@ export async function serve(connection: Connection): Promise<void> {
     server.admit(connection);
     let deadline = server.now + limits.headTimeoutMs;
     for (let closes = false; !closes; deadline = server.now + server.limits.idleTimeoutMs) {
-      // Wait for a request until `deadline`. From its first byte on, its head has until `headDeadline`.
-      let headDeadline = server.now + limits.headTimeoutMs;
-      for (let outcome: Outcome = "bytes"; !readHead(connection, outcome);) {
-        outcome = await connection.receive(head.hasBegun ? headDeadline : deadline);
-        if (head.hasBegun) continue;
-        headDeadline = server.now + limits.headTimeoutMs;
-        if (outcome === "stop") deadline = server.now + server.limits.idleTimeoutMs;
+      // Wait for a request until `deadline`. From its first byte on, its head has `headTimeoutMs`.
+      for (let outcome: Outcome = "bytes", hadBegun = false; !readHead(connection, outcome); hadBegun = head.hasBegun) {
+        if (head.hasBegun && !hadBegun) deadline = server.now + limits.headTimeoutMs;
+        if (!head.hasBegun && outcome === "stop") deadline = server.now + server.limits.idleTimeoutMs;
+        outcome = await connection.receive(deadline);
       }
 
       // Read its content, if it has any.
@@ -224,8 +222,7 @@ export async function serve(connection: Connection): Promise<void> {
     if (reason === GONE || (reason instanceof Refusal && connection.isGone)) return;
     // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
     if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
-    const response =
-      reason instanceof Refusal ? (head.refusal ?? responseTo(reason.rejection)) : responseTo("internal");
+    const response = head.refusal ?? responseTo(reason instanceof Refusal ? reason.rejection : "internal");
     connection.trace?.step("refuse", `with ${response.status}`);
     // It closes: where a next request would start is not known, or the server is full or at fault.
     log(connection, content, response.status, output.appendResponse(head, response, true));
@@ -234,18 +231,11 @@ export async function serve(connection: Connection): Promise<void> {
   }
 }
 
-/** Does this outcome of a step mean that no more bytes will come, or not in time? */
-const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late";
-
-/**
- * Parses what has been received of a head. A long one is parsed again only when a line of it is complete, or much has
- * come, so that sending it a byte at a time does not cost a thousand parses.
- * @returns whether it is whole; if not, head.hasBegun says whether there is any of it
- * @throws Refusal; GONE if the connection ended before one began
- */
+/** Parses what has come of a head. @returns whether it is whole @throws Refusal; GONE if none of it will come */
 function readHead(connection: Connection, outcome: Outcome): boolean {
   const { head, bytes, at, to, parsedBytes } = connection;
-  const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || endsReading(outcome);
+  // A long head is parsed again only when a line of it or much has come: each byte of it could cost a parse otherwise.
+  const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || outcome !== "bytes";
   if (at === to) head.hasBegun = false;
   else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
     const next = parseRequestHead(head, bytes, at, to);
@@ -256,7 +246,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
       return true;
     }
   }
-  if (!endsReading(outcome)) return false;
+  if (outcome !== "end" && outcome !== "late") return false;
   if (!head.hasBegun) throw GONE;
   // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
   throw new Refusal(outcome === "late" ? "timeout" : "incomplete");
@@ -1040,7 +1030,7 @@ export class Connection {
     // On a stop, nobody waits for an idle peer that does not notice.
     const isIdle = this.server.isStopping && !this.head.hasBegun;
     const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
-    for (let dropped = 0, outcome: Outcome = "bytes"; !endsReading(outcome);) {
+    for (let dropped = 0, outcome: Outcome = "bytes"; outcome !== "end" && outcome !== "late";) {
       dropped += this.to - this.at;
       if (dropped > LINGER_BYTES_MAX) return this.abort();
       this.at = this.to;
