@@ -598,9 +598,8 @@ const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number; // the caller knows it to be in range
 
-/** The index of the first byte of from..to that is not of the class; `to` if all are. */
-function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {
-  let at = from;
+/** The index of the first byte of at..to that is not of the class; `to` if all are. */
+function skipWhile(members: Uint8Array, bytes: Uint8Array, at: number, to: number): number {
   while (at < to && members[byteAt(bytes, at)] === 1) at++;
   return at;
 }

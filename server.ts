@@ -6,17 +6,15 @@
  *     bun server.ts --root .               # the same, but serves the files below this folder
  *     curl -v http://localhost:8888/data   # in a second terminal
  *
- * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for
- * one request. Here the bytes may come one at a time or a hundred requests at once, and every
- * message is checked against RFC 9112 before it is answered: what breaks a rule is refused, and the
- * connection is closed.
+ * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for one request. Here the
+ * bytes may come one at a time or a hundred requests at once, and every message is checked against RFC 9112 before it is
+ * answered: what breaks a rule is refused, and the connection is closed.
  *
  * Left out: uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
  *
- * Read it from top to bottom: `serve`, in section 3, is the tutorial's loop, and what follows is
- * what the loop calls, in the order in which a request meets it. Section 11, Files, is for `--root`
- * alone: a reader can stop before it. To give answers of your own, copy this file and change
- * `respond`, in section 7.
+ * Read it from top to bottom: `serve`, in section 3, is the tutorial's loop, and what follows is what the loop calls, in
+ * the order in which a request meets it. Section 11, Files, is for `--root` alone: a reader can stop before it. To give
+ * answers of your own, copy this file and change `respond`, in section 7.
  */
 import { isUtf8 } from "node:buffer";
 import * as fs from "node:fs";
@@ -57,12 +55,8 @@ const BOUNDS = {
 } as const satisfies Record<string, readonly [value: number, meaning: string]>;
 
 export type Limits = Readonly<Record<keyof typeof BOUNDS, number>>;
-const LIMIT_NAMES = Object.keys(BOUNDS) as (keyof Limits)[]; // Object.keys does not keep the type
-
-/** The defaults. */
-export const LIMITS = Object.freeze(
-  Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // nor does fromEntries
-);
+const LIMIT_NAMES = Object.keys(BOUNDS) as (keyof Limits)[]; // Neither Object.keys nor fromEntries keeps the type.
+export const LIMITS = Object.freeze(Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits);
 
 const REFUSED_CONNECTIONS_MAX = 256; // Connections above the limit that get a 503. More are dropped: it is a flood.
 const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is skipped. Old clients send one.
@@ -104,9 +98,8 @@ export abstract class Site {
   private readonly notAllowed: Response;
 
   constructor(private readonly methods: readonly Method[]) {
-    const Allow = methods.join(", ");
-    this.options = prepareResponse(204, { Allow });
-    this.notAllowed = prepareResponse(405, { ...TEXT_FIELDS, Allow }, "method not allowed\n");
+    this.options = prepareResponse(204, { Allow: methods.join(", ") });
+    this.notAllowed = prepareResponse(405, { ...TEXT_FIELDS, Allow: methods.join(", ") }, "method not allowed\n");
   }
 
   /** The response if the method is refused, whatever the content is. RFC 9110 §15.5.6: 405 says which methods there are. */
@@ -170,9 +163,7 @@ export type Rejection = keyof typeof REJECTIONS;
 class Refusal {
   constructor(readonly rejection: Rejection) {}
 }
-
-/** Thrown to end a conversation without an answer: the peer left, or asks nothing more, or its answer is cut off. */
-const GONE = Symbol("gone");
+const GONE = Symbol("gone"); // thrown to end it without one: the peer left, asks no more, or its answer is cut off
 
 /** Thrown before there is a connection: shown as one line, with its exit code. */
 class StartError extends Error {
@@ -181,7 +172,6 @@ class StartError extends Error {
 
 /** What ended a wait: bytes, FIN or a lost connection, room in the socket, a passed deadline, a stop of the server. */
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop";
-
 const NO_BYTES = new Uint8Array(0);
 
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
@@ -202,13 +192,11 @@ export async function serve(connection: Connection): Promise<void> {
     server.admit(connection);
     let deadline = server.now + limits.headTimeoutMs;
     for (let closes = false; !closes; deadline = server.now + server.limits.idleTimeoutMs) {
-      // Wait for a request until `deadline`. From its first byte on, its head has until `headDeadline`.
-      let headDeadline = server.now + limits.headTimeoutMs;
-      for (let outcome: Outcome = "bytes"; !readHead(connection, outcome);) {
-        outcome = await connection.receive(head.hasBegun ? headDeadline : deadline);
-        if (head.hasBegun) continue;
-        headDeadline = server.now + limits.headTimeoutMs;
-        if (outcome === "stop") deadline = server.now + server.limits.idleTimeoutMs;
+      // Wait for a request until `deadline`. From its first byte on, its head has `headTimeoutMs`.
+      for (let outcome: Outcome = "bytes", hadBegun = false; !readHead(connection, outcome); hadBegun = head.hasBegun) {
+        if (head.hasBegun && !hadBegun) deadline = server.now + limits.headTimeoutMs;
+        if (!head.hasBegun && outcome === "stop") deadline = server.now + server.limits.idleTimeoutMs;
+        outcome = await connection.receive(deadline);
       }
 
       // Read its content, if it has any.
@@ -234,8 +222,7 @@ export async function serve(connection: Connection): Promise<void> {
     if (reason === GONE || (reason instanceof Refusal && connection.isGone)) return;
     // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
     if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
-    const response =
-      reason instanceof Refusal ? (head.refusal ?? responseTo(reason.rejection)) : responseTo("internal");
+    const response = head.refusal ?? responseTo(reason instanceof Refusal ? reason.rejection : "internal");
     connection.trace?.step("refuse", `with ${response.status}`);
     // It closes: where a next request would start is not known, or the server is full or at fault.
     log(connection, content, response.status, output.appendResponse(head, response, true));
@@ -244,22 +231,14 @@ export async function serve(connection: Connection): Promise<void> {
   }
 }
 
-/** Does this outcome of a step mean that no more bytes will come, or not in time? */
-const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late";
-
-/**
- * Parses what has been received of a head. A long one is parsed again only when a line of it is complete, or much has
- * come, so that sending it a byte at a time does not cost a thousand parses.
- * @returns whether it is whole; if not, head.hasBegun says whether there is any of it
- * @throws Refusal; GONE if the connection ended before one began
- */
+/** Parses what has come of a head. @returns whether it is whole @throws Refusal; GONE if none of it will come */
 function readHead(connection: Connection, outcome: Outcome): boolean {
   const { head, bytes, at, to, parsedBytes } = connection;
-  const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || endsReading(outcome);
+  // A long head is parsed again only when a line of it or much has come: each byte of it could cost a parse otherwise.
+  const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || outcome !== "bytes";
   if (at === to) head.hasBegun = false;
   else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
     const next = parseRequestHead(head, bytes, at, to);
-    if (typeof next === "string") throw new Refusal(next);
     connection.parsedBytes = next < 0 ? to - at : 0;
     if (next >= 0) {
       connection.at = next;
@@ -267,7 +246,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
       return true;
     }
   }
-  if (!endsReading(outcome)) return false;
+  if (outcome !== "end" && outcome !== "late") return false;
   if (!head.hasBegun) throw GONE;
   // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
   throw new Refusal(outcome === "late" ? "timeout" : "incomplete");
@@ -276,7 +255,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
 /** Does this answer end the conversation? */
 function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }: Response): boolean {
   // RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to.
-  if (head.hasClose || (head.minorVersion === 0 && !head.hasKeepAlive)) return true;
+  if (head.persistence === "close" || (head.minorVersion === 0 && head.persistence === "")) return true;
   // A site's 400 is for a peer that is not understood; 500 and 503 are of a server in trouble. 404 and 405 go on.
   if (status === 400 || status === 500 || status === 503) return true;
   if (at === to && (hasEnded || server.isStopping)) return true;
@@ -309,9 +288,8 @@ const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number; // the caller knows it to be in range
 
-/** The index of the first byte of from..to that is not of the class; `to` if all are. */
-function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {
-  let at = from;
+/** The index of the first byte of at..to that is not of the class; `to` if all are. */
+function skipWhile(members: Uint8Array, bytes: Uint8Array, at: number, to: number): number {
   while (at < to && members[byteAt(bytes, at)] === 1) at++;
   return at;
 }
@@ -329,45 +307,41 @@ function trimOws(text: string): string {
 }
 // ── end shared ──
 
-/** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
-const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
+const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/); // tchar, of which tokens are made (RFC 9110 §5.6.2)
 const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/); // visible ASCII (RFC 9112 §3.2) but "%", and "#" of a fragment
 const DIGIT = bytesLike(/[0-9]/);
 const OWS = bytesLike(/[\t ]/);
 const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // reg-name (RFC 3986) without "%", and "," of a list
-/** uri-host [ ":" port ] (RFC 9110 §4.2): no userinfo, and no zone id, which means nothing to another machine. */
-const AUTHORITY = /^(?:\[([^\]%]+)\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::(\d*))?$/;
-/** IPvFuture = "v" 1*HEXDIG "." 1*( unreserved / sub-delims / ":" ) */
-const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
+/** uri-host [ ":" port ] (RFC 9110 §4.2), "[v" for IPvFuture. No userinfo; no zone id: it means nothing to others. */
+const AUTHORITY =
+  /^(?:\[(?:v[\dA-F]+\.[\w\-.~!$&'()*+,;=:]+|([^\]%]+))\]|(?:[\w\-.~!$&'()*+;=]|%[\dA-F]{2})+)(?::(\d*))?$/i;
 /** absolute-form or origin-form: an authority, if there is one, a path, a query. */
 const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i;
 /** Codings that are not implemented, and after them chunked, last and once. */
 const OTHER_CODINGS = /^[\t ]*(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked[\t ]*\r\n$/i;
+const EXPECTATIONS = /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i; // RFC 9110 §10.1.1 defines no other
+const AFTER_TARGET = " HTTP/D.D\r\n"; // RFC 9112 §2.3: in upper case; D is any DIGIT
 const [SP, COLON, PERCENT, SLASH] = [0x20, 0x3a, 0x25, 0x2f];
 const CHUNKED = -1; // as a length of content: the chunked transfer coding marks its end
 
-/** A request head. Positions are indexes into `bytes`. Texts are made only when they are asked for. */
+/** A request head. Positions are indexes into `bytes`. Texts, a character a byte, are made when they are asked for. */
 export class RequestHead {
   bytes: Uint8Array = NO_BYTES;
   from = 0;
   to = 0; // behind the head; if it was refused or is incomplete, behind the part that is kept for the log
-  rejection: Rejection = "request-line"; // of the first byte that does not fit
   hasBegun = false; // a byte of the request has come; an empty line before it does not count
   method: Method = "";
   targetFrom = 0;
-  targetTo = 0;
   minorVersion = 0;
   host = 0; // where the value of Host starts: 0 for none, -1 for several lines
-  hasClose = false;
-  hasKeepAlive = false;
+  persistence: "" | "keep-alive" | "close" = ""; // what Connection asks for; of both, "close" counts
   // The values of rarer fields that decide about the message, each with its CRLF; "" for none.
   lengthField = "";
   codings = "";
   expect = "";
   contentLength = 0; // octets of content that follow, or CHUNKED
   refusal: Response | undefined; // of its method: it is told whatever the content is
-  /** The content, once it has been read, if {@link RESPOND_NEEDS_CONTENT}. */
-  content: Uint8Array = NO_BYTES;
+  content: Uint8Array = NO_BYTES; // once it has been read, if RESPOND_NEEDS_CONTENT
 
   constructor(readonly limits: Limits) {}
 
@@ -375,9 +349,9 @@ export class RequestHead {
     this.bytes = bytes;
     this.from = from;
     this.to = to;
-    this.method = this.lengthField = this.codings = this.expect = "";
-    this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
-    this.hasBegun = this.hasClose = this.hasKeepAlive = false;
+    this.method = this.persistence = this.lengthField = this.codings = this.expect = "";
+    this.targetFrom = this.host = 0;
+    this.hasBegun = false;
     this.refusal = undefined;
   }
 
@@ -386,7 +360,6 @@ export class RequestHead {
     if (this.from === 0 && this.to === this.bytes.length) return;
     this.bytes = new Uint8Array(this.bytes.subarray(this.from, this.to)); // Buffer's own slice would not copy
     this.targetFrom -= this.from;
-    this.targetTo -= this.from;
     this.to -= this.from;
     this.from = 0;
   }
@@ -398,20 +371,17 @@ export class RequestHead {
   }
 
   get requestTarget(): string {
-    return latin1(this.bytes, this.targetFrom, this.targetTo);
+    return latin1(this.bytes, this.targetFrom, this.bytes.indexOf(SP, this.targetFrom));
   }
 
-  /** The path as it was sent, percent-encoded. */
   get path(): string {
     return TARGET_PARTS.exec(this.requestTarget)?.[2] || "/";
   }
 
-  /** What follows "?", percent-encoded. */
   get query(): string {
     return TARGET_PARTS.exec(this.requestTarget)?.[3] ?? "";
   }
 
-  /** The head as text, one character a byte. */
   get text(): string {
     return latin1(this.bytes, this.from, this.to);
   }
@@ -429,70 +399,46 @@ export class RequestHead {
 }
 
 /**
- * Parses a request head (RFC 9112 §2 to §5) that starts at bytes[from]; bytes[to], if there is one, must be 0. It keeps
- * nothing between two calls: a head is recognised whole, and its outcome is the same however the bytes were split.
- * @returns the index behind the head; -1 if more bytes are needed; or why it is refused
+ * Parses a request head that starts at bytes[from]; bytes[to], if there is one, must be 0. RFC 9112 §2.1:
+ * HTTP-message = request-line CRLF *( field-line CRLF ) CRLF [ message-body ]. It keeps nothing between two calls: a
+ * head is recognised whole, and its outcome is the same however the bytes were split.
+ * @returns the index behind the head; -1 if more bytes are needed @throws Refusal
  */
-export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number | Rejection {
+export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
   head.start(bytes, from, to);
-  const next = recogniseHead(head, bytes, from, to);
-  const { headBytesMax } = head.limits;
-  if (next >= 0 && next - from <= headBytesMax) {
-    head.to = next;
-    return checkRequestTarget(head) || checkHost(head) || decideFraming(head) || checkExpect(head) || next;
-  }
-  const misfit = next < 0 ? ~next : next;
-  const isTooLarge = misfit - from >= headBytesMax;
-  if (misfit === to && !isTooLarge) return -1;
-  head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  if (!isTooLarge) return head.rejection;
-  // RFC 9112 §3: a method longer than any that is implemented gets 501.
-  const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
-  return isMethod ? "method-unknown" : "head-too-large";
-}
-
-const VERSION_LINE_END = "HTTP/D.D\r\n"; // RFC 9112 §2.3: in upper case; D is any DIGIT
-
-/**
- * HTTP-message = request-line CRLF *( field-line CRLF ) CRLF
- * @returns the index behind it, or ~index of the first byte that does not fit: `to` if more is needed
- */
-function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
   // RFC 9112 §2.2: a server should skip an empty line before the request-line.
   let at = from;
   for (let emptyLines = 1; bytes[at] === CR; emptyLines++, at += 2) {
-    if (bytes[at + 1] !== LF) return misfits(head, "bare-cr", at + 1);
-    if (emptyLines > EMPTY_LINES_MAX) return misfits(head, "empty-lines", at);
+    if (bytes[at + 1] !== LF) return misfit(head, "bare-cr", at + 1);
+    if (emptyLines > EMPTY_LINES_MAX) return misfit(head, "empty-lines", at);
   }
   head.hasBegun = at < to;
 
   // RFC 9112 §3: request-line = method SP request-target SP HTTP-version; exactly one SP, no other white space.
   const methodFrom = at;
   at = skipWhile(TCHAR, bytes, at, to);
-  if (at === methodFrom || bytes[at] !== SP) return breaksLine(head, "request-line", at);
+  if (at === methodFrom || bytes[at] !== SP) return misfit(head, "request-line", at);
   head.method = recogniseMethod(bytes, methodFrom, at);
   head.targetFrom = ++at;
-  for (;;) {
+  const targetToMax = at + head.limits.requestTargetBytesMax;
+  for (; ; at += 3) {
     at = skipWhile(TARGET, bytes, at, to);
     // RFC 9112 §3: a request-target longer than any that is served gets 414.
-    if (at - head.targetFrom > head.limits.requestTargetBytesMax)
-      return misfits(head, "request-target-too-long", head.targetFrom + head.limits.requestTargetBytesMax);
+    if (at > targetToMax) return misfit(head, "request-target-too-long", targetToMax);
     if (bytes[at] !== PERCENT) break;
     // RFC 3986 §2.1: pct-encoded = "%" HEXDIG HEXDIG. Decoders differ on anything else: refuse it.
-    if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return misfits(head, "request-target", at + 1);
-    if (HEXDIG[byteAt(bytes, at + 2)] !== 1) return misfits(head, "request-target", at + 2);
-    at += 3;
+    if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return misfit(head, "request-target", at + 1);
+    if (HEXDIG[byteAt(bytes, at + 2)] !== 1) return misfit(head, "request-target", at + 2);
   }
-  if (at === head.targetFrom || bytes[at] !== SP)
-    return breaksLine(head, byteAt(bytes, at) > 0x7e ? "request-target-byte" : "request-line", at);
-  head.targetTo = at++;
-  for (let i = 0; i < VERSION_LINE_END.length; i++, at++) {
-    const expected = VERSION_LINE_END.charCodeAt(i);
+  if (byteAt(bytes, at) > 0x7e) return misfit(head, "request-target-byte", at);
+  if (at === head.targetFrom) return misfit(head, "request-line", at);
+  for (let i = 0; i < AFTER_TARGET.length; i++, at++) {
+    const expected = AFTER_TARGET.charCodeAt(i);
     if (expected === 0x44 ? DIGIT[byteAt(bytes, at)] !== 1 : bytes[at] !== expected)
-      return expected === LF ? misfits(head, "bare-cr", at) : breaksLine(head, "request-line", at);
+      return misfit(head, expected === LF ? "bare-cr" : "request-line", at);
   }
   // RFC 9110 §2.5: a higher minor version is read as ours; another major one is another protocol.
-  if (bytes[at - 5] !== 0x31) return misfits(head, "http-version", at - 1);
+  if (bytes[at - 5] !== 0x31) return misfit(head, "http-version", at - 1);
   head.minorVersion = byteAt(bytes, at - 3) - 0x30;
 
   // RFC 9112 §5: field-line = field-name ":" OWS field-value OWS. White space before the colon can fool recipients.
@@ -500,29 +446,39 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
     const nameFrom = at;
     const nameTo = (at = skipWhile(TCHAR, bytes, at, to));
     // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
-    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfits(head, "obs-fold", at);
-    if (at === nameFrom || bytes[at] !== COLON) return breaksLine(head, "field-line", at);
-    if (fieldLines > head.limits.fieldLinesMax) return misfits(head, "too-many-fields", at);
+    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfit(head, "obs-fold", at);
+    if (at === nameFrom || bytes[at] !== COLON) return misfit(head, "field-line", at);
+    if (fieldLines > head.limits.fieldLinesMax) return misfit(head, "too-many-fields", at);
     at = skipWhile(FIELD_CONTENT, bytes, at + 1, to);
-    if (bytes[at] !== CR) return breaksLine(head, "field-value", at);
-    if (bytes[at + 1] !== LF) return misfits(head, "bare-cr", at + 1);
+    if (bytes[at] !== CR) return misfit(head, "field-value", at);
+    if (bytes[at + 1] !== LF) return misfit(head, "bare-cr", at + 1);
     noteField(head, bytes, nameFrom, nameTo, at);
   }
-  return bytes[at + 1] === LF ? at + 2 : misfits(head, "bare-cr", at + 1);
+  if (bytes[at + 1] !== LF) return misfit(head, "bare-cr", at + 1);
+  if (at + 2 - from > head.limits.headBytesMax) return misfit(head, "head-too-large", at + 1);
+  head.to = at + 2;
+  checkRequestTarget(head);
+  checkHost(head);
+  head.contentLength = decideFraming(head);
+  if (head.expect !== "" && !EXPECTATIONS.test(head.expect)) throw new Refusal("expectation");
+  return head.to;
 }
 
-function misfits(head: RequestHead, rejection: Rejection, at: number): number {
-  head.rejection = rejection;
-  return ~at;
+/** The byte at this index does not fit. @returns -1 if it has yet to come, within the limit @throws Refusal if not */
+function misfit(head: RequestHead, rejection: Rejection, at: number): number {
+  const { bytes, from, to, targetFrom, limits } = head;
+  const isTooLarge = at - from >= limits.headBytesMax;
+  if (at === to && !isTooLarge) return -1;
+  head.to = Math.min(to, from + LOGGED_BYTES_MAX);
+  // RFC 9112 §3: a method longer than any that is implemented gets 501.
+  const isMethod = targetFrom === 0 || targetFrom - from > limits.headBytesMax;
+  if (isTooLarge) throw new Refusal(isMethod ? "method-unknown" : "head-too-large");
+  // Inside a line, LF would end it without CR.
+  throw new Refusal(bytes[at] === LF && /^(?:request-line|field)/.test(rejection) ? "bare-lf" : rejection);
 }
 
-/** The same inside a line, where LF would end it without CR. */
-const breaksLine = (head: RequestHead, rejection: Rejection, at: number) =>
-  misfits(head, head.bytes[at] === LF ? "bare-lf" : rejection, at);
-
-/** Methods are case-sensitive (RFC 9110 §9.1). */
 function recogniseMethod(bytes: Uint8Array, from: number, to: number): Method {
-  for (const method of METHODS) if (isText(bytes, from, to, method, 0)) return method;
+  for (const method of METHODS) if (isText(bytes, from, to, method, 0)) return method; // case-sensitive (RFC 9110 §9.1)
   return "";
 }
 
@@ -544,64 +500,58 @@ function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: numbe
     for (let at = to + 1; at < lineTo; at++) {
       const tokenFrom = at;
       at = skipWhile(TCHAR, bytes, at, lineTo);
-      if (isText(bytes, tokenFrom, at, "close")) head.hasClose = true;
-      else if (isText(bytes, tokenFrom, at, "keep-alive")) head.hasKeepAlive = true;
+      if (isText(bytes, tokenFrom, at, "close")) head.persistence = "close";
+      else if (isText(bytes, tokenFrom, at, "keep-alive")) head.persistence ||= "keep-alive";
     }
 }
 
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
-function checkRequestTarget(head: RequestHead): Rejection | "" {
+function checkRequestTarget(head: RequestHead): void {
   const { bytes, method, targetFrom } = head;
   // §3.2.1: origin-form = absolute-path [ "?" query ]
-  if (bytes[targetFrom] === SLASH && method !== "CONNECT") return "";
+  if (bytes[targetFrom] === SLASH && method !== "CONNECT") return;
   const target = head.requestTarget;
   let fits = isAuthority(TARGET_PARTS.exec(target)?.[1] ?? ""); // §3.2.2: absolute-form, of the schemes served here
   if (method === "CONNECT") fits = isAuthority(target) && /:\d+$/.test(target); // §3.2.3: authority-form, only for it
   if (target === "*") fits = method === "OPTIONS"; // §3.2.4: asterisk-form, only for it
-  return fits ? "" : "request-target";
+  if (!fits) throw new Refusal("request-target");
 }
 
 /** RFC 9112 §3.2: HTTP/1.1 needs a Host, only one, and a valid one, even if the target has an authority. */
-function checkHost(head: RequestHead): Rejection | "" {
-  const { bytes, host, to } = head;
-  if (host <= 0) return host < 0 ? "host-repeated" : head.minorVersion > 0 ? "host-missing" : "";
+function checkHost({ bytes, host, minorVersion, to }: RequestHead): void {
+  if (host === 0 && minorVersion === 0) return;
+  if (host <= 0) throw new Refusal(host === 0 ? "host-missing" : "host-repeated");
   // Nearly every Host is a name, or a name and a port: no text is made of it.
   const from = skipWhile(OWS, bytes, host, to);
   let at = skipWhile(REG_NAME, bytes, from, to);
   let port = 0;
   if (at > from && bytes[at] === COLON)
     for (at++; DIGIT[byteAt(bytes, at)] === 1; at++) port = 10 * port + byteAt(bytes, at) - 0x30;
-  if (at > from && bytes[at] === CR && port <= 65_535) return "";
+  if (at > from && bytes[at] === CR && port <= 65_535) return;
   const value = latin1(bytes, from, skipWhile(FIELD_CONTENT, bytes, from, to));
-  return isAuthority(trimOws(value)) ? "" : "host-invalid";
+  if (!isAuthority(trimOws(value))) throw new Refusal("host-invalid");
 }
 
 function isAuthority(text: string): boolean {
   const [whole, literal, port = ""] = AUTHORITY.exec(text) ?? [];
-  if (literal !== undefined && !isIPv6(literal) && !IP_FUTURE.test(literal)) return false;
-  return whole !== undefined && Number(port) <= 65_535;
+  return whole !== undefined && (literal === undefined || isIPv6(literal)) && Number(port) <= 65_535;
 }
 
 /** RFC 9112 §6.3: where content ends. Nothing is guessed: parsers that disagree let requests be smuggled in content. */
-function decideFraming(head: RequestHead): Rejection | "" {
-  const { lengthField, codings, minorVersion } = head;
+function decideFraming({ lengthField, codings, minorVersion }: RequestHead): number {
   if (codings !== "") {
-    if (minorVersion === 0) return "transfer-encoding-1.0"; // §6.1: an HTTP/1.0 peer cannot know it
-    if (lengthField !== "") return "length-and-chunked"; // item 3: an attempt at smuggling or at splitting
+    if (minorVersion === 0) throw new Refusal("transfer-encoding-1.0"); // §6.1: an HTTP/1.0 peer cannot know it
+    if (lengthField !== "") throw new Refusal("length-and-chunked"); // item 3: an attempt at smuggling or at splitting
     // Item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
-    head.contentLength = CHUNKED;
-    if (/^[\t ]*chunked[\t ]*\r\n$/i.test(codings)) return "";
-    return OTHER_CODINGS.test(codings) ? "transfer-coding-unknown" : "transfer-encoding";
+    if (/^[\t ]*chunked[\t ]*\r\n$/i.test(codings)) return CHUNKED;
+    throw new Refusal(OTHER_CODINGS.test(codings) ? "transfer-coding-unknown" : "transfer-encoding");
   }
-  if (lengthField === "") return ""; // item 7: a request with neither has no content
+  if (lengthField === "") return 0; // item 7: a request with neither has no content
   // Item 5: repeated or listed values are refused even if they are equal; RFC 9110 §8.6: so are those that overflow.
-  head.contentLength = /^[\t ]*\d+[\t ]*\r\n$/.test(lengthField) ? Number(lengthField) : Number.NaN;
-  return Number.isSafeInteger(head.contentLength) ? "" : "content-length";
+  const length = /^[\t ]*\d+[\t ]*\r\n$/.test(lengthField) ? Number(lengthField) : Number.NaN;
+  if (!Number.isSafeInteger(length)) throw new Refusal("content-length");
+  return length;
 }
-
-/** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
-const checkExpect = ({ expect }: RequestHead): Rejection | "" =>
-  expect === "" || /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i.test(expect) ? "" : "expectation";
 
 // ═══ 5 Content ═══════════════════════════════════════════════════════════════════════════════════
 
@@ -1080,7 +1030,7 @@ export class Connection {
     // On a stop, nobody waits for an idle peer that does not notice.
     const isIdle = this.server.isStopping && !this.head.hasBegun;
     const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
-    for (let dropped = 0, outcome: Outcome = "bytes"; !endsReading(outcome);) {
+    for (let dropped = 0, outcome: Outcome = "bytes"; outcome !== "end" && outcome !== "late";) {
       dropped += this.to - this.at;
       if (dropped > LINGER_BYTES_MAX) return this.abort();
       this.at = this.to;

@@ -278,7 +278,7 @@ test("text mode has an answer for every method", () => {
   const site = new TextSite("Hi");
   const statusOf = (method: string) => {
     const head = new RequestHead(LIMITS);
-    const bytes = Buffer.from(`${method} * HTTP/1.0\r\n\r\n`);
+    const bytes = Buffer.from(`${method} / HTTP/1.0\r\n\r\n`);
     parseRequestHead(head, bytes, 0, bytes.length);
     return (site.refuse(head) ?? site.respond(head)).status;
   };
