@@ -1618,7 +1618,7 @@ export class FileSite extends Site {
     if (typeof file === "string") return responseTo(file);
     if (file.known.stats.isFile()) return this.respondFile(request, file);
     fs.closeSync(file.fd);
-    if (isFolder) return this.list(segments, path); // its index.html may be a folder, too
+    if (isFolder) return this.listings.get(path) ?? this.list(segments, path); // its index.html may be a folder, too
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
     return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
@@ -1709,8 +1709,6 @@ export class FileSite extends Site {
 
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
   private list(segments: readonly string[], path: string): Promise<Response> {
-    const known = this.listings.get(path);
-    if (known !== undefined) return known;
     const openAndList = async () => {
       this.listings.delete(path); // a later request may know of a change that this listing misses
       const folder = this.open(path); // not kept open: many may wait, and their peers may have gone
@@ -1740,7 +1738,11 @@ export class FileSite extends Site {
       if (i % 256 === 255) await nextTurn();
     }
     const page = formatListing(segments, entries, served.length - LISTING_ENTRIES_MAX, names.length - readable.length);
-    return prepareResponse(200, listingFields(), page);
+    // Nothing on the page may be loaded, run or sent; its style is known by its digest.
+    const style = Bun.CryptoHasher.hash("sha256", LISTING_STYLE, "base64");
+    const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
+    const fields = { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFF };
+    return prepareResponse(200, fields, page);
   }
 }
 
@@ -2065,38 +2067,20 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
 
 // ── what a page shows ──
 
-/** A line of a listing. */
 export type ListingEntry = Readonly<{ name: string; isFolder: boolean; size: number; modified: Date }>;
 
-/** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
-function listingFields(): Record<string, string> {
-  const style = Bun.CryptoHasher.hash("sha256", LISTING_STYLE, "base64");
-  const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
-  return { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFF };
-}
-
 // ── shared: sizes ──
-const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
-
 /** "1.2 MiB" */
 function formatBytes(bytes: number): string {
-  const power = Math.min(UNITS.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${UNITS[power]}`;
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
 }
 // ── end shared ──
 
-/** Text from a peer or a file name, as content of an HTML page. */
-const escapeText = (text: string) => Bun.escapeHTML(printable(text));
-
-/** "" for none, so that it can be left out of a sentence. */
-const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
-const joined = (parts: readonly string[], by: string) => parts.filter(Boolean).join(by);
-
 /**
- * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
- * @param path the names in the path of the folder
- * @param unlisted how many more names there are than the page may have
- * @param unreadable how many names are not UTF-8
+ * The page of a folder with these names in its path. Links are relative, so that it works behind a proxy that puts the
+ * folder elsewhere. `unlisted` is how many more names there are than it may have, `unreadable` how many are not UTF-8.
  */
 export function formatListing(path: readonly string[], entries: readonly ListingEntry[], unlisted = 0, unreadable = 0) {
   // Folders first; then "file9" before "file10".
@@ -2104,12 +2088,14 @@ export function formatListing(path: readonly string[], entries: readonly Listing
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
   if (path.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
-  const heading = escapeText(["", ...path, ""].join("/"));
+  const heading = Bun.escapeHTML(printable(["", ...path, ""].join("/")));
+  const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
   const folders = entries.filter(({ isFolder }) => isFolder).length;
   const more = unlisted > 0 ? `and ${unlisted} more that the page leaves out` : "";
-  const shown = joined([counted(folders, "folder"), counted(entries.length - folders, "file"), more], ", ");
+  const counts = [counted(folders, "folder"), counted(entries.length - folders, "file"), more];
+  const shown = counts.filter(Boolean).join(", ");
   const left = counted(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
-  const sentences = shown + left === "" ? ["This folder is empty"] : [shown, left, "Times are in UTC"];
+  const about = shown + left === "" ? "This folder is empty" : "Times are in UTC";
   return `<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -2121,7 +2107,7 @@ export function formatListing(path: readonly string[], entries: readonly Listing
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${joined(sentences, ". ")}.</p>
+<p>${[shown, left, about].filter(Boolean).join(". ")}.</p>
 </main>
 </html>
 `;
@@ -2129,16 +2115,15 @@ ${items.join("\n")}
 
 function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): string {
   const slash = isFolder ? "/" : "";
-  const link = `<a href="${encodeURIComponent(name).replaceAll("'", "%27")}${slash}"><bdi>${escapeText(name)}</bdi>${slash}</a>`;
+  const href = encodeURIComponent(name).replaceAll("'", "%27") + slash;
+  const link = `<a href="${href}"><bdi>${Bun.escapeHTML(printable(name))}</bdi>${slash}</a>`;
   const time = Number.isNaN(modified.getTime()) ? "" : modified.toISOString(); // a date that no calendar has
   const length = isFolder ? "" : `<span title="${size} bytes">${formatBytes(size)}</span>`;
   return `<li>${link} ${length} <time datetime="${time}">${time.slice(0, 16).replace("T", " ")}</time></li>`;
 }
 
-/**
- * Browsers that do not know "light-dark" use their own colours. Icons are clipped boxes: a link that ends in a slash is a
- * folder. A link covers its whole row, as a target for a thumb. On a phone, time and size stand below the name.
- */
+// Browsers that do not know "light-dark" use their own colours. Icons are clipped boxes: a link that ends in a slash is
+// a folder. A link covers its whole row, as a target for a thumb. On a phone, time and size stand below the name.
 const LISTING_STYLE = `
 :root { color-scheme: light dark; }
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: auto; padding: 1rem .5rem;
