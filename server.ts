@@ -1834,31 +1834,24 @@ async function hash(file: OpenFile): Promise<void> {
 // ── what is decided ──
 
 export type FileVersion = Pick<KnownFile, "size" | "etag" | "lastModified">;
+type Fields = RequestHead["fields"];
 
-/** entity-tag (RFC 9110 §8.8.3) */
-const ENTITY_TAG = /(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g;
-
-/** Is the tag on the list? "*" lists every version. In a weak comparison `W/` does not count (§8.8.3.2). */
+/** Is this entity-tag (RFC 9110 §8.8.3) on the list? "*" is any version. In a weak comparison `W/` does not count. */
 function isListed(list: string, etag: string, isWeakly: boolean): boolean {
-  const tags: readonly string[] = list === "*" ? [etag] : (list.match(ENTITY_TAG) ?? []);
+  const tags: readonly string[] = list === "*" ? [etag] : (list.match(/(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g) ?? []);
   return tags.includes(etag) || (isWeakly && tags.includes(`W/${etag}`));
 }
 
-/**
- * Evaluates the conditional fields of a GET or HEAD in the order of RFC 9110 §13.2.2.
- * @returns 304: the client's copy is current; 412: a precondition failed; undefined: the request is to be answered
- */
-export function evaluateConditions(fields: ReadonlyMap<string, string>, version: FileVersion): 304 | 412 | undefined {
-  const date = (name: string) => (fields.has(name) ? parseHttpDate(fields.get(name) ?? "") : Number.NaN);
+/** RFC 9110 §13.2.2, for GET and HEAD. @returns 304: the client's copy is current; 412: a precondition failed */
+export function evaluateConditions(fields: Fields, { etag, lastModified }: FileVersion): 304 | 412 | undefined {
+  const date = (name: string) => parseHttpDate(fields.get(name) ?? ""); // NaN compares with nothing
   // Step 1, and step 2 only without it.
   const ifMatch = fields.get("if-match");
-  if (ifMatch !== undefined) {
-    if (!isListed(ifMatch, version.etag, false)) return 412;
-  } else if (version.lastModified > date("if-unmodified-since")) return 412;
+  if (ifMatch === undefined ? lastModified > date("if-unmodified-since") : !isListed(ifMatch, etag, false)) return 412;
   // Step 3, and step 4 only without it.
   const ifNoneMatch = fields.get("if-none-match");
-  if (ifNoneMatch !== undefined) return isListed(ifNoneMatch, version.etag, true) ? 304 : undefined;
-  return version.lastModified <= date("if-modified-since") ? 304 : undefined;
+  if (ifNoneMatch !== undefined) return isListed(ifNoneMatch, etag, true) ? 304 : undefined;
+  return lastModified <= date("if-modified-since") ? 304 : undefined;
 }
 
 // ── shared: http-date ──
@@ -1880,18 +1873,15 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 }
 // ── end shared ──
 
-/** The bytes from `from` up to, but not including, `to`. */
-export type ByteRange = Readonly<{ from: number; to: number }>;
+export type ByteRange = Readonly<{ from: number; to: number }>; // the byte at `to` is the first behind it
 
 /** @returns "unsatisfiable" if the file has nothing of what is asked for */
-export function decideRanges(method: Method, fields: ReadonlyMap<string, string>, version: FileVersion, now: number) {
-  const [range, ifRange] = [fields.get("range"), fields.get("if-range")];
+export function decideRanges(method: Method, fields: Fields, { size, etag, lastModified }: FileVersion, now: number) {
+  const [range, ifRange = etag] = [fields.get("range"), fields.get("if-range")];
   if (method !== "GET" || range === undefined) return undefined; // RFC 9110 §14.2: it has a meaning only in a GET
   // Step 5: RFC 9110 §13.1.5. A date counts only if the file cannot have changed again within its second.
-  const { etag, lastModified } = version;
-  const isOld = now - lastModified >= 1000;
-  const isSame = ifRange === undefined || ifRange === etag || (isOld && parseHttpDate(ifRange) === lastModified);
-  return isSame ? parseRanges(range, version.size) : undefined;
+  const isSame = ifRange === etag || (now - lastModified >= 1000 && parseHttpDate(ifRange) === lastModified);
+  return isSame ? parseRanges(range, size) : undefined;
 }
 
 /**
@@ -1910,12 +1900,11 @@ export function parseRanges(value: string, size: number): readonly ByteRange[] |
     const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
     const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
     if (from >= to) continue;
-    // What it touches is joined with it, in the place of the first of these. No others can touch the result.
-    const others = ranges.filter((other) => other.to < from || to < other.from);
-    const touched = ranges.filter((other) => !others.includes(other));
-    const [place = ranges.length] = touched.map((other) => ranges.indexOf(other));
-    const [froms, tos] = [touched.map((other) => other.from), touched.map((other) => other.to)];
-    ranges = others.toSpliced(place, 0, { from: Math.min(from, ...froms), to: Math.max(to, ...tos) });
+    // It is joined with those that it touches, in the place of the first of these. No others can touch the result.
+    ranges.push({ from, to });
+    const touched = ranges.filter((other) => other.from <= to && from <= other.to);
+    const joined = { from: Math.min(...touched.map((one) => one.from)), to: Math.max(...touched.map((one) => one.to)) };
+    ranges = ranges.map((one) => (one === touched[0] ? joined : one)).filter((one) => !touched.includes(one));
   }
   return ranges.length === 0 ? "unsatisfiable" : ranges;
 }
