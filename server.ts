@@ -223,9 +223,10 @@ export async function serve(connection: Connection): Promise<void> {
       closes = isLast(connection, response);
 
       // Send: a part now, a text in the next `receive`, when no whole request is left in what came.
-      const sent = output.appendResponse(head, response, closes);
-      if (response.part === undefined) log(connection, content, response.status, sent);
-      else await sendPart(connection, content, response, response.part);
+      let sent = output.appendResponse(head, response, closes);
+      if (response.part !== undefined) sent = await sendPart(connection, response.part);
+      log(connection, content, response.status, sent);
+      if (sent < (response.part?.length ?? 0)) throw GONE; // it is cut off
       content = undefined;
       head.content = NO_BYTES;
       if (output.length >= UNSENT_BYTES_MAX) await connection.flush();
@@ -1757,17 +1758,6 @@ const unused = new Uint8Array(PIECE_BYTES); // Filled by several threads at once
 const warm = (fd: number, position: number) =>
   new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position, () => resolve()));
 
-/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
-function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
-  const start = performance.now();
-  for (let at = from, more = 1; at < to; at += more) {
-    more = fs.readSync(fd, into, at, to - at, position + at - from);
-    if (more === 0) return false;
-  }
-  if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
-  return true;
-}
-
 /** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
 type KnownFile = ReturnType<typeof describeFile> & {
   usual?: Prepared; // what most requests get: all of the file, without a digest
@@ -1805,14 +1795,22 @@ function areSame(one: fs.Stats, other: fs.Stats): boolean {
   return isOne && one.mtimeMs === other.mtimeMs && one.ctimeMs === other.ctimeMs;
 }
 
-/** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
-function hashOn({ fd, known }: OpenFile, bytes: Uint8Array, position: number): void {
-  const from = known.hashedTo - position;
-  if (known.hasher === undefined || known.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
-  known.hasher.update(bytes.subarray(from));
-  known.hashedTo = position + bytes.length;
-  if (known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd)))
-    known.digest = known.hasher.digest("base64");
+/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
+function readFully({ fd, known }: OpenFile, into: Uint8Array, from: number, to: number, position: number): boolean {
+  const start = performance.now();
+  for (let at = from, more = 1; at < to; at += more) {
+    more = fs.readSync(fd, into, at, to - at, position + at - from);
+    if (more === 0) return false;
+  }
+  if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
+  // All transfers of a version bring on its one digest: of these bytes, those from `next` on are to be hashed next.
+  const next = from + known.hashedTo - position;
+  if (known.hasher === undefined || known.digest !== undefined || next < from || next > to) return true;
+  known.hasher.update(into.subarray(next, to));
+  known.hashedTo = position + to - from;
+  const isWhole = known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd));
+  if (isWhole) known.digest = known.hasher.digest("base64");
+  return true;
 }
 
 /** Hashes what is left of the file, for as long as a response waits: a piece at least. */
@@ -1823,8 +1821,7 @@ async function hash(file: OpenFile): Promise<void> {
   try {
     do {
       const bytes = piece.subarray(0, Math.min(PIECE_BYTES, known.size - known.hashedTo));
-      if (!readFully(fd, bytes, 0, bytes.length, known.hashedTo)) break;
-      hashOn(file, bytes, known.hashedTo);
+      if (!readFully(file, bytes, 0, bytes.length, known.hashedTo)) break;
       await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
     } while (known.hashedTo < known.size && performance.now() < deadline);
   } catch {} // the disk fails: sending will tell
@@ -1971,18 +1968,18 @@ function closeWith(file: OpenFile, response: Response): Response {
 // ── what is sent ──
 
 /** Reads what stands at a position of the content, and says what has become of the file. */
-function readPart({ fd, segments }: Part, position: number, into: Uint8Array, expected: KnownFile["expected"]) {
+function readPart(part: Part, position: number, into: Uint8Array, expected = part.known.expected) {
   try {
     let start = -position; // of a segment, in `into`
-    for (const { from, to, text } of segments) {
+    for (const { from, to, text } of part.segments) {
       const at = Math.max(0, start);
       const end = Math.min(into.length, start + to - from);
       const source = from + at - start;
-      if (text === undefined && !readFully(fd, into, at, end, source)) return "gone";
+      if (text === undefined && !readFully(part, into, at, end, source)) return "gone";
       if (text !== undefined && at < end) into.set(text.subarray(source, source + end - at), at);
       start += to - from;
     }
-    const { size, mtimeMs } = fs.fstatSync(fd);
+    const { size, mtimeMs } = fs.fstatSync(part.fd);
     // Not the time of the last change: moving, replacing or deleting a file changes that too.
     if (size === expected.size && mtimeMs === expected.mtimeMs) return "same";
     return size > expected.size ? "longer" : "changed";
@@ -1997,7 +1994,7 @@ async function checksumOf(part: Part, length: number): Promise<number | undefine
   let checksum = 0;
   for (let at = 0; at < length; at += PIECE_BYTES) {
     const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - at));
-    if (readPart(part, at, bytes, part.known.expected) === "gone") return undefined;
+    if (readPart(part, at, bytes) === "gone") return undefined;
     checksum = Bun.hash.crc32(bytes, checksum);
     await nextTurn();
   }
@@ -2007,9 +2004,9 @@ async function checksumOf(part: Part, length: number): Promise<number | undefine
 /**
  * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. All of it must be
  * one version: of a file that has become longer, the last piece waits until a checksum tells that the rest is as it was.
- * If it cannot be completed it ends with FIN: the peer keeps what it has got, and Content-Length tells that it is short.
+ * @returns the octets sent; if not all, FIN follows: the peer keeps what it got, and Content-Length tells of the rest
  */
-async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: Part) {
+async function sendPart(connection: Connection, part: Part): Promise<number> {
   const { fd, known, segments, length } = part;
   const start = segments.length === 1 ? (segments[0]?.from ?? 0) : Number.NaN; // in the file, of a single range
   // A checksum takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows.
@@ -2017,15 +2014,13 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
   let [sent, checksum, expected] = [0, 0, known.expected];
   try {
     await connection.flush();
-    for (let pieces = 1, warmTo = 0; sent < length; pieces++) {
-      if (connection.isGone) throw GONE;
+    for (let pieces = 1, warmTo = 0; sent < length && !connection.isGone; pieces++) {
       const position = start + sent;
-      if (position >= warmTo && performance.now() < slowUntil) {
-        await warm(fd, position);
-        warmTo = position + PIECE_BYTES;
+      if (warmTo < position + PIECE_BYTES && performance.now() < slowUntil) {
+        warmTo = Math.max(warmTo, position) + PIECE_BYTES;
+        await warm(fd, warmTo - PIECE_BYTES);
       }
-      const room = position < warmTo ? warmTo - position : PIECE_BYTES;
-      const bytes = piece.subarray(0, Math.min(room, length - sent));
+      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - sent));
       let found = readPart(part, sent, bytes, expected);
       if (found === "changed") {
         await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
@@ -2039,19 +2034,16 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
       }
       if (found === "changed" || found === "gone") throw new Error(`${known.path} has changed or cannot be read`);
       const taken = bytes.subarray(0, connection.write(bytes, bytes.length));
-      hashOn(part, taken, position);
       if (isLively) checksum = Bun.hash.crc32(taken, checksum);
       sent += taken.length;
       if (taken.length < bytes.length) await connection.waitForRoom();
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {
-    if (error !== GONE) report(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
-    throw GONE;
-  } finally {
-    log(connection, content, status, sent);
-    fs.closeSync(fd);
+    report(`Error: ${(error as Error).message}: the connection is cut off`); // nothing but Errors is thrown here
   }
+  fs.closeSync(fd);
+  return sent;
 }
 
 // ── what a page shows ──
