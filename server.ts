@@ -1578,10 +1578,6 @@ function rejectionFor(error: unknown): Rejection {
   return "internal";
 }
 
-/** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */
-const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
-const NO_FIELDS: ReadonlyMap<string, string> = new Map();
-
 const isLinux = process.platform === "linux";
 const OPEN_DESCRIPTORS = "/proc/self/fd/"; // "self", since /proc may be that of an outer PID namespace
 
@@ -1617,7 +1613,7 @@ export class FileSite extends Site {
     const index = isFolder ? this.open(`${path}index.html`) : "not-found";
     const file = index === "not-found" ? this.open(path) : index;
     if (typeof file === "string") return responseTo(file);
-    if (file.known.stats.isFile()) return this.respondFile(request, file);
+    if (file.known.stats.isFile()) return respondFile(request, file);
     fs.closeSync(file.fd);
     if (isFolder) return this.listings.get(path) ?? this.list(segments, path); // its index.html may be a folder, too
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
@@ -1689,23 +1685,6 @@ export class FileSite extends Site {
       const folder = dirname(path);
       return path !== this.root && !fs.existsSync(`${folder}/.`) && this.isKnownBelow(folder);
     }
-  }
-
-  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
-    const { known } = file;
-    const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
-    const status = evaluateConditions(fields, known);
-    if (status === 412) return closeWith(file, responseTo("precondition"));
-    if (status === 304) return closeWith(file, prepareResponse(304, known.validators));
-    const ranges = decideRanges(request.method, fields, known, Date.now());
-    if (ranges === "unsatisfiable") {
-      const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
-      return closeWith(file, prepareResponse(416, about, "the file has none of these bytes\n"));
-    }
-    const answer = (digest?: string) => respondContent(request.method, file, ranges, digest);
-    if (!wantsSha256(fields.get("want-repr-digest") ?? "")) return answer();
-    if (known.digest !== undefined) return answer(known.digest);
-    return hash(file).then(() => answer(known.digest));
   }
 
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
@@ -1828,7 +1807,7 @@ async function hash(file: OpenFile): Promise<void> {
   digestWaiters--;
 }
 
-// ── what is decided ──
+// ── what is answered ──
 
 export type FileVersion = Pick<KnownFile, "size" | "etag" | "lastModified">;
 type Fields = RequestHead["fields"];
@@ -1910,18 +1889,35 @@ export function parseRanges(value: string, size: number): readonly ByteRange[] |
 export const wantsSha256 = (wantReprDigest: string) =>
   Number(/^(?:.*,)?[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/.exec(wantReprDigest)?.[1]) > 0;
 
-// ── what is answered ──
+type OpenFile = Readonly<{ fd: number; known: KnownFile }>; // or folder, below the root; the holder must close it
+type Segment = ByteRange & { readonly text?: Uint8Array }; // of content: a range of the file, or a text between two
+/** A response before its content is read, if it consists of segments. `length` is that of all together. */
+type Prepared = Response & { readonly segments?: readonly Segment[]; readonly length?: number };
+export type Part = OpenFile & Required<Pick<Prepared, "segments" | "length">>; // content that is read while it is sent
 
-/** Content is ranges of the file, and texts between them. */
-type Segment = ByteRange & { readonly text?: Uint8Array };
-type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly Segment[]; length: number }>;
-/** An open file or folder below the root. The holder must close it. */
-type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
-/** Content that is read while it is sent. */
-export type Part = OpenFile & Pick<Prepared, "segments" | "length">;
+/** The response with a file or parts of it, or that says why there is none. Only a digest is waited for. */
+function respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
+  const { known } = file;
+  const answer = (prepared: Prepared) => respondContent(request.method, file, prepared);
+  // Most heads have no field that decides what of a file is sent, and need no map of their fields.
+  if (!/\n(?:if-|range|want-)/i.test(request.text)) return answer((known.usual ??= prepareContent(known)));
+  const { fields } = request;
+  const status = evaluateConditions(fields, known);
+  if (status === 412) return answer(responseTo("precondition"));
+  if (status === 304) return answer(prepareResponse(304, known.validators));
+  const ranges = decideRanges(request.method, fields, known, Date.now());
+  if (ranges === "unsatisfiable") {
+    const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
+    return answer(prepareResponse(416, about, "the file has none of these bytes\n"));
+  }
+  const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
+  if (ranges === undefined && !wantsDigest) return answer((known.usual ??= prepareContent(known)));
+  const answerContent = () => answer(prepareContent(known, ranges, wantsDigest));
+  return wantsDigest && known.digest === undefined ? hash(file).then(answerContent) : answerContent();
+}
 
 /** All that a response with content has before it is read. */
-function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], digest?: string): Prepared {
+function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], wantsDigest = false): Prepared {
   const { size, type, validators } = known;
   const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
   const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
@@ -1930,39 +1926,32 @@ function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], digest?
   if (more.length > 0) {
     // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
     const boundary = crypto.randomUUID();
-    const text = (lines: string) => encoder.encode(`\r\n--${boundary}${lines}\r\n`);
-    const head = (one: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
-    const asSegment = (text: Uint8Array) => ({ from: 0, to: text.length, text });
-    segments = [...[range, ...more].flatMap((one) => [asSegment(head(one)), one]), asSegment(text("--"))];
+    const asSegment = (text: string) => ({ from: 0, to: text.length, text: encoder.encode(text) }); // it is ASCII
+    const head = `\r\n--${boundary}\r\nContent-Type: ${type}\r\nContent-Range: `;
+    const parts = [range, ...more].flatMap((one) => [asSegment(`${head}${contentRange(one)}\r\n\r\n`), one]);
+    segments = [...parts, asSegment(`\r\n--${boundary}--\r\n`)];
     fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
   } else if (ranges !== undefined) fields["Content-Range"] = contentRange(range);
-  if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
+  if (wantsDigest && known.digest !== undefined) fields["Repr-Digest"] = `sha-256=:${known.digest}:`;
   const length = segments.reduce((sum, { from, to }) => sum + to - from, 0);
   fields["Content-Length"] = String(length);
   const status = ranges === undefined ? 200 : 206;
-  return { status, head: formatHead(status, fields), segments, length };
+  return { status, head: formatHead(status, fields), content: NO_BYTES, segments, length };
 }
 
-/** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
-function respondContent(method: Method, file: OpenFile, ranges?: readonly ByteRange[], digest?: string): Response {
-  const { known } = file;
-  const isUsual = ranges === undefined && digest === undefined;
-  const prepared = isUsual ? (known.usual ??= prepareContent(known)) : prepareContent(known, ranges, digest);
-  const { status, head, segments, length } = prepared;
-  if (method === "HEAD") return closeWith(file, { status, head, content: NO_BYTES });
-  const part = { fd: file.fd, known, segments, length };
-  if (length <= SMALL_FILE_BYTES_MAX) {
-    const content = new Uint8Array(length);
-    if (readPart(part, 0, content, known.expected) === "same") return closeWith(file, { status, head, content });
+/** Reads what is small, and closes the file. What is large is read while it is sent. */
+function respondContent(method: Method, { fd, known }: OpenFile, prepared: Prepared): Response {
+  const { status, head, segments, length = 0 } = prepared;
+  let { content } = prepared;
+  if (segments !== undefined && method !== "HEAD") {
+    const part = { fd, known, segments, length };
+    const isSmall = length <= SMALL_FILE_BYTES_MAX;
+    if (isSmall) content = new Uint8Array(length);
+    // A file that has just changed is sent as a large one: sendPart finds out whether it can be.
+    if (!isSmall || readPart(part, 0, content) !== "same") return { status, head, content: NO_BYTES, part };
   }
-  // A file that has just changed comes here too: sendPart finds out whether it can be sent.
-  return { status, head, content: NO_BYTES, part };
-}
-
-/** Closes a file: nothing of it is sent, or all has been read. */
-function closeWith(file: OpenFile, response: Response): Response {
-  fs.closeSync(file.fd);
-  return response;
+  fs.closeSync(fd);
+  return { status, head, content };
 }
 
 // ── what is sent ──
