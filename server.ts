@@ -1507,16 +1507,8 @@ function main(): void {
 // ═══ 11 Files ════════════════════════════════════════════════════════════════════════════════════
 //
 // Only for --root. Without this section, and with `new TextSite(text)` in `run`, the rest serves a
-// text; the type checker names what else can go. A request meets these, one after the other:
-//
-//   parseTargetPath     its path, decoded, without dot segments
-//   FileSite.open       opens the path if it is a file or a folder below the root
-//   KnownFile           what a response says about this version of the file
-//   evaluateConditions  304 or 412
-//   decideRanges        the parts of the file that are asked for, or 416
-//   respondContent      a small file is read at once,
-//   sendPart            a large one is read while it is sent
-//   formatListing       the page of a folder that has no index.html
+// text; the type checker names what else can go. A request for a file is these calls, in this order:
+// parseTargetPath → open → evaluateConditions → decideRanges → prepareContent → respondContent → sendPart
 
 const PIECE_BYTES = 262_144; // A file is read, and written to a socket, in pieces of this size.
 const PIECES_PER_TURN = 16; // After so many pieces for one connection, the others have their turn.
@@ -1536,14 +1528,12 @@ const LISTING_ENTRIES_MAX = 10_000; // A page shows no more names, of 300 bytes 
 
 // ── what is requested ──
 
-/** Characters that no file name may have: on Windows a backslash is a slash too, and ":" names streams. */
-const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/;
+const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/; // Windows: "\" is a slash, ":" names streams.
 
 /**
  * Takes the path of a request-target (RFC 3986 §3.3) apart. It is decoded once. Then dot segments are resolved (§5.2.4),
  * by their text alone, and slashes in a row count as one.
- * @returns the names in the path; whether it ends as that of a folder does; "?" and the query, if there is one. Undefined
- * if no file can have this path, or if it leads above the root
+ * @returns undefined if no file can have this path, or if it leads above the root. `query` has the "?", if there is one
  */
 export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
@@ -1565,7 +1555,6 @@ export function parseTargetPath(requestTarget: string) {
 
 /** Names with a leading dot are hidden. In the path of a request, /.well-known/ is not (RFC 8615). */
 const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
-
 const isFileOrFolder = (stats: fs.Stats | undefined) => stats?.isFile() || stats?.isDirectory();
 
 /** What a failed system call means for the request. If it is a fault of the disk, say, the operator is told. */
@@ -1578,8 +1567,8 @@ function rejectionFor(error: unknown): Rejection {
   return "internal";
 }
 
-const isLinux = process.platform === "linux";
-const OPEN_DESCRIPTORS = "/proc/self/fd/"; // "self", since /proc may be that of an outer PID namespace
+/** On Linux, what was opened, wherever its path leads by now. ("self", since /proc may be of an outer PID namespace.) */
+const openedPath = (fd: number, path: string) => (process.platform === "linux" ? `/proc/self/fd/${fd}` : path);
 
 /** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
 export class FileSite extends Site {
@@ -1647,9 +1636,9 @@ export class FileSite extends Site {
   }
 
   /**
-   * What is known of an open file; undefined if it is of another kind, or not below the root. A link or a folder that is
-   * swapped now cannot show a file from elsewhere: the kernel says where the open file is, or this very version was found
-   * below this root within the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
+   * What is known of an open file; undefined if it is of another kind, or not below the root. A swapped link or folder
+   * shows no file from elsewhere: the kernel says where the open file is, or this version was found below this root within
+   * the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
@@ -1659,11 +1648,11 @@ export class FileSite extends Site {
     if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
     this.knownFiles.delete(path);
     // Other systems resolve the path a second time: whoever can change links below the root may win that race.
-    const realPath = () => (isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path));
-    if (!isFileOrFolder(stats) || !this.hasBelow(realPath())) return undefined;
-    const known: KnownFile = isSame ? last : describeFile(path, stats, this.dateNow, this.realRoot);
+    const realPath = process.platform === "linux" ? fs.readlinkSync(openedPath(fd, path)) : fs.realpathSync(path);
+    if (!isFileOrFolder(stats) || !this.hasBelow(realPath)) return undefined;
+    const known: KnownFile = isSame ? last : describeFile(path, stats, this.dateNow);
     [known.foundAt, known.foundBelow] = [this.dateNow, this.realRoot];
-    if (known.isLasting) this.knownFiles.set(path, known);
+    if (known.isLasting) this.knownFiles.set(path, known); // another request may find the same version
     const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
     this.knownFiles.delete(oldest);
     return known;
@@ -1693,9 +1682,7 @@ export class FileSite extends Site {
       this.listings.delete(path); // a later request may know of a change that this listing misses
       const folder = this.open(path); // not kept open: many may wait, and their peers may have gone
       if (typeof folder === "string") return responseTo(folder);
-      // The very folder that was opened, wherever its path leads by now.
-      const ownPath = isLinux ? OPEN_DESCRIPTORS + folder.fd : path;
-      return this.listFolder(segments, ownPath).finally(() => fs.closeSync(folder.fd));
+      return this.listFolder(segments, openedPath(folder.fd, path)).finally(() => fs.closeSync(folder.fd));
     };
     this.lastListing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
     this.listings.set(path, this.lastListing);
@@ -1739,33 +1726,30 @@ const warm = (fd: number, position: number) =>
 
 /** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
 type KnownFile = ReturnType<typeof describeFile> & {
+  foundAt?: number; // when it was found below a root
+  foundBelow?: string; // that root
   usual?: Prepared; // what most requests get: all of the file, without a digest
   digest?: string; // SHA-256 in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3)
   hasher?: Bun.CryptoHasher; // once a digest was wanted
 };
 
-/** @param foundAt when it was found below the root: the time that answers have as their Date */
-function describeFile(path: string, stats: fs.Stats, foundAt: number, foundBelow: string) {
+function describeFile(path: string, stats: fs.Stats, dateNow: number) {
   const { size, ino, mtimeMs, ctimeMs } = stats;
-  // By the name's extension. All text is taken for UTF-8.
-  const [mediaType = ""] = Bun.file(path).type.split(";");
+  const [mediaType = ""] = Bun.file(path).type.split(";"); // By the name's extension. All text is taken for UTF-8.
   const type = mediaType.startsWith("text/") ? `${mediaType}; charset=utf-8` : mediaType;
-  const now = Date.now();
   // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
-  const isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
-  const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+  const isFresh = Math.abs(Date.now() - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
+  const once = isFresh ? `-${crypto.randomUUID()}` : "";
   // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
   const etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
   // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
   const expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
   // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
-  const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
+  const modified = Math.floor(Math.min(mtimeMs, dateNow) / 1000) * 1000;
   const lastModified = modified > 1000 ? modified : Number.NaN; // in ms since 1970; unknown equals nothing
   const validators = { ETag: etag, ...(modified > 1000 && { "Last-Modified": new Date(modified).toUTCString() }) };
-  // Another request may find the same version.
   const isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
-  const about = { size, type, etag, lastModified, validators, expected, isLasting };
-  return { path, stats, foundAt, foundBelow, ...about, hashedTo: 0 };
+  return { path, stats, size, type, etag, lastModified, validators, expected, isLasting, hashedTo: 0 };
 }
 
 /** Are these of one version of one file? */
