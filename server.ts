@@ -1637,8 +1637,8 @@ export class FileSite extends Site {
 
   /**
    * What is known of an open file; undefined if it is of another kind, or not below the root. A swapped link or folder
-   * shows no file from elsewhere: the kernel says where the open file is, or this version was found below this root within
-   * the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
+   * shows no file from elsewhere: the kernel says where the open file is, or this very version was found below this root
+   * within the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
