@@ -935,12 +935,11 @@ export function tell(line: string): void {
 // ── end shared ──
 
 // ── shared: sizes ──
-const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
-
 /** "1.2 MiB" */
 function formatBytes(bytes: number): string {
-  const power = Math.min(UNITS.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${UNITS[power]}`;
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
 }
 // ── end shared ──
 

@@ -211,9 +211,10 @@ export async function serve(connection: Connection): Promise<void> {
       closes = isLast(connection, response);
 
       // Send: a part now, a text in the next `receive`, when no whole request is left in what came.
-      const sent = output.appendResponse(head, response, closes);
-      if (response.part === undefined) log(connection, content, response.status, sent);
-      else await sendPart(connection, content, response, response.part);
+      let sent = output.appendResponse(head, response, closes);
+      if (response.part !== undefined) sent = await sendPart(connection, response.part);
+      log(connection, content, response.status, sent);
+      if (sent < (response.part?.length ?? 0)) throw GONE; // it is cut off
       content = undefined;
       head.content = NO_BYTES;
       if (output.length >= UNSENT_BYTES_MAX) await connection.flush();
@@ -1456,16 +1457,8 @@ function main(): void {
 // ═══ 11 Files ════════════════════════════════════════════════════════════════════════════════════
 //
 // Only for --root. Without this section, and with `new TextSite(text)` in `run`, the rest serves a
-// text; the type checker names what else can go. A request meets these, one after the other:
-//
-//   parseTargetPath     its path, decoded, without dot segments
-//   FileSite.open       opens the path if it is a file or a folder below the root
-//   KnownFile           what a response says about this version of the file
-//   evaluateConditions  304 or 412
-//   decideRanges        the parts of the file that are asked for, or 416
-//   respondContent      a small file is read at once,
-//   sendPart            a large one is read while it is sent
-//   formatListing       the page of a folder that has no index.html
+// text; the type checker names what else can go. A request for a file is these calls, in this order:
+// parseTargetPath → open → evaluateConditions → decideRanges → prepareContent → respondContent → sendPart
 
 const PIECE_BYTES = 262_144; // A file is read, and written to a socket, in pieces of this size.
 const PIECES_PER_TURN = 16; // After so many pieces for one connection, the others have their turn.
@@ -1485,14 +1478,12 @@ const LISTING_ENTRIES_MAX = 10_000; // A page shows no more names, of 300 bytes 
 
 // ── what is requested ──
 
-/** Characters that no file name may have: on Windows a backslash is a slash too, and ":" names streams. */
-const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/;
+const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/; // Windows: "\" is a slash, ":" names streams.
 
 /**
  * Takes the path of a request-target (RFC 3986 §3.3) apart. It is decoded once. Then dot segments are resolved (§5.2.4),
  * by their text alone, and slashes in a row count as one.
- * @returns the names in the path; whether it ends as that of a folder does; "?" and the query, if there is one. Undefined
- * if no file can have this path, or if it leads above the root
+ * @returns undefined if no file can have this path, or if it leads above the root. `query` has the "?", if there is one
  */
 export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
@@ -1514,7 +1505,6 @@ export function parseTargetPath(requestTarget: string) {
 
 /** Names with a leading dot are hidden. In the path of a request, /.well-known/ is not (RFC 8615). */
 const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
-
 const isFileOrFolder = (stats: fs.Stats | undefined) => stats?.isFile() || stats?.isDirectory();
 
 /** What a failed system call means for the request. If it is a fault of the disk, say, the operator is told. */
@@ -1527,12 +1517,8 @@ function rejectionFor(error: unknown): Rejection {
   return "internal";
 }
 
-/** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */
-const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
-const NO_FIELDS: ReadonlyMap<string, string> = new Map();
-
-const isLinux = process.platform === "linux";
-const OPEN_DESCRIPTORS = "/proc/self/fd/"; // "self", since /proc may be that of an outer PID namespace
+/** On Linux, what was opened, wherever its path leads by now. ("self", since /proc may be of an outer PID namespace.) */
+const openedPath = (fd: number, path: string) => (process.platform === "linux" ? `/proc/self/fd/${fd}` : path);
 
 /** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
 export class FileSite extends Site {
@@ -1566,9 +1552,9 @@ export class FileSite extends Site {
     const index = isFolder ? this.open(`${path}index.html`) : "not-found";
     const file = index === "not-found" ? this.open(path) : index;
     if (typeof file === "string") return responseTo(file);
-    if (file.known.stats.isFile()) return this.respondFile(request, file);
+    if (file.known.stats.isFile()) return respondFile(request, file);
     fs.closeSync(file.fd);
-    if (isFolder) return this.list(segments, path); // its index.html may be a folder, too
+    if (isFolder) return this.listings.get(path) ?? this.list(segments, path); // its index.html may be a folder, too
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
     return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
@@ -1600,9 +1586,9 @@ export class FileSite extends Site {
   }
 
   /**
-   * What is known of an open file; undefined if it is of another kind, or not below the root. A link or a folder that is
-   * swapped now cannot show a file from elsewhere: the kernel says where the open file is, or this very version was found
-   * below this root within the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
+   * What is known of an open file; undefined if it is of another kind, or not below the root. A swapped link or folder
+   * shows no file from elsewhere: the kernel says where the open file is, or this very version was found below this root
+   * within the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
@@ -1612,11 +1598,11 @@ export class FileSite extends Site {
     if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
     this.knownFiles.delete(path);
     // Other systems resolve the path a second time: whoever can change links below the root may win that race.
-    const realPath = () => (isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path));
-    if (!isFileOrFolder(stats) || !this.hasBelow(realPath())) return undefined;
-    const known: KnownFile = isSame ? last : describeFile(path, stats, this.dateNow, this.realRoot);
+    const realPath = process.platform === "linux" ? fs.readlinkSync(openedPath(fd, path)) : fs.realpathSync(path);
+    if (!isFileOrFolder(stats) || !this.hasBelow(realPath)) return undefined;
+    const known: KnownFile = isSame ? last : describeFile(path, stats, this.dateNow);
     [known.foundAt, known.foundBelow] = [this.dateNow, this.realRoot];
-    if (known.isLasting) this.knownFiles.set(path, known);
+    if (known.isLasting) this.knownFiles.set(path, known); // another request may find the same version
     const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
     this.knownFiles.delete(oldest);
     return known;
@@ -1640,34 +1626,13 @@ export class FileSite extends Site {
     }
   }
 
-  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
-    const { known } = file;
-    const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
-    const status = evaluateConditions(fields, known);
-    if (status === 412) return closeWith(file, responseTo("precondition"));
-    if (status === 304) return closeWith(file, prepareResponse(304, known.validators));
-    const ranges = decideRanges(request.method, fields, known, Date.now());
-    if (ranges === "unsatisfiable") {
-      const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
-      return closeWith(file, prepareResponse(416, about, "the file has none of these bytes\n"));
-    }
-    const answer = (digest?: string) => respondContent(request.method, file, ranges, digest);
-    if (!wantsSha256(fields.get("want-repr-digest") ?? "")) return answer();
-    if (known.digest !== undefined) return answer(known.digest);
-    return hash(file).then(() => answer(known.digest));
-  }
-
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
   private list(segments: readonly string[], path: string): Promise<Response> {
-    const known = this.listings.get(path);
-    if (known !== undefined) return known;
     const openAndList = async () => {
       this.listings.delete(path); // a later request may know of a change that this listing misses
       const folder = this.open(path); // not kept open: many may wait, and their peers may have gone
       if (typeof folder === "string") return responseTo(folder);
-      // The very folder that was opened, wherever its path leads by now.
-      const ownPath = isLinux ? OPEN_DESCRIPTORS + folder.fd : path;
-      return this.listFolder(segments, ownPath).finally(() => fs.closeSync(folder.fd));
+      return this.listFolder(segments, openedPath(folder.fd, path)).finally(() => fs.closeSync(folder.fd));
     };
     this.lastListing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
     this.listings.set(path, this.lastListing);
@@ -1690,7 +1655,11 @@ export class FileSite extends Site {
       if (i % 256 === 255) await nextTurn();
     }
     const page = formatListing(segments, entries, served.length - LISTING_ENTRIES_MAX, names.length - readable.length);
-    return prepareResponse(200, listingFields(), page);
+    // Nothing on the page may be loaded, run or sent; its style is known by its digest.
+    const style = Bun.CryptoHasher.hash("sha256", LISTING_STYLE, "base64");
+    const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
+    const fields = { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFF };
+    return prepareResponse(200, fields, page);
   }
 }
 
@@ -1705,46 +1674,32 @@ const unused = new Uint8Array(PIECE_BYTES); // Filled by several threads at once
 const warm = (fd: number, position: number) =>
   new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position, () => resolve()));
 
-/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
-function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
-  const start = performance.now();
-  for (let at = from, more = 1; at < to; at += more) {
-    more = fs.readSync(fd, into, at, to - at, position + at - from);
-    if (more === 0) return false;
-  }
-  if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
-  return true;
-}
-
 /** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
 type KnownFile = ReturnType<typeof describeFile> & {
+  foundAt?: number; // when it was found below a root
+  foundBelow?: string; // that root
   usual?: Prepared; // what most requests get: all of the file, without a digest
   digest?: string; // SHA-256 in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3)
   hasher?: Bun.CryptoHasher; // once a digest was wanted
 };
 
-/** @param foundAt when it was found below the root: the time that answers have as their Date */
-function describeFile(path: string, stats: fs.Stats, foundAt: number, foundBelow: string) {
+function describeFile(path: string, stats: fs.Stats, dateNow: number) {
   const { size, ino, mtimeMs, ctimeMs } = stats;
-  // By the name's extension. All text is taken for UTF-8.
-  const [mediaType = ""] = Bun.file(path).type.split(";");
+  const [mediaType = ""] = Bun.file(path).type.split(";"); // By the name's extension. All text is taken for UTF-8.
   const type = mediaType.startsWith("text/") ? `${mediaType}; charset=utf-8` : mediaType;
-  const now = Date.now();
   // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
-  const isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
-  const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+  const isFresh = Math.abs(Date.now() - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
+  const once = isFresh ? `-${crypto.randomUUID()}` : "";
   // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
   const etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
   // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
   const expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
   // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
-  const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
+  const modified = Math.floor(Math.min(mtimeMs, dateNow) / 1000) * 1000;
   const lastModified = modified > 1000 ? modified : Number.NaN; // in ms since 1970; unknown equals nothing
   const validators = { ETag: etag, ...(modified > 1000 && { "Last-Modified": new Date(modified).toUTCString() }) };
-  // Another request may find the same version.
   const isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
-  const about = { size, type, etag, lastModified, validators, expected, isLasting };
-  return { path, stats, foundAt, foundBelow, ...about, hashedTo: 0 };
+  return { path, stats, size, type, etag, lastModified, validators, expected, isLasting, hashedTo: 0 };
 }
 
 /** Are these of one version of one file? */
@@ -1753,14 +1708,22 @@ function areSame(one: fs.Stats, other: fs.Stats): boolean {
   return isOne && one.mtimeMs === other.mtimeMs && one.ctimeMs === other.ctimeMs;
 }
 
-/** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
-function hashOn({ fd, known }: OpenFile, bytes: Uint8Array, position: number): void {
-  const from = known.hashedTo - position;
-  if (known.hasher === undefined || known.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
-  known.hasher.update(bytes.subarray(from));
-  known.hashedTo = position + bytes.length;
-  if (known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd)))
-    known.digest = known.hasher.digest("base64");
+/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
+function readFully({ fd, known }: OpenFile, into: Uint8Array, from: number, to: number, position: number): boolean {
+  const start = performance.now();
+  for (let at = from, more = 1; at < to; at += more) {
+    more = fs.readSync(fd, into, at, to - at, position + at - from);
+    if (more === 0) return false;
+  }
+  if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
+  // All transfers of a version bring on its one digest: of these bytes, those from `next` on are to be hashed next.
+  const next = from + known.hashedTo - position;
+  if (known.hasher === undefined || known.digest !== undefined || next < from || next > to) return true;
+  known.hasher.update(into.subarray(next, to));
+  known.hashedTo = position + to - from;
+  const isWhole = known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd));
+  if (isWhole) known.digest = known.hasher.digest("base64");
+  return true;
 }
 
 /** Hashes what is left of the file, for as long as a response waits: a piece at least. */
@@ -1771,42 +1734,34 @@ async function hash(file: OpenFile): Promise<void> {
   try {
     do {
       const bytes = piece.subarray(0, Math.min(PIECE_BYTES, known.size - known.hashedTo));
-      if (!readFully(fd, bytes, 0, bytes.length, known.hashedTo)) break;
-      hashOn(file, bytes, known.hashedTo);
+      if (!readFully(file, bytes, 0, bytes.length, known.hashedTo)) break;
       await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
     } while (known.hashedTo < known.size && performance.now() < deadline);
   } catch {} // the disk fails: sending will tell
   digestWaiters--;
 }
 
-// ── what is decided ──
+// ── what is answered ──
 
 export type FileVersion = Pick<KnownFile, "size" | "etag" | "lastModified">;
+type Fields = RequestHead["fields"];
 
-/** entity-tag (RFC 9110 §8.8.3) */
-const ENTITY_TAG = /(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g;
-
-/** Is the tag on the list? "*" lists every version. In a weak comparison `W/` does not count (§8.8.3.2). */
+/** Is this entity-tag (RFC 9110 §8.8.3) on the list? "*" is any version. In a weak comparison `W/` does not count. */
 function isListed(list: string, etag: string, isWeakly: boolean): boolean {
-  const tags: readonly string[] = list === "*" ? [etag] : (list.match(ENTITY_TAG) ?? []);
+  const tags: readonly string[] = list === "*" ? [etag] : (list.match(/(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g) ?? []);
   return tags.includes(etag) || (isWeakly && tags.includes(`W/${etag}`));
 }
 
-/**
- * Evaluates the conditional fields of a GET or HEAD in the order of RFC 9110 §13.2.2.
- * @returns 304: the client's copy is current; 412: a precondition failed; undefined: the request is to be answered
- */
-export function evaluateConditions(fields: ReadonlyMap<string, string>, version: FileVersion): 304 | 412 | undefined {
-  const date = (name: string) => (fields.has(name) ? parseHttpDate(fields.get(name) ?? "") : Number.NaN);
+/** RFC 9110 §13.2.2, for GET and HEAD. @returns 304: the client's copy is current; 412: a precondition failed */
+export function evaluateConditions(fields: Fields, { etag, lastModified }: FileVersion): 304 | 412 | undefined {
+  const date = (name: string) => parseHttpDate(fields.get(name) ?? ""); // NaN compares with nothing
   // Step 1, and step 2 only without it.
   const ifMatch = fields.get("if-match");
-  if (ifMatch !== undefined) {
-    if (!isListed(ifMatch, version.etag, false)) return 412;
-  } else if (version.lastModified > date("if-unmodified-since")) return 412;
+  if (ifMatch === undefined ? lastModified > date("if-unmodified-since") : !isListed(ifMatch, etag, false)) return 412;
   // Step 3, and step 4 only without it.
   const ifNoneMatch = fields.get("if-none-match");
-  if (ifNoneMatch !== undefined) return isListed(ifNoneMatch, version.etag, true) ? 304 : undefined;
-  return version.lastModified <= date("if-modified-since") ? 304 : undefined;
+  if (ifNoneMatch !== undefined) return isListed(ifNoneMatch, etag, true) ? 304 : undefined;
+  return lastModified <= date("if-modified-since") ? 304 : undefined;
 }
 
 // ── shared: http-date ──
@@ -1828,18 +1783,15 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 }
 // ── end shared ──
 
-/** The bytes from `from` up to, but not including, `to`. */
-export type ByteRange = Readonly<{ from: number; to: number }>;
+export type ByteRange = Readonly<{ from: number; to: number }>; // the byte at `to` is the first behind it
 
 /** @returns "unsatisfiable" if the file has nothing of what is asked for */
-export function decideRanges(method: Method, fields: ReadonlyMap<string, string>, version: FileVersion, now: number) {
-  const [range, ifRange] = [fields.get("range"), fields.get("if-range")];
+export function decideRanges(method: Method, fields: Fields, { size, etag, lastModified }: FileVersion, now: number) {
+  const [range, ifRange = etag] = [fields.get("range"), fields.get("if-range")];
   if (method !== "GET" || range === undefined) return undefined; // RFC 9110 §14.2: it has a meaning only in a GET
   // Step 5: RFC 9110 §13.1.5. A date counts only if the file cannot have changed again within its second.
-  const { etag, lastModified } = version;
-  const isOld = now - lastModified >= 1000;
-  const isSame = ifRange === undefined || ifRange === etag || (isOld && parseHttpDate(ifRange) === lastModified);
-  return isSame ? parseRanges(range, version.size) : undefined;
+  const isSame = ifRange === etag || (now - lastModified >= 1000 && parseHttpDate(ifRange) === lastModified);
+  return isSame ? parseRanges(range, size) : undefined;
 }
 
 /**
@@ -1858,12 +1810,11 @@ export function parseRanges(value: string, size: number): readonly ByteRange[] |
     const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
     const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
     if (from >= to) continue;
-    // What it touches is joined with it, in the place of the first of these. No others can touch the result.
-    const others = ranges.filter((other) => other.to < from || to < other.from);
-    const touched = ranges.filter((other) => !others.includes(other));
-    const [place = ranges.length] = touched.map((other) => ranges.indexOf(other));
-    const [froms, tos] = [touched.map((other) => other.from), touched.map((other) => other.to)];
-    ranges = others.toSpliced(place, 0, { from: Math.min(from, ...froms), to: Math.max(to, ...tos) });
+    // It is joined with those that it touches, in the place of the first of these. No others can touch the result.
+    ranges.push({ from, to });
+    const touched = ranges.filter((other) => other.from <= to && from <= other.to);
+    const joined = { from: Math.min(...touched.map((one) => one.from)), to: Math.max(...touched.map((one) => one.to)) };
+    ranges = ranges.map((one) => (one === touched[0] ? joined : one)).filter((one) => !touched.includes(one));
   }
   return ranges.length === 0 ? "unsatisfiable" : ranges;
 }
@@ -1872,18 +1823,35 @@ export function parseRanges(value: string, size: number): readonly ByteRange[] |
 export const wantsSha256 = (wantReprDigest: string) =>
   Number(/^(?:.*,)?[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/.exec(wantReprDigest)?.[1]) > 0;
 
-// ── what is answered ──
+type OpenFile = Readonly<{ fd: number; known: KnownFile }>; // or folder, below the root; the holder must close it
+type Segment = ByteRange & { readonly text?: Uint8Array }; // of content: a range of the file, or a text between two
+/** A response before its content is read, if it consists of segments. `length` is that of all together. */
+type Prepared = Response & { readonly segments?: readonly Segment[]; readonly length?: number };
+export type Part = OpenFile & Required<Pick<Prepared, "segments" | "length">>; // content that is read while it is sent
 
-/** Content is ranges of the file, and texts between them. */
-type Segment = ByteRange & { readonly text?: Uint8Array };
-type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly Segment[]; length: number }>;
-/** An open file or folder below the root. The holder must close it. */
-type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
-/** Content that is read while it is sent. */
-export type Part = OpenFile & Pick<Prepared, "segments" | "length">;
+/** The response with a file or parts of it, or that says why there is none. Only a digest is waited for. */
+function respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
+  const { known } = file;
+  const answer = (prepared: Prepared) => respondContent(request.method, file, prepared);
+  // Most heads have no field that decides what of a file is sent, and need no map of their fields.
+  if (!/\n(?:if-|range|want-)/i.test(request.text)) return answer((known.usual ??= prepareContent(known)));
+  const { fields } = request;
+  const status = evaluateConditions(fields, known);
+  if (status === 412) return answer(responseTo("precondition"));
+  if (status === 304) return answer(prepareResponse(304, known.validators));
+  const ranges = decideRanges(request.method, fields, known, Date.now());
+  if (ranges === "unsatisfiable") {
+    const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
+    return answer(prepareResponse(416, about, "the file has none of these bytes\n"));
+  }
+  const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
+  if (ranges === undefined && !wantsDigest) return answer((known.usual ??= prepareContent(known)));
+  const answerContent = () => answer(prepareContent(known, ranges, wantsDigest));
+  return wantsDigest && known.digest === undefined ? hash(file).then(answerContent) : answerContent();
+}
 
 /** All that a response with content has before it is read. */
-function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], digest?: string): Prepared {
+function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], wantsDigest = false): Prepared {
   const { size, type, validators } = known;
   const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
   const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
@@ -1892,56 +1860,49 @@ function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], digest?
   if (more.length > 0) {
     // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
     const boundary = crypto.randomUUID();
-    const text = (lines: string) => encoder.encode(`\r\n--${boundary}${lines}\r\n`);
-    const head = (one: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
-    const asSegment = (text: Uint8Array) => ({ from: 0, to: text.length, text });
-    segments = [...[range, ...more].flatMap((one) => [asSegment(head(one)), one]), asSegment(text("--"))];
+    const asSegment = (text: string) => ({ from: 0, to: text.length, text: encoder.encode(text) }); // it is ASCII
+    const head = `\r\n--${boundary}\r\nContent-Type: ${type}\r\nContent-Range: `;
+    const parts = [range, ...more].flatMap((one) => [asSegment(`${head}${contentRange(one)}\r\n\r\n`), one]);
+    segments = [...parts, asSegment(`\r\n--${boundary}--\r\n`)];
     fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
   } else if (ranges !== undefined) fields["Content-Range"] = contentRange(range);
-  if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
+  if (wantsDigest && known.digest !== undefined) fields["Repr-Digest"] = `sha-256=:${known.digest}:`;
   const length = segments.reduce((sum, { from, to }) => sum + to - from, 0);
   fields["Content-Length"] = String(length);
   const status = ranges === undefined ? 200 : 206;
-  return { status, head: formatHead(status, fields), segments, length };
+  return { status, head: formatHead(status, fields), content: NO_BYTES, segments, length };
 }
 
-/** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
-function respondContent(method: Method, file: OpenFile, ranges?: readonly ByteRange[], digest?: string): Response {
-  const { known } = file;
-  const isUsual = ranges === undefined && digest === undefined;
-  const prepared = isUsual ? (known.usual ??= prepareContent(known)) : prepareContent(known, ranges, digest);
-  const { status, head, segments, length } = prepared;
-  if (method === "HEAD") return closeWith(file, { status, head, content: NO_BYTES });
-  const part = { fd: file.fd, known, segments, length };
-  if (length <= SMALL_FILE_BYTES_MAX) {
-    const content = new Uint8Array(length);
-    if (readPart(part, 0, content, known.expected) === "same") return closeWith(file, { status, head, content });
+/** Reads what is small, and closes the file. What is large is read while it is sent. */
+function respondContent(method: Method, { fd, known }: OpenFile, prepared: Prepared): Response {
+  const { status, head, segments, length = 0 } = prepared;
+  let { content } = prepared;
+  if (segments !== undefined && method !== "HEAD") {
+    const part = { fd, known, segments, length };
+    const isSmall = length <= SMALL_FILE_BYTES_MAX;
+    if (isSmall) content = new Uint8Array(length);
+    // A file that has just changed is sent as a large one: sendPart finds out whether it can be.
+    if (!isSmall || readPart(part, 0, content) !== "same") return { status, head, content: NO_BYTES, part };
   }
-  // A file that has just changed comes here too: sendPart finds out whether it can be sent.
-  return { status, head, content: NO_BYTES, part };
-}
-
-/** Closes a file: nothing of it is sent, or all has been read. */
-function closeWith(file: OpenFile, response: Response): Response {
-  fs.closeSync(file.fd);
-  return response;
+  fs.closeSync(fd);
+  return { status, head, content };
 }
 
 // ── what is sent ──
 
 /** Reads what stands at a position of the content, and says what has become of the file. */
-function readPart({ fd, segments }: Part, position: number, into: Uint8Array, expected: KnownFile["expected"]) {
+function readPart(part: Part, position: number, into: Uint8Array, expected = part.known.expected) {
   try {
     let start = -position; // of a segment, in `into`
-    for (const { from, to, text } of segments) {
+    for (const { from, to, text } of part.segments) {
       const at = Math.max(0, start);
       const end = Math.min(into.length, start + to - from);
       const source = from + at - start;
-      if (text === undefined && !readFully(fd, into, at, end, source)) return "gone";
+      if (text === undefined && !readFully(part, into, at, end, source)) return "gone";
       if (text !== undefined && at < end) into.set(text.subarray(source, source + end - at), at);
       start += to - from;
     }
-    const { size, mtimeMs } = fs.fstatSync(fd);
+    const { size, mtimeMs } = fs.fstatSync(part.fd);
     // Not the time of the last change: moving, replacing or deleting a file changes that too.
     if (size === expected.size && mtimeMs === expected.mtimeMs) return "same";
     return size > expected.size ? "longer" : "changed";
@@ -1956,7 +1917,7 @@ async function checksumOf(part: Part, length: number): Promise<number | undefine
   let checksum = 0;
   for (let at = 0; at < length; at += PIECE_BYTES) {
     const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - at));
-    if (readPart(part, at, bytes, part.known.expected) === "gone") return undefined;
+    if (readPart(part, at, bytes) === "gone") return undefined;
     checksum = Bun.hash.crc32(bytes, checksum);
     await nextTurn();
   }
@@ -1966,9 +1927,9 @@ async function checksumOf(part: Part, length: number): Promise<number | undefine
 /**
  * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. All of it must be
  * one version: of a file that has become longer, the last piece waits until a checksum tells that the rest is as it was.
- * If it cannot be completed it ends with FIN: the peer keeps what it has got, and Content-Length tells that it is short.
+ * @returns the octets sent; if not all, FIN follows: the peer keeps what it got, and Content-Length tells of the rest
  */
-async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: Part) {
+async function sendPart(connection: Connection, part: Part): Promise<number> {
   const { fd, known, segments, length } = part;
   const start = segments.length === 1 ? (segments[0]?.from ?? 0) : Number.NaN; // in the file, of a single range
   // A checksum takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows.
@@ -1976,15 +1937,13 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
   let [sent, checksum, expected] = [0, 0, known.expected];
   try {
     await connection.flush();
-    for (let pieces = 1, warmTo = 0; sent < length; pieces++) {
-      if (connection.isGone) throw GONE;
+    for (let pieces = 1, warmTo = 0; sent < length && !connection.isGone; pieces++) {
       const position = start + sent;
-      if (position >= warmTo && performance.now() < slowUntil) {
-        await warm(fd, position);
-        warmTo = position + PIECE_BYTES;
+      if (warmTo < position + PIECE_BYTES && performance.now() < slowUntil) {
+        warmTo = Math.max(warmTo, position) + PIECE_BYTES;
+        await warm(fd, warmTo - PIECE_BYTES);
       }
-      const room = position < warmTo ? warmTo - position : PIECE_BYTES;
-      const bytes = piece.subarray(0, Math.min(room, length - sent));
+      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - sent));
       let found = readPart(part, sent, bytes, expected);
       if (found === "changed") {
         await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
@@ -1998,55 +1957,34 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
       }
       if (found === "changed" || found === "gone") throw new Error(`${known.path} has changed or cannot be read`);
       const taken = bytes.subarray(0, connection.write(bytes, bytes.length));
-      hashOn(part, taken, position);
       if (isLively) checksum = Bun.hash.crc32(taken, checksum);
       sent += taken.length;
       if (taken.length < bytes.length) await connection.waitForRoom();
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {
-    if (error !== GONE) report(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
-    throw GONE;
-  } finally {
-    log(connection, content, status, sent);
-    fs.closeSync(fd);
+    report(`Error: ${(error as Error).message}: the connection is cut off`); // nothing but Errors is thrown here
   }
+  fs.closeSync(fd);
+  return sent;
 }
 
 // ── what a page shows ──
 
-/** A line of a listing. */
 export type ListingEntry = Readonly<{ name: string; isFolder: boolean; size: number; modified: Date }>;
 
-/** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
-function listingFields(): Record<string, string> {
-  const style = Bun.CryptoHasher.hash("sha256", LISTING_STYLE, "base64");
-  const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
-  return { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFF };
-}
-
 // ── shared: sizes ──
-const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
-
 /** "1.2 MiB" */
 function formatBytes(bytes: number): string {
-  const power = Math.min(UNITS.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${UNITS[power]}`;
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
 }
 // ── end shared ──
 
-/** Text from a peer or a file name, as content of an HTML page. */
-const escapeText = (text: string) => Bun.escapeHTML(printable(text));
-
-/** "" for none, so that it can be left out of a sentence. */
-const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
-const joined = (parts: readonly string[], by: string) => parts.filter(Boolean).join(by);
-
 /**
- * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
- * @param path the names in the path of the folder
- * @param unlisted how many more names there are than the page may have
- * @param unreadable how many names are not UTF-8
+ * The page of a folder with these names in its path. Links are relative, so that it works behind a proxy that puts the
+ * folder elsewhere. `unlisted` is how many more names there are than it may have, `unreadable` how many are not UTF-8.
  */
 export function formatListing(path: readonly string[], entries: readonly ListingEntry[], unlisted = 0, unreadable = 0) {
   // Folders first; then "file9" before "file10".
@@ -2054,12 +1992,14 @@ export function formatListing(path: readonly string[], entries: readonly Listing
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
   if (path.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
-  const heading = escapeText(["", ...path, ""].join("/"));
+  const heading = Bun.escapeHTML(printable(["", ...path, ""].join("/")));
+  const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
   const folders = entries.filter(({ isFolder }) => isFolder).length;
   const more = unlisted > 0 ? `and ${unlisted} more that the page leaves out` : "";
-  const shown = joined([counted(folders, "folder"), counted(entries.length - folders, "file"), more], ", ");
+  const counts = [counted(folders, "folder"), counted(entries.length - folders, "file"), more];
+  const shown = counts.filter(Boolean).join(", ");
   const left = counted(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
-  const sentences = shown + left === "" ? ["This folder is empty"] : [shown, left, "Times are in UTC"];
+  const about = shown + left === "" ? "This folder is empty" : "Times are in UTC";
   return `<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -2071,7 +2011,7 @@ export function formatListing(path: readonly string[], entries: readonly Listing
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${joined(sentences, ". ")}.</p>
+<p>${[shown, left, about].filter(Boolean).join(". ")}.</p>
 </main>
 </html>
 `;
@@ -2079,16 +2019,15 @@ ${items.join("\n")}
 
 function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): string {
   const slash = isFolder ? "/" : "";
-  const link = `<a href="${encodeURIComponent(name).replaceAll("'", "%27")}${slash}"><bdi>${escapeText(name)}</bdi>${slash}</a>`;
+  const href = encodeURIComponent(name).replaceAll("'", "%27") + slash;
+  const link = `<a href="${href}"><bdi>${Bun.escapeHTML(printable(name))}</bdi>${slash}</a>`;
   const time = Number.isNaN(modified.getTime()) ? "" : modified.toISOString(); // a date that no calendar has
   const length = isFolder ? "" : `<span title="${size} bytes">${formatBytes(size)}</span>`;
   return `<li>${link} ${length} <time datetime="${time}">${time.slice(0, 16).replace("T", " ")}</time></li>`;
 }
 
-/**
- * Browsers that do not know "light-dark" use their own colours. Icons are clipped boxes: a link that ends in a slash is a
- * folder. A link covers its whole row, as a target for a thumb. On a phone, time and size stand below the name.
- */
+// Browsers that do not know "light-dark" use their own colours. Icons are clipped boxes: a link that ends in a slash is
+// a folder. A link covers its whole row, as a target for a thumb. On a phone, time and size stand below the name.
 const LISTING_STYLE = `
 :root { color-scheme: light dark; }
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: auto; padding: 1rem .5rem;
