@@ -6,14 +6,12 @@
  *     bun client-robust.ts http://example.test/a.html   # another URL: head, then content
  *     bun client-robust.ts -o a.iso http://example.test/a.iso
  *
- * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never
- * because no more bytes came. Transient failures are retried, and an interrupted transfer continues where
- * it stopped. The result is one version of the content, whole, or a failure with curl's exit code. Memory
- * use is constant.
+ * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never because no more
+ * bytes came. Transient failures are retried, and an interrupted transfer continues where it stopped. The result is one
+ * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
  *
- * It reads from top to bottom: limits, words, errors; **the transfer**, which is the tutorial's try { connect;
- * send; receive … } catch … finally { close } with a loop around it; the policy; the request; the response
- * (head, framing, content); text; sockets; delivery; sinks; the command line.
+ * It reads from top to bottom: limits, words and errors; **the transfer**, which is the tutorial's try { connect; send;
+ * receive … } catch … finally { close } with a loop around it; the parts of it in their order; the command line.
  *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
@@ -78,11 +76,10 @@ export interface Held {
   readonly lastModified: string;
   readonly coding: string; // Content-Encoding: each coding has other bytes
   readonly resource: string; // the resource that the validator is of, see resourceOf
-  readonly total: number | undefined; // the length of the whole, if a response has told it
+  readonly total?: number | undefined; // the length of the whole, if a response has told it
 }
 
-const NAMELESS = { validator: "", etag: "", lastModified: "", coding: "", resource: "" };
-export const NOTHING: Held = Object.freeze({ bytes: 0, ...NAMELESS, total: undefined });
+export const NOTHING: Held = { bytes: 0, validator: "", etag: "", lastModified: "", coding: "", resource: "" };
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
@@ -171,18 +168,23 @@ function tellFailure(error: unknown): number {
  * @returns nothing if the response is whole and delivered, the request that it redirects to, or why the transfer failed
  */
 export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
-  const { delivery, request, trace } = session;
-  const connection = new Connection(session.job, trace);
+  const { job, delivery, request, trace } = session;
+  const connection = new Connection(job, trace);
   try {
     await connection.connect(request.url);
     await sendRequest(connection, session);
     const { head, rest } = await receiveHead(connection, request.method);
     trace?.complete("head");
+    if (job.isVerbose) tellHead("< ", head.text);
     if (head.framing !== "close") connection.stopWatching();
-    const verdict = beginResponse(head, session);
-    if (verdict.action === "redirect") return redirect(request, verdict);
+    const verdict = judgeHead(head, delivery.held, session);
+    delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
+    if (verdict.action === "redirect") return verdict.to;
     if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
+    if (verdict.held.bytes === 0 && delivery.held.bytes > 0 && !job.isSilent)
+      tell(`Starting over: ${delivery.held.validator === "" ? "nothing tells whether " : ""}the content has changed`);
+    delivery.start(head, verdict);
     for await (const content of receiveContent(connection, head.framing, rest)) {
       trace?.complete("content");
       await delivery.write(content);
@@ -201,8 +203,12 @@ export async function transfer(session: Session): Promise<undefined | Request | 
 }
 
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
-  const { job, delivery, request } = session;
-  const head = formatRequest(request, isForRest(session) ? delivery.held : NOTHING);
+  const { job, request } = session;
+  const { held } = session.delivery;
+  // A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another.
+  const isSameResource = () => job.hasSha256 || held.resource === resourceOf(request.url);
+  session.hasRange = held.bytes > 0 && !session.asksForWhole && isSameResource();
+  const head = formatRequest(request, session.hasRange ? held : NOTHING);
   if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
   let [unsent, left]: [Uint8Array, number] = [head, contentLength(request)];
@@ -224,44 +230,21 @@ async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
   }
 }
 
-/** Does the request ask for the rest? A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another. */
-const isForRest = ({ job, delivery: { held }, request, asksForWhole }: Session) =>
-  held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
-
-/** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
-function beginResponse(head: ResponseHead, session: Session): Verdict {
-  const { job, delivery, request } = session;
-  const { held } = delivery;
-  if (job.isVerbose) tellHead("< ", head.text);
-  const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
-  const asked = { method: request.method, resource: resourceOf(request.url), hasRange: isForRest(session), isLastTry };
-  const verdict = judgeHead(head, held, job, asked);
-  delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
-  if (verdict.action !== "deliver") return verdict;
-  if (held.bytes > 0 && verdict.held.bytes === 0 && !job.isSilent) {
-    session.progress.clear();
-    tell(`Starting over: ${held.validator === "" ? "nothing tells whether " : ""}the content has changed`);
-  }
-  delivery.start(head, verdict);
-  return verdict;
-}
-
 /** What one attempt and the next ones share. */
+const beginSession = (job: Job, sink: Sink) => ({
+  job,
+  delivery: new Delivery(sink, job),
+  progress: new ProgressLine(job, sink),
+  trace: job.isTraced ? new Trace(tell) : undefined,
+  first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
+  request: job.request, // the last request
+  hasRange: false, // it asks for the rest of what is held
+  asksForWhole: false, // the next request is for the whole, though something is held
+  wasSent: false, // a request may have reached the server
+  failures: 0, // attempts in a row that have failed and brought no new data, the last one included
+  before: "", // how the last attempt failed, as the end of a message
+});
 type Session = ReturnType<typeof beginSession>;
-function beginSession(job: Job, sink: Sink) {
-  return {
-    job,
-    delivery: new Delivery(sink, job),
-    progress: new ProgressLine(job, sink),
-    trace: job.isTraced ? new Trace(tell) : undefined,
-    first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
-    request: job.request, // the last request
-    asksForWhole: false, // the next request is for the whole, though something is held
-    wasSent: false, // a request may have reached the server
-    failures: 0, // attempts in a row that have failed and brought no new data, the last one included
-    before: "", // how the last attempt failed, as the end of a message
-  };
-}
 
 /** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
 async function download(job: Job, sink: Sink): Promise<number> {
@@ -282,7 +265,7 @@ async function download(job: Job, sink: Sink): Promise<number> {
     }
     return tellFailure(failure);
   } finally {
-    const closing = delivery.sink.close(delivery.held);
+    const closing = sink.close(delivery.held);
     const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
     if (advice !== "" && !job.isSilent) tell(advice);
   }
@@ -323,24 +306,21 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
-  const { job, delivery, progress, wasSent, request } = session;
-  const { isPart, refusesRest, spoils } = failure;
-  if (spoils) delivery.discard();
-  session.failures = delivery.takeProgress() ? Number(!isPart) : session.failures + Number(!refusesRest);
-  const attempt = { method: request.method, wasSent, failures: session.failures, elapsedMs: elapsedMs(job) };
-  const decision = decideNext(failure, attempt, delivery.held, job, Math.random);
+  const { job, delivery, progress, failures } = session;
+  if (failure.spoils) delivery.discard();
+  session.failures = delivery.takeProgress() ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
+  const next = decideNext(failure, delivery.held, session, elapsedMs(job), Math.random());
   progress.clear();
   delivery.sink.endLine?.();
-  if (decision.action === "give-up") {
-    if (decision.why !== "") failure.message += ` (${decision.why})`;
+  if (typeof next === "string") {
+    failure.message += next && ` (${next})`;
     throw failure;
   }
-  session.asksForWhole = decision.asksForWhole;
+  session.asksForWhole = next.asksForWhole;
   session.before = `; before that, ${failure.message}`;
-  const { afterMs } = decision;
-  if (!job.isSilent && afterMs < job.maxMs - elapsedMs(job))
-    tell(`Retry in ${(afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(afterMs);
+  if (!job.isSilent && next.afterMs < job.maxMs - elapsedMs(job))
+    tell(`Retry in ${(next.afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
+  await Bun.sleep(next.afterMs);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
@@ -349,50 +329,50 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
-  | { readonly action: "complete" } // the bytes held are the whole content
-  | { readonly action: "unchanged" } // the user has it already
-  | Redirect;
-type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
+  | { readonly action: "complete" | "unchanged" } // the bytes held are the whole content; the user has it already
+  | { readonly action: "redirect"; readonly to: Request };
+
+/** The request that was sent last, and what has become of those before it. */
+export type Attempt = Pick<Session, "job" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
 const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
 const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2
 
-/** The request. `hasRange`: for the rest of what is held; `isLastTry`: show an error page instead of another try. */
-type Asked = { method: string; resource: string; hasRange: boolean; isLastTry: boolean };
-
 /** What to do with a response, where `held` is what we have. @throws TransferError if it is a failure */
-export function judgeHead(head: ResponseHead, held: Held, job: Job, asked: Asked): Verdict {
+export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Verdict {
   const { status } = head;
+  const { job, request, hasRange, failures } = attempt;
   const [place = ""] = REDIRECT_STATUSES.includes(status) ? fieldValues(head, "location") : [];
   // Not every server encodes what is not ASCII. Its bytes are sent back as they came, whatever their charset.
   const location = place.replace(/[\x80-\xff]/g, (byte) => `%${byte.charCodeAt(0).toString(16).toUpperCase()}`);
-  if (job.followsRedirects && location !== "") return { action: "redirect", status, location };
+  if (job.followsRedirects && location !== "") return { action: "redirect", to: redirect(request, status, location) };
   // Some servers ignore If-Modified-Since. As in curl, the date of the response tells then.
   const isOld = job.sinceMs !== undefined && parseHttpDate(singleValue(head, "last-modified")) <= job.sinceMs;
   const isUnchanged = status === 304 || (status === 200 && isOld);
   if (isUnchanged && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
-  if (status === 206 && asked.hasRange) return judgePart(head, held, job);
-  if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  const [isGet, onlyContentCounts] = [asked.method === "GET", job.keepsOnlyContent || held.bytes > 0];
+  if (status === 206 && hasRange) return judgePart(head, held, job);
+  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held);
+  const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   const isTransient = TRANSIENT_STATUSES.includes(status);
-  if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !asked.isLastTry)
+  const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // show an error page
+  if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !isLastTry)
     throw new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   // Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205
   // or 207 is about something else. To another method any 2xx does.
   const hasContent = isGet ? [200, 203, 206].includes(status) : status >= 200 && status < 300;
-  if (!onlyContentCounts || hasContent) return judgeWhole(head, held, job, asked);
-  const advice = location === "" ? "" : `; -L follows it to ${location}`;
+  if (!onlyContentCounts || hasContent) return judgeWhole(head, held, attempt);
+  const advice = location && `; -L follows it to ${location}`;
   // Some servers answer so to a Range that they do not like, or that the file has become too short for.
-  const refusesRest = asked.hasRange && status >= 400 && (status === 500 || !isTransient);
+  const refusesRest = hasRange && status >= 400 && (status === 500 || !isTransient);
   throw new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource }: Asked): Verdict {
-  const [isGet, onlyContentCounts] = [method === "GET", job.keepsOnlyContent || held.bytes > 0];
+function judgeWhole(head: ResponseHead, held: Held, { job, request }: Attempt): Verdict {
+  const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   // Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
   // so, and their content is the part that the field says; others send 206 unasked.
   const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
@@ -403,9 +383,9 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource
     throw new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) throw tooLarge(job);
   const isNamed = isGet && (head.status === 200 || (head.status === 206 && onlyContentCounts));
-  const version = { ...versionOf(head), resource, ...(isNamed ? {} : { validator: "" }) };
-  const isNamedSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
-  const isSame = isNamedSame && agrees(head, held);
+  const version = { ...versionOf(head), resource: resourceOf(request.url), ...(isNamed ? {} : { validator: "" }) };
+  const { validator, resource } = version;
+  const isSame = validator === held.validator && validator !== "" && resource === held.resource && agrees(head, held);
   const total = length ?? held.total; // what an earlier response said of this version still holds
   if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
@@ -418,11 +398,10 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
-  const total = complete ?? held.total;
+  const total = complete ?? held.total ?? Number.NaN;
   const fits =
     first <= resumeFrom(held) && // caches that work in blocks begin earlier: what is held already is passed over
     last >= resumeFrom(held) && // RFC 9110 §15.3.7: it may be less than was asked for; the next attempt gets the rest
-    total !== undefined &&
     last < total &&
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === last + 1 - first) &&
@@ -433,12 +412,10 @@ function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
 }
 
 /** RFC 9110 §15.5.17: no byte follows those held. They are the whole only if length and version match. */
-function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
-  const [, complete] = /^bytes \*\/(\d{1,15})$/i.exec(singleValue(head, "content-range")) ?? [];
-  const { validator } = versionOf(head);
-  const isLength = Number(complete) === held.bytes && (held.total ?? held.bytes) === held.bytes;
-  const isWhole = isLength && validator === held.validator && validator !== "";
-  if (!isWhole) throw misfit("the server has no such part");
+function judgeUnsatisfiable(head: ResponseHead, { bytes, total = bytes, validator }: Held): Verdict {
+  const complete = Number(/^bytes \*\/(\d{1,15})$/i.exec(singleValue(head, "content-range"))?.[1]);
+  const isSame = validator !== "" && validator === versionOf(head).validator;
+  if (!isSame || complete !== bytes || total !== bytes) throw misfit("the server has no such part");
   return { action: "complete" };
 }
 
@@ -492,38 +469,35 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
   return /^\d+$/.test(value) ? Number(value) * 1000 : Math.max(0, parseHttpDate(value) - now) || 0;
 }
 
-/** An attempt that has failed, and the time since the first one began. */
-export type Attempt = Pick<Session, "wasSent" | "failures"> & { method: string; elapsedMs: number };
-
 // The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
 // just starting. "tls": the connection was lost during the handshake.
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
-/** Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once. */
-const backoffMs = (failures: number, random: () => number) =>
-  Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random() / 2);
-
-/** What to do after an attempt that failed: the first of these lines that applies decides. */
-export function decideNext(failure: TransferError, attempt: Attempt, held: Held, job: Job, random: () => number) {
-  const { method, wasSent, failures, elapsedMs } = attempt;
-  const giveUp = (why: string) => ({ action: "give-up", why }) as const;
+/**
+ * What to do after an attempt that failed: the first of these lines that applies decides.
+ * @returns when and how to try again, or why to give up; "" if the failure itself says why
+ */
+export function decideNext(failure: TransferError, held: Held, attempt: Attempt, passedMs: number, random: number) {
+  const { job, request, wasSent, failures } = attempt;
+  const { outcome, isFinal, isPart, refusesRest, retryAfterMs, spoils } = failure;
   // RFC 9110 §15.3.7 allows parts of what is missing: the next is asked for at once. Without progress it is a failure.
-  if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
-  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const; // no retry, either
+  // Nor is it a retry to ask for the whole where the rest is refused.
+  if (refusesRest || (isPart && failures < 2)) return { afterMs: 0, asksForWhole: refusesRest };
   // It is permanent: a certificate, 404, conflicting lengths, a full disk. Or the request must not be sent twice.
-  if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
-  if (wasSent && !IDEMPOTENT_METHODS.includes(method)) return giveUp("");
-  if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
-  const leftMs = job.retryMaxMs - elapsedMs;
-  if (leftMs <= 0) return giveUp("no time is left for another attempt");
-  const { retryAfterMs } = failure;
+  if (!TRANSIENT_OUTCOMES.test(outcome) || isFinal) return "";
+  if (wasSent && !IDEMPOTENT_METHODS.includes(request.method)) return "";
+  if (failures > job.retries) return job.retries > 0 ? `after ${failures} attempts` : "";
+  const leftMs = job.retryMaxMs - passedMs;
+  if (leftMs <= 0) return "no time is left for another attempt";
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
-    return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
+    return `Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`;
   // Continue after the bytes held; ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
-  if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
-  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs(failures, random), leftMs));
-  return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" } as const;
+  if ((isNameless || spoils) && !job.canStartOver) return "what is printed cannot be continued exactly";
+  // Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once.
+  const backoffMs = Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random / 2);
+  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs, leftMs));
+  return { afterMs, asksForWhole: isNameless || outcome === "range" };
 }
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
@@ -567,13 +541,13 @@ const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i; // abo
 const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
 
 /** The request that a redirect asks for (RFC 9110 §15.4). @throws TransferError "url" */
-function redirect({ method, url: from, fields, content }: Request, { status, location }: Redirect): Request {
+function redirect({ method, url: from, fields, content }: Request, status: number, location: string): Request {
   const url = URL.parse(location, from);
   if (url === null || !isSpoken(url)) throw new TransferError("url", `cannot follow the redirect to ${location}`);
   const becomesGet = status === 303 ? method !== "HEAD" : method === "POST" && (status === 301 || status === 302);
-  const isDropped = (name: string) =>
-    (url.origin !== from.origin && SECRET_FIELD.test(name)) || (becomesGet && CONTENT_FIELD.test(name));
-  const kept = fields.filter(([name]) => !isDropped(name));
+  const kept = fields.filter(
+    ([name]) => (url.origin === from.origin || !SECRET_FIELD.test(name)) && !(becomesGet && CONTENT_FIELD.test(name)),
+  );
   return becomesGet ? { method: "GET", url, fields: kept, content: [] } : { method, url, fields: kept, content };
 }
 
