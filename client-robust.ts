@@ -95,7 +95,7 @@ interface Sink {
 }
 
 /** What the command line says: parseCommandLine has the fields, and what they mean. */
-type Options = Readonly<ReturnType<typeof parseCommandLine>["options"]>;
+type Options = Readonly<ReturnType<typeof parseCommandLine>>;
 export type Job = Options & { readonly canStartOver: boolean }; // false on stdout: what is held cannot be deleted
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
@@ -1829,12 +1829,11 @@ function parseFlags(args: readonly string[]): Map<string, string[]> {
   const values = new Map<string, string[]>();
   const add = (name: string, ...more: string[]) => values.set(name, [...(values.get(name) ?? []), ...more]);
   const rest = [...args];
-  for (let arg = rest.shift(); arg !== undefined; arg = rest.shift()) {
-    if (arg === "--") return add("", ...rest);
+  for (let arg; (arg = rest.shift()) !== undefined;) {
     const [, long, longValue, short, following] = /^(?:(--[^=]*)(?:=(.*))?|(-.)(.+)?)$/s.exec(arg) ?? [];
     const typed = long ?? short;
-    if (typed === undefined) {
-      add("", arg);
+    if (typed === undefined || arg === "--") {
+      add("", ...(typed === undefined ? [arg] : rest.splice(0)));
       continue;
     }
     const [, , flag, metavariable] = HELP.matchAll(FLAG).find((names) => names.includes(typed)) ?? [];
@@ -1872,20 +1871,29 @@ export function parseCommandLine(args: readonly string[]) {
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
-  const timeFile = last("time-cond");
-  const since = timeFile === undefined ? undefined : timeOf(timeFile, timeFile === output || values.has("silent"));
   const fields = all("header").map(parseField);
-  if (since !== undefined) fields.push(["If-Modified-Since", since.toUTCString()]); // RFC 9110 §13.1.3
+  const isSilent = values.has("silent");
+  const timeFile = last("time-cond");
+  const since = timeFile === undefined ? undefined : ignoreErrors(() => fs().statSync(timeFile).mtime);
+  if (since !== undefined)
+    fields.push(["If-Modified-Since", since.toUTCString()]); // RFC 9110 §13.1.3
+  // The file may be missing, as in a mirror's first run.
+  else if (timeFile !== undefined && timeFile !== output && !isSilent)
+    tell(`No condition is sent: there is no file ${timeFile}`);
   const request: Request = { method, url, fields, content: [] };
-  const options = {
+  return {
+    show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", // and do nothing else
     startedAt: performance.now(), // the limits of time count from here
     request,
+    data, // DATA, of which the content of the request is made
     output, // undefined: print the whole response
     keepsOnlyContent: output !== undefined, // the page of an error or of a redirect must not pass for content
+    sha256, // that the content must have, in lower-case hex; "" if any will do
     hasSha256: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
     followsRedirects: values.has("location"),
     // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
+    sinceMs: since?.getTime(), // content that is not newer is not wanted
     retries: count("retry", DEFAULTS.retries),
     retryDelayMs: milliseconds("retry-delay", undefined), // before each; undefined for a wait that grows
     retryMaxMs: milliseconds("retry-max-time", Number.POSITIVE_INFINITY),
@@ -1895,14 +1903,11 @@ export function parseCommandLine(args: readonly string[]) {
     maxMs: milliseconds("max-time", Number.POSITIVE_INFINITY), // for everything
     authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
     isInsecure: values.has("insecure"), // certificates are not verified
-    sha256, // that the content must have, in lower-case hex; "" if any will do
-    sinceMs: since?.getTime(), // content that is not newer is not wanted
     keepsTime: values.has("remote-time"), // FILE gets the time of Last-Modified
-    isSilent: values.has("silent"),
+    isSilent,
     isVerbose: values.has("verbose"),
     isTraced: values.has("trace"),
   };
-  return { show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", options, data };
 }
 
 /** As in curl, the last segment of the path as it was typed. */
@@ -1911,13 +1916,6 @@ function remoteName(text: string, url: URL): string {
   const isName = !url.pathname.endsWith("/") && !/^\.{0,2}$|[\\\0]/.test(name);
   check(isName, `--remote-name finds no name of a file in ${JSON.stringify(text)}`);
   return name === "-" ? "./-" : name;
-}
-
-/** The time of the FILE of -z. There may be none, as in a mirror's first run: then there is no condition. */
-function timeOf(file: string, mayBeMissing: boolean): Date | undefined {
-  const found = ignoreErrors(() => fs().statSync(file));
-  if (found === undefined && !mayBeMissing) tell(`No condition is sent: there is no file ${file}`);
-  return found?.mtime;
 }
 
 /** @returns milliseconds */
@@ -1992,13 +1990,14 @@ async function openData(path: string): Promise<Blob> {
 /** @returns the exit code */
 async function main(): Promise<number> {
   try {
-    const { show, options, data } = parseCommandLine(process.argv.slice(2));
-    if (show !== "") return await Bun.write(Bun.stdout, show).then(() => EXIT_CODES.ok);
-    const request = { ...options.request, content: await withinMaxTime(options, readData(data)) };
+    const options = parseCommandLine(process.argv.slice(2));
+    if (options.show !== "") return await Bun.write(Bun.stdout, options.show).then(() => EXIT_CODES.ok);
+    const request = { ...options.request, content: await withinMaxTime(options, readData(options.data)) };
     const sink = await withinMaxTime(options, openSink({ ...options, request }));
-    if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
-    if (sink === undefined) return EXIT_CODES.ok;
-    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
+    if (sink !== undefined)
+      return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
+    if (options.isVerbose) tell(`${options.output} has this SHA-256 already`);
+    return EXIT_CODES.ok;
   } catch (error) {
     return tellFailure(error);
   }

@@ -37,7 +37,7 @@ setDefaultTimeout(60_000);
 
 // ── the policy ──
 
-const JOB: Job = { ...parseCommandLine(["-o", "FILE"]).options, canStartOver: true };
+const JOB: Job = { ...parseCommandLine(["-o", "FILE"]), canStartOver: true };
 const RESOURCE = resourceOf(JOB.request.url);
 const HELD: Held = { ...NOTHING, bytes: 40, validator: '"a"', etag: '"a"', resource: RESOURCE, total: 100 };
 
