@@ -95,8 +95,7 @@ interface Sink {
 }
 
 /** What the command line says: parseCommandLine has the fields, and what they mean. */
-type Options = Readonly<ReturnType<typeof parseCommandLine>>;
-export type Job = Options & { readonly canStartOver: boolean }; // false on stdout: what is held cannot be deleted
+export type Options = Readonly<ReturnType<typeof parseCommandLine>>;
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -163,10 +162,7 @@ function tellFailure(error: unknown): number {
 
 // ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
 
-/**
- * The heart: one request, one response, from connect to close.
- * @returns nothing if the response is whole and delivered, the request that it redirects to, or why the transfer failed
- */
+/** The heart: one request and its response. @returns nothing if that is delivered, where it redirects to, or a failure */
 export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
   const { job, delivery, request, trace } = session;
   const connection = new Connection(job, trace);
@@ -203,11 +199,10 @@ export async function transfer(session: Session): Promise<undefined | Request | 
 }
 
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
-  const { job, request } = session;
-  const { held } = session.delivery;
+  const { job, delivery, request, asksForWhole } = session;
+  const { held } = delivery;
   // A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another.
-  const isSameResource = () => job.hasSha256 || held.resource === resourceOf(request.url);
-  session.hasRange = held.bytes > 0 && !session.asksForWhole && isSameResource();
+  session.hasRange = held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
   const head = formatRequest(request, session.hasRange ? held : NOTHING);
   if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
@@ -231,8 +226,9 @@ async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
 }
 
 /** What one attempt and the next ones share. */
-const beginSession = (job: Job, sink: Sink) => ({
+const beginSession = (job: Options, sink: Sink) => ({
   job,
+  canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
   delivery: new Delivery(sink, job),
   progress: new ProgressLine(job, sink),
   trace: job.isTraced ? new Trace(tell) : undefined,
@@ -247,11 +243,11 @@ const beginSession = (job: Job, sink: Sink) => ({
 type Session = ReturnType<typeof beginSession>;
 
 /** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
-async function download(job: Job, sink: Sink): Promise<number> {
+async function download(job: Options, sink: Sink): Promise<number> {
   const session = beginSession(job, sink);
   const { delivery, progress } = session;
   if (job.isTraced) fs(); // loaded before the first step, which would count the time
-  if (job.canStartOver) keepPartOnSignals(session);
+  if (session.canStartOver) keepPartOnSignals(session);
   try {
     await withinMaxTime(job, tryUntilDone(session));
     progress.finish(delivery);
@@ -265,8 +261,7 @@ async function download(job: Job, sink: Sink): Promise<number> {
     }
     return tellFailure(failure);
   } finally {
-    const closing = sink.close(delivery.held);
-    const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
+    const advice = await withinMaxTime(job, sink.close(delivery.held), LIMITS.lastWriteMs).catch(() => "");
     if (advice !== "" && !job.isSilent) tell(advice);
   }
 }
@@ -324,7 +319,6 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
-// Two pure functions: `judgeHead` is for a response whose head is here, `decideNext` for an attempt that has failed.
 
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
@@ -333,7 +327,7 @@ export type Verdict =
   | { readonly action: "redirect"; readonly to: Request };
 
 /** The request that was sent last, and what has become of those before it. */
-export type Attempt = Pick<Session, "job" | "request" | "hasRange" | "wasSent" | "failures">;
+export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
@@ -360,8 +354,7 @@ export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Ver
   const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // show an error page
   if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !isLastTry)
     throw new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
-  // Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205
-  // or 207 is about something else. To another method any 2xx does.
+  // To GET only these have the content that the URL names (RFC 9110 §6.4.2), not a 202, 205 or 207; else any 2xx.
   const hasContent = isGet ? [200, 203, 206].includes(status) : status >= 200 && status < 300;
   if (!onlyContentCounts || hasContent) return judgeWhole(head, held, attempt);
   const advice = location && `; -L follows it to ${location}`;
@@ -371,10 +364,9 @@ export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Ver
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, { job, request }: Attempt): Verdict {
+function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request }: Attempt): Verdict {
   const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
-  // Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
-  // so, and their content is the part that the field says; others send 206 unasked.
+  // A whole has no Content-Range (RFC 9110 §14.4). But some servers send a part so, and others 206 unasked.
   const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
   const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
   const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
@@ -390,13 +382,13 @@ function judgeWhole(head: ResponseHead, held: Held, { job, request }: Attempt): 
   if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
-  if (held.bytes > 0 && !job.canStartOver) throw new TransferError("partial", changed, { isFinal: true });
+  if (held.bytes > 0 && !canStartOver) throw new TransferError("partial", changed, { isFinal: true });
   const fresh = { ...version, bytes: 0, total: isSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
-function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
+function judgePart(head: ResponseHead, held: Held, job: Options): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
   const total = complete ?? held.total ?? Number.NaN;
   const fits =
@@ -420,7 +412,7 @@ function judgeUnsatisfiable(head: ResponseHead, { bytes, total = bytes, validato
 }
 
 const misfit = (message: string) => new TransferError("range", message, { refusesRest: true });
-const tooLarge = ({ sizeMax }: Job) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
+const tooLarge = ({ sizeMax }: Options) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
@@ -436,8 +428,7 @@ const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of 
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
   const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
-  // RFC 9110 §13.1.5 wants a date only from a server without entity-tags. But many send weak ones and a date, which is
-  // strong all the same if nothing can have changed within its second (§8.8.2.2).
+  // RFC 9110 §13.1.5 wants no date besides a weak tag, but it is strong if all changes are older (§8.8.2.2).
   // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
   const changed = parseHttpDate(lastModified);
   const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0;
@@ -469,19 +460,14 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
   return /^\d+$/.test(value) ? Number(value) * 1000 : Math.max(0, parseHttpDate(value) - now) || 0;
 }
 
-// The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
-// just starting. "tls": the connection was lost during the handshake.
+// "resolve": the name of a container may appear late; "unparsable": a server just starts; "tls": a lost connection.
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
-/**
- * What to do after an attempt that failed: the first of these lines that applies decides.
- * @returns when and how to try again, or why to give up; "" if the failure itself says why
- */
+/** After an attempt that failed, the first line that applies decides. @returns the next one, or why there is none, or "" */
 export function decideNext(failure: TransferError, held: Held, attempt: Attempt, passedMs: number, random: number) {
-  const { job, request, wasSent, failures } = attempt;
+  const { job, canStartOver, request, wasSent, failures } = attempt;
   const { outcome, isFinal, isPart, refusesRest, retryAfterMs, spoils } = failure;
-  // RFC 9110 §15.3.7 allows parts of what is missing: the next is asked for at once. Without progress it is a failure.
-  // Nor is it a retry to ask for the whole where the rest is refused.
+  // No retries: to ask for the whole instead of a rest; and for the next part, as long as parts bring something (§15.3.7).
   if (refusesRest || (isPart && failures < 2)) return { afterMs: 0, asksForWhole: refusesRest };
   // It is permanent: a certificate, 404, conflicting lengths, a full disk. Or the request must not be sent twice.
   if (!TRANSIENT_OUTCOMES.test(outcome) || isFinal) return "";
@@ -493,7 +479,7 @@ export function decideNext(failure: TransferError, held: Held, attempt: Attempt,
     return `Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`;
   // Continue after the bytes held; ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
-  if ((isNameless || spoils) && !job.canStartOver) return "what is printed cannot be continued exactly";
+  if ((isNameless || spoils) && !canStartOver) return "what is printed cannot be continued exactly";
   // Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once.
   const backoffMs = Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random / 2);
   const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs, leftMs));
@@ -945,7 +931,7 @@ class ProgressLine {
   private isOnScreen = false;
 
   constructor(
-    private readonly job: Job,
+    private readonly job: Options,
     private readonly sink: Sink,
   ) {}
 
@@ -1282,7 +1268,7 @@ class Delivery {
 
   constructor(
     readonly sink: Sink,
-    private readonly job: Job,
+    private readonly job: Options,
   ) {
     this.held = sink.found;
     this.best = this.held.bytes;
@@ -1821,8 +1807,7 @@ function check(isRight: boolean, message: string): asserts isRight {
 const FLAG = /^ +(?:(-\w), |)(--[\w-]+)( [A-Z]+)? {2}/gm;
 
 /**
- * Reads flags as getopt_long does: --name value, --name=value, -n value, -nvalue, -abc for switches; "--" ends them.
- * To load parseArgs of node:util would take a tenth of the time of a small transfer.
+ * Reads flags as getopt_long does; parseArgs of node:util takes a tenth of the time of a small transfer to load.
  * @returns the values of each flag, by its name; under "", what is no flag
  */
 function parseFlags(args: readonly string[]): Map<string, string[]> {
@@ -1918,12 +1903,11 @@ function remoteName(text: string, url: URL): string {
   return name === "-" ? "./-" : name;
 }
 
-/** @returns milliseconds */
 function parseSeconds(flag: string, text = ""): number {
   const seconds = /^\d*\.?\d+$/.test(text) ? Number(text) : 0;
   // A timer takes 2^31 ms at the most, and would fire at once for more.
   check(seconds > 0 && seconds <= 2_000_000, `--${flag} takes seconds, from above 0 to 2000000`);
-  return seconds * 1000;
+  return seconds * 1000; // milliseconds
 }
 
 function parseCount(flag: string, text = ""): number {
@@ -1987,15 +1971,13 @@ async function openData(path: string): Promise<Blob> {
   }
 }
 
-/** @returns the exit code */
 async function main(): Promise<number> {
   try {
     const options = parseCommandLine(process.argv.slice(2));
     if (options.show !== "") return await Bun.write(Bun.stdout, options.show).then(() => EXIT_CODES.ok);
     const request = { ...options.request, content: await withinMaxTime(options, readData(options.data)) };
     const sink = await withinMaxTime(options, openSink({ ...options, request }));
-    if (sink !== undefined)
-      return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
+    if (sink !== undefined) return await download({ ...options, request }, sink);
     if (options.isVerbose) tell(`${options.output} has this SHA-256 already`);
     return EXIT_CODES.ok;
   } catch (error) {

@@ -16,9 +16,9 @@ import {
   decideNext,
   EXIT_CODES,
   type Held,
-  type Job,
   judgeHead,
   NOTHING,
+  type Options,
   type Outcome,
   parseCommandLine,
   parseHttpDate,
@@ -37,7 +37,7 @@ setDefaultTimeout(60_000);
 
 // ── the policy ──
 
-const JOB: Job = { ...parseCommandLine(["-o", "FILE"]), canStartOver: true };
+const JOB: Options = parseCommandLine(["-o", "FILE"]);
 const RESOURCE = resourceOf(JOB.request.url);
 const HELD: Held = { ...NOTHING, bytes: 40, validator: '"a"', etag: '"a"', resource: RESOURCE, total: 100 };
 
@@ -51,21 +51,23 @@ function head(status: number, fields: Record<string, string> = {}): ResponseHead
   return { ...start, framing: decideFraming(start, false, "GET") };
 }
 
+type Policy = Options & Pick<Attempt, "canStartOver">;
+
 /** An attempt, as the policy sees it: by default a GET of the default URL, the first of several. */
 function attemptOf(
-  policy: Partial<Job> = {},
+  { canStartOver = true, ...policy }: Partial<Policy> = {},
   { method = "GET", path = "/data", hasRange = false, isLastTry = false, wasSent = true, failures = 0 } = {},
 ): Attempt {
   const job = { ...JOB, ...policy };
   const request = { ...job.request, method, url: new URL(path, job.request.url) };
-  return { job, request, hasRange, wasSent, failures: isLastTry ? job.retries : failures };
+  return { job, canStartOver, request, hasRange, wasSent, failures: isLastTry ? job.retries : failures };
 }
 
 /** A verdict in a word or two. */
 function judge(
   response: ResponseHead,
   held: Held = NOTHING,
-  policy: Partial<Job> = {},
+  policy: Partial<Policy> = {},
   request: { method?: string; path?: string; isLastTry?: boolean; hasRange?: boolean } = {},
 ): string {
   const attempt = attemptOf(policy, { hasRange: held.bytes > 0, ...request });
@@ -291,7 +293,7 @@ function decide(
   outcome: Outcome,
   held: Held = NOTHING,
   attempt: { failure?: TransferError; method?: string; wasSent?: boolean; failures?: number; elapsedMs?: number } = {},
-  policy: Partial<Job> = {},
+  policy: Partial<Policy> = {},
 ): string {
   const { failure = new TransferError(outcome, ""), elapsedMs = 0 } = attempt;
   const decision = decideNext(failure, held, attemptOf(policy, { failures: 1, ...attempt }), elapsedMs, 1);
@@ -363,7 +365,7 @@ describe("decideNext", () => {
   });
 
   test("takes Retry-After for a floor, and gives up at once where it goes too far", () => {
-    const after = (seconds: number, policy: Partial<Job> = {}) => {
+    const after = (seconds: number, policy: Partial<Policy> = {}) => {
       const failure = new TransferError("status", "", { retryAfterMs: seconds * 1000 });
       return decide("status", NOTHING, { failure }, policy);
     };
