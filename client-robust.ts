@@ -10,8 +10,8 @@
  * bytes came. Transient failures are retried, and an interrupted transfer continues where it stopped. The result is one
  * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
  *
- * It reads from top to bottom: limits, words and errors; **the transfer**, which is the tutorial's try { connect; send;
- * receive … } catch … finally { close } with a loop around it; the parts of it in their order; the command line.
+ * Its heart is **the transfer**: the tutorial's try { connect; send; receive … } catch … finally { close }, in a loop.
+ * What the transfer calls follows in its order, the command line comes last.
  *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
@@ -304,7 +304,7 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
   const { job, delivery, progress, failures } = session;
   if (failure.spoils) delivery.discard();
   session.failures = delivery.takeProgress() ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
-  const next = decideNext(failure, delivery.held, session, elapsedMs(job), Math.random());
+  const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
   progress.clear();
   delivery.sink.endLine?.();
   if (typeof next === "string") {
@@ -331,14 +331,13 @@ export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRan
 
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
-const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
 const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2
 
 /** What to do with a response, where `held` is what we have. @throws TransferError if it is a failure */
 export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Verdict {
   const { status } = head;
   const { job, request, hasRange, failures } = attempt;
-  const [place = ""] = REDIRECT_STATUSES.includes(status) ? fieldValues(head, "location") : [];
+  const [place = ""] = [300, 301, 302, 303, 307, 308].includes(status) ? fieldValues(head, "location") : [];
   // Not every server encodes what is not ASCII. Its bytes are sent back as they came, whatever their charset.
   const location = place.replace(/[\x80-\xff]/g, (byte) => `%${byte.charCodeAt(0).toString(16).toUpperCase()}`);
   if (job.followsRedirects && location !== "") return { action: "redirect", to: redirect(request, status, location) };
@@ -463,23 +462,22 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
 // "resolve": the name of a container may appear late; "unparsable": a server just starts; "tls": a lost connection.
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
-/** After an attempt that failed, the first line that applies decides. @returns the next one, or why there is none, or "" */
-export function decideNext(failure: TransferError, held: Held, attempt: Attempt, passedMs: number, random: number) {
+/** The first line that applies decides. @returns the next attempt, or why there is none; "" if `failure` says it all */
+export function decideNext(failure: TransferError, held: Held, attempt: Attempt, leftMs: number, random: number) {
   const { job, canStartOver, request, wasSent, failures } = attempt;
-  const { outcome, isFinal, isPart, refusesRest, retryAfterMs, spoils } = failure;
-  // No retries: to ask for the whole instead of a rest; and for the next part, as long as parts bring something (§15.3.7).
-  if (refusesRest || (isPart && failures < 2)) return { afterMs: 0, asksForWhole: refusesRest };
+  const { outcome, refusesRest, retryAfterMs } = failure;
+  // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless the last one brought nothing.
+  if (refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: refusesRest };
   // It is permanent: a certificate, 404, conflicting lengths, a full disk. Or the request must not be sent twice.
-  if (!TRANSIENT_OUTCOMES.test(outcome) || isFinal) return "";
+  if (!TRANSIENT_OUTCOMES.test(outcome) || failure.isFinal) return "";
   if (wasSent && !IDEMPOTENT_METHODS.includes(request.method)) return "";
   if (failures > job.retries) return job.retries > 0 ? `after ${failures} attempts` : "";
-  const leftMs = job.retryMaxMs - passedMs;
   if (leftMs <= 0) return "no time is left for another attempt";
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
     return `Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`;
   // Continue after the bytes held; ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
-  if ((isNameless || spoils) && !canStartOver) return "what is printed cannot be continued exactly";
+  if ((isNameless || failure.spoils) && !canStartOver) return "what is printed cannot be continued exactly";
   // Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once.
   const backoffMs = Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random / 2);
   const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs, leftMs));
@@ -1803,14 +1801,13 @@ function check(isRight: boolean, message: string): asserts isRight {
   if (!isRight) throw new TransferError("usage", `${message} (see client-robust --help)`);
 }
 
-/** A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one. */
-const FLAG = /^ +(?:(-\w), |)(--[\w-]+)( [A-Z]+)? {2}/gm;
-
 /**
  * Reads flags as getopt_long does; parseArgs of node:util takes a tenth of the time of a small transfer to load.
  * @returns the values of each flag, by its name; under "", what is no flag
  */
 function parseFlags(args: readonly string[]): Map<string, string[]> {
+  // A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one.
+  const definition = /^ +(?:(-\w), |)(--[\w-]+)( [A-Z]+)? {2}/gm;
   const values = new Map<string, string[]>();
   const add = (name: string, ...more: string[]) => values.set(name, [...(values.get(name) ?? []), ...more]);
   const rest = [...args];
@@ -1821,7 +1818,7 @@ function parseFlags(args: readonly string[]): Map<string, string[]> {
       add("", ...(typed === undefined ? [arg] : rest.splice(0)));
       continue;
     }
-    const [, , flag, metavariable] = HELP.matchAll(FLAG).find((names) => names.includes(typed)) ?? [];
+    const [, , flag, metavariable] = HELP.matchAll(definition).find((names) => names.includes(typed)) ?? [];
     check(flag !== undefined, `no such option: ${typed}`);
     const takesValue = metavariable !== undefined;
     check(takesValue || longValue === undefined, `${flag} takes no value`);
@@ -1856,15 +1853,13 @@ export function parseCommandLine(args: readonly string[]) {
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
-  const fields = all("header").map(parseField);
-  const isSilent = values.has("silent");
   const timeFile = last("time-cond");
   const since = timeFile === undefined ? undefined : ignoreErrors(() => fs().statSync(timeFile).mtime);
-  if (since !== undefined)
-    fields.push(["If-Modified-Since", since.toUTCString()]); // RFC 9110 §13.1.3
   // The file may be missing, as in a mirror's first run.
-  else if (timeFile !== undefined && timeFile !== output && !isSilent)
+  if (timeFile !== undefined && since === undefined && timeFile !== output && !values.has("silent"))
     tell(`No condition is sent: there is no file ${timeFile}`);
+  const fields = all("header").map(parseField);
+  if (since !== undefined) fields.push(["If-Modified-Since", since.toUTCString()]); // RFC 9110 §13.1.3
   const request: Request = { method, url, fields, content: [] };
   return {
     show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", // and do nothing else
@@ -1889,7 +1884,7 @@ export function parseCommandLine(args: readonly string[]) {
     authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
     isInsecure: values.has("insecure"), // certificates are not verified
     keepsTime: values.has("remote-time"), // FILE gets the time of Last-Modified
-    isSilent,
+    isSilent: values.has("silent"),
     isVerbose: values.has("verbose"),
     isTraced: values.has("trace"),
   };
@@ -1915,15 +1910,14 @@ function parseCount(flag: string, text = ""): number {
   return Number(text);
 }
 
-/** Only the program itself sets the fields that frame the message, or say which part is asked for. */
-const OWN_FIELD = /^(connection|content-length|if-range|range|transfer-encoding)$/i;
-
 /** @returns name and value; an empty value means that no such field is to be sent */
 function parseField(line: string): [name: string, value: string] {
   const bytes = Buffer.from(line).toString("latin1");
   const name = FIELD_LINE.exec(bytes)?.[1];
   check(name !== undefined, `--header takes "Name: value", not ${JSON.stringify(line)}`);
-  check(!OWN_FIELD.test(name), `--header cannot set ${name}`);
+  // Only the program itself sets the fields that frame the message, or say which part is asked for.
+  const isOwn = /^(connection|content-length|if-range|range|transfer-encoding)$/i.test(name);
+  check(!isOwn, `--header cannot set ${name}`);
   return [name, trimOws(bytes.slice(name.length + 1))];
 }
 

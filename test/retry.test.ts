@@ -296,7 +296,8 @@ function decide(
   policy: Partial<Policy> = {},
 ): string {
   const { failure = new TransferError(outcome, ""), elapsedMs = 0 } = attempt;
-  const decision = decideNext(failure, held, attemptOf(policy, { failures: 1, ...attempt }), elapsedMs, 1);
+  const all = attemptOf(policy, { failures: 1, ...attempt });
+  const decision = decideNext(failure, held, all, all.job.retryMaxMs - elapsedMs, 1);
   if (typeof decision === "string") return "give up";
   return `${decision.asksForWhole ? "ask for the whole" : "go on"} within ${decision.afterMs}`;
 }
@@ -324,7 +325,9 @@ describe("decideNext", () => {
   test("waits a second, then two, four …, and a minute at the most: half of it fixed, half random", () => {
     const waits = [1, 2, 3, 4, 20].map((failures) => decide("receive", NOTHING, { failures }, { retries: 99 }));
     expect(waits).toEqual([1000, 2000, 4000, 8000, 60_000].map((wait) => `go on within ${wait}`));
-    expect(decideNext(new TransferError("receive", ""), NOTHING, attemptOf({}, { failures: 1 }), 0, 0)).toMatchObject({
+    expect(
+      decideNext(new TransferError("receive", ""), NOTHING, attemptOf({}, { failures: 1 }), 9999, 0),
+    ).toMatchObject({
       afterMs: 500,
     });
     for (const failures of [1, 5])
