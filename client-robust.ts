@@ -125,12 +125,11 @@ export const EXIT_CODES = Object.freeze({
 });
 export type Outcome = keyof typeof EXIT_CODES;
 
-/** A transfer that failed: `outcome` says how, the message says it in a line. */
+/** A transfer that failed: `outcome` says how, the message says it in a line, or is "" if there is nothing to say. */
 export class TransferError extends Error {
   readonly outcome: Outcome;
   readonly retryAfterMs: number = 0; // RFC 9110 §10.2.3: no attempt before this wait
   readonly isFinal: boolean = false; // another attempt cannot help, though the outcome alone would not say so
-  readonly isQuiet: boolean = false; // no line on stderr: `| head` has what it wanted
   readonly isPart: boolean = false; // the response was complete, but only a part of the missing bytes: the server has more
   readonly refusesRest: boolean = false; // a request for the rest got an answer of no use: the whole may still be had
   readonly spoils: boolean = false; // the content held may be wrong
@@ -150,13 +149,13 @@ export function asTransferError(error: unknown): TransferError {
   const { code, syscall, path, message } = error as SystemError; // whatever was thrown, these are only read
   if (syscall === undefined) return new TransferError("fault", `a fault of this program: ${message ?? error}`);
   const doing = path === undefined ? "cannot write" : `cannot write ${path}`;
-  return new TransferError("write", `${doing}: ${code}`, { isQuiet: code === "EPIPE" });
+  return new TransferError("write", code === "EPIPE" ? "" : `${doing}: ${code}`); // `| head` has what it wanted
 }
 
 /** Prints one line on stderr. @returns the exit code */
 function tellFailure(error: unknown): number {
   const failure = asTransferError(error);
-  if (!failure.isQuiet) tell(`Error: ${failure.message}`);
+  if (failure.message !== "") tell(`Error: ${failure.message}`);
   return EXIT_CODES[failure.outcome];
 }
 
@@ -1853,9 +1852,8 @@ export function parseCommandLine(args: readonly string[]) {
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
-  const timeFile = last("time-cond");
+  const timeFile = last("time-cond"); // it may be missing, as in a mirror's first run: then no condition is sent
   const since = timeFile === undefined ? undefined : ignoreErrors(() => fs().statSync(timeFile).mtime);
-  // The file may be missing, as in a mirror's first run.
   if (timeFile !== undefined && since === undefined && timeFile !== output && !values.has("silent"))
     tell(`No condition is sent: there is no file ${timeFile}`);
   const fields = all("header").map(parseField);
@@ -1900,9 +1898,8 @@ function remoteName(text: string, url: URL): string {
 
 function parseSeconds(flag: string, text = ""): number {
   const seconds = /^\d*\.?\d+$/.test(text) ? Number(text) : 0;
-  // A timer takes 2^31 ms at the most, and would fire at once for more.
   check(seconds > 0 && seconds <= 2_000_000, `--${flag} takes seconds, from above 0 to 2000000`);
-  return seconds * 1000; // milliseconds
+  return seconds * 1000; // a timer takes 2^31 ms at the most, and would fire at once for more
 }
 
 function parseCount(flag: string, text = ""): number {
@@ -1916,8 +1913,7 @@ function parseField(line: string): [name: string, value: string] {
   const name = FIELD_LINE.exec(bytes)?.[1];
   check(name !== undefined, `--header takes "Name: value", not ${JSON.stringify(line)}`);
   // Only the program itself sets the fields that frame the message, or say which part is asked for.
-  const isOwn = /^(connection|content-length|if-range|range|transfer-encoding)$/i.test(name);
-  check(!isOwn, `--header cannot set ${name}`);
+  check(!/^(connection|content-length|if-range|range|transfer-encoding)$/i.test(name), `--header cannot set ${name}`);
   return [name, trimOws(bytes.slice(name.length + 1))];
 }
 
@@ -1950,9 +1946,8 @@ async function openData(path: string): Promise<Blob> {
   try {
     const found = path === "-" ? undefined : fs().statSync(path);
     if (found?.isFile() && found.size > 0) return Bun.file(path).slice(0, found.size); // in /proc, files tell no size
-    const pieces: Uint8Array<ArrayBuffer>[] = [];
+    const pieces: Uint8Array<ArrayBuffer>[] = []; // of a device, too, which Bun.file cannot read
     let left = LIMITS.heldDataBytesMax;
-    // Bun.file reads no device.
     for await (const piece of found === undefined ? Bun.stdin.stream() : fs().createReadStream(path)) {
       pieces.push(piece);
       left -= piece.length;
