@@ -207,9 +207,10 @@ async function sendRequest(connection: Connection, session: Session): Promise<vo
   session.wasSent = true;
   let [unsent, left]: [Uint8Array, number] = [head, contentLength(request)];
   for await (const piece of piecesOfData(request)) {
-    // A small request is one write. If the server answers early, the rest is not sent.
-    if (!(await connection.send(Buffer.concat([unsent, piece])))) return;
-    [unsent, left] = [new Uint8Array(0), left - piece.length];
+    [unsent, left] = [Buffer.concat([unsent, piece]), left - piece.length];
+    if (unsent.length < 65_536) continue; // a small request is one write
+    if (!(await connection.send(unsent))) return; // the server has answered early, and needs no more
+    unsent = new Uint8Array(0);
     await new Promise((resolve) => setImmediate(resolve)); // or a fast disk and a fast peer would keep timers waiting
   }
   if (left > 0) throw new TransferError("send", "the data has become shorter", { isFinal: true });
@@ -1931,14 +1932,9 @@ export function parseUrl(text: string): URL {
 /** The content to send. Several -d are joined with "&", as in forms. */
 async function readData(data: readonly string[]): Promise<Blob[]> {
   const blobs: Blob[] = [];
-  let text = ""; // up to the next file: it is sent in one write
-  for (const [i, item] of data.entries()) {
-    text += (i > 0 ? "&" : "") + (item.startsWith("@") ? "" : item);
-    if (!item.startsWith("@")) continue;
-    blobs.push(new Blob([text]), await openData(item.slice(1)));
-    text = "";
-  }
-  return data.length === 0 ? [] : [...blobs, new Blob([text])];
+  for (const [i, item] of data.entries())
+    blobs.push(new Blob([i > 0 ? "&" : ""]), item.startsWith("@") ? await openData(item.slice(1)) : new Blob([item]));
+  return blobs;
 }
 
 /** A file is read while it is sent, again for each attempt. A pipe can be read only once, and is held in memory. */
