@@ -10,8 +10,7 @@
  * bytes came. Transient failures are retried, and an interrupted transfer continues where it stopped. The result is one
  * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
  *
- * Its heart is **the transfer**: the tutorial's try { connect; send; receive … } catch … finally { close }, in a loop.
- * What the transfer calls follows in its order, the command line comes last.
+ * It reads from top to bottom. **The transfer** is the tutorial's try { … } catch … finally { close }, in a loop.
  *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
@@ -205,7 +204,7 @@ async function sendRequest(connection: Connection, session: Session): Promise<vo
   const head = formatRequest(request, session.hasRange ? held : NOTHING);
   if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
-  let [unsent, left]: [Uint8Array, number] = [head, contentLength(request)];
+  let [unsent, left]: [Uint8Array, number] = [head, lengthOf(request.content)];
   for await (const piece of piecesOfData(request)) {
     [unsent, left] = [Buffer.concat([unsent, piece]), left - piece.length];
     if (unsent.length < 65_536) continue; // a small request is one write
@@ -488,11 +487,10 @@ export function decideNext(failure: TransferError, held: Held, attempt: Attempt,
 
 /** The first byte to ask for. If all may be held, it is the last one held: a 416 past the end names no version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
-const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
+const lengthOf = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
 
 /** The head of the request as it goes over the wire (RFC 9112 §3): for the whole, or for the bytes after `held`. */
-export function formatRequest(request: Request, held: Held): Uint8Array {
-  const { method, url, fields, content } = request;
+export function formatRequest({ method, url, fields, content }: Request, held: Held): Uint8Array {
   const ours = [
     ["Host", url.host],
     ["User-Agent", `http-over-tcp/${VERSION}`],
@@ -500,7 +498,7 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
     ["Accept-Encoding", "identity"], // RFC 9110 §12.5.3: without it any coding would be acceptable
     ["Want-Repr-Digest", "sha-256=10"], // RFC 9530 §4: then the content can be verified
     ["Content-Type", content.length === 0 ? "" : "application/x-www-form-urlencoded"],
-    ["Content-Length", content.length === 0 ? "" : `${contentLength(request)}`],
+    ["Content-Length", content.length === 0 ? "" : `${lengthOf(content)}`],
     ["Connection", "close"],
     ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""], // RFC 9110 §14.2
     ["If-Range", held.bytes > 0 ? held.validator : ""], // §13.1.5: the whole instead, if the version has changed
