@@ -352,7 +352,7 @@ export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Ver
   const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // show an error page
   if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !isLastTry)
     throw new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
-  // To GET only these have the content that the URL names (RFC 9110 §6.4.2), not a 202, 205 or 207; else any 2xx.
+  // Only these answer a GET with what the URL names (RFC 9110 §6.4.2), not 202, 205 or 207; another method, any 2xx.
   const hasContent = isGet ? [200, 203, 206].includes(status) : status >= 200 && status < 300;
   if (!onlyContentCounts || hasContent) return judgeWhole(head, held, attempt);
   const advice = location && `; -L follows it to ${location}`;
@@ -364,7 +364,7 @@ export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Ver
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
 function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request }: Attempt): Verdict {
   const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
-  // A whole has no Content-Range (RFC 9110 §14.4). But some servers send a part so, and others 206 unasked.
+  // Content-Range means nothing in a 200 (RFC 9110 §14.4). But some servers send such a part so, others 206 unasked.
   const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
   const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
   const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
@@ -426,7 +426,7 @@ const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of 
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
   const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
-  // RFC 9110 §13.1.5 wants no date besides a weak tag, but it is strong if all changes are older (§8.8.2.2).
+  // RFC 9110 §13.1.5 wants a date only without an ETag. But many send it beside a weak one, and §8.8.2.2 makes it strong.
   // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
   const changed = parseHttpDate(lastModified);
   const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0;
@@ -461,13 +461,13 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
 // "resolve": the name of a container may appear late; "unparsable": a server just starts; "tls": a lost connection.
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
-/** The first line that applies decides. @returns the next attempt, or why there is none; "" if `failure` says it all */
+/** What comes after a failure: the first line that applies decides. @returns the next attempt, or why there is none */
 export function decideNext(failure: TransferError, held: Held, attempt: Attempt, leftMs: number, random: number) {
   const { job, canStartOver, request, wasSent, failures } = attempt;
   const { outcome, refusesRest, retryAfterMs } = failure;
   // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless the last one brought nothing.
   if (refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: refusesRest };
-  // It is permanent: a certificate, 404, conflicting lengths, a full disk. Or the request must not be sent twice.
+  // Nothing to add: it is permanent (a certificate, 404, conflicting lengths, a full disk), or must not be sent twice.
   if (!TRANSIENT_OUTCOMES.test(outcome) || failure.isFinal) return "";
   if (wasSent && !IDEMPOTENT_METHODS.includes(request.method)) return "";
   if (failures > job.retries) return job.retries > 0 ? `after ${failures} attempts` : "";
@@ -527,10 +527,9 @@ function redirect({ method, url: from, fields, content }: Request, status: numbe
   const url = URL.parse(location, from);
   if (url === null || !isSpoken(url)) throw new TransferError("url", `cannot follow the redirect to ${location}`);
   const becomesGet = status === 303 ? method !== "HEAD" : method === "POST" && (status === 301 || status === 302);
-  const kept = fields.filter(
-    ([name]) => (url.origin === from.origin || !SECRET_FIELD.test(name)) && !(becomesGet && CONTENT_FIELD.test(name)),
-  );
-  return becomesGet ? { method: "GET", url, fields: kept, content: [] } : { method, url, fields: kept, content };
+  const isKept = ([name]: readonly [string, string]) =>
+    (url.origin === from.origin || !SECRET_FIELD.test(name)) && !(becomesGet && CONTENT_FIELD.test(name));
+  return { url, fields: fields.filter(isKept), ...(becomesGet ? { method: "GET", content: [] } : { method, content }) };
 }
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
@@ -1800,8 +1799,8 @@ function check(isRight: boolean, message: string): asserts isRight {
 }
 
 /**
- * Reads flags as getopt_long does; parseArgs of node:util takes a tenth of the time of a small transfer to load.
- * @returns the values of each flag, by its name; under "", what is no flag
+ * Reads flags as getopt_long does: --name value, --name=value, -n value, -nvalue, -abc for switches; "--" ends them. To
+ * load parseArgs takes a tenth of a small transfer's time. @returns the values of each flag; under "", what is no flag
  */
 function parseFlags(args: readonly string[]): Map<string, string[]> {
   // A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one.
