@@ -160,7 +160,7 @@ function tellFailure(error: unknown): number {
 
 // ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
 
-/** The heart: one request and its response. @returns nothing if that is delivered, where it redirects to, or a failure */
+/** The heart: one request, one response. @returns nothing once it is delivered, where it redirects to, or a failure */
 export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
   const { job, delivery, request, trace } = session;
   const connection = new Connection(job, trace);
@@ -349,7 +349,7 @@ export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Ver
   if (status === 416 && hasRange) return judgeUnsatisfiable(head, held);
   const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   const isTransient = TRANSIENT_STATUSES.includes(status);
-  const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // show an error page
+  const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // its page is shown
   if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !isLastTry)
     throw new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
   // Only these answer a GET with what the URL names (RFC 9110 §6.4.2), not 202, 205 or 207; another method, any 2xx.
@@ -426,7 +426,7 @@ const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of 
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
   const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
-  // RFC 9110 §13.1.5 wants a date only without an ETag. But many send it beside a weak one, and §8.8.2.2 makes it strong.
+  // RFC 9110 §13.1.5 wants a date only without an ETag. But many send a weak one; an old date is strong (§8.8.2.2).
   // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
   const changed = parseHttpDate(lastModified);
   const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0;
