@@ -6,14 +6,11 @@
  *     bun client-robust.ts http://example.test/a.html   # another URL: head, then content
  *     bun client-robust.ts -o a.iso http://example.test/a.iso
  *
- * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never
- * because no more bytes came. Transient failures are retried, and an interrupted transfer continues where
- * it stopped. The result is one version of the content, whole, or a failure with curl's exit code. Memory
- * use is constant.
+ * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never because no more
+ * bytes came. Transient failures are retried, and an interrupted transfer continues where it stopped. The result is one
+ * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
  *
- * It reads from top to bottom: limits, words, errors; **the transfer**, which is the tutorial's try { connect;
- * send; receive … } catch … finally { close } with a loop around it; the policy; the request; the response
- * (head, framing, content); text; sockets; delivery; sinks; the command line.
+ * It reads from top to bottom. **The transfer** is the tutorial's try { … } catch … finally { close }, in a loop.
  *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
@@ -78,11 +75,10 @@ export interface Held {
   readonly lastModified: string;
   readonly coding: string; // Content-Encoding: each coding has other bytes
   readonly resource: string; // the resource that the validator is of, see resourceOf
-  readonly total: number | undefined; // the length of the whole, if a response has told it
+  readonly total?: number | undefined; // the length of the whole, if a response has told it
 }
 
-const NAMELESS = { validator: "", etag: "", lastModified: "", coding: "", resource: "" };
-export const NOTHING: Held = Object.freeze({ bytes: 0, ...NAMELESS, total: undefined });
+export const NOTHING: Held = { bytes: 0, validator: "", etag: "", lastModified: "", coding: "", resource: "" };
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
@@ -98,8 +94,7 @@ interface Sink {
 }
 
 /** What the command line says: parseCommandLine has the fields, and what they mean. */
-type Options = Readonly<ReturnType<typeof parseCommandLine>["options"]>;
-export type Job = Options & { readonly canStartOver: boolean }; // false on stdout: what is held cannot be deleted
+export type Options = Readonly<ReturnType<typeof parseCommandLine>>;
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -129,12 +124,11 @@ export const EXIT_CODES = Object.freeze({
 });
 export type Outcome = keyof typeof EXIT_CODES;
 
-/** A transfer that failed: `outcome` says how, the message says it in a line. */
+/** A transfer that failed: `outcome` says how, the message says it in a line, or is "" if there is nothing to say. */
 export class TransferError extends Error {
   readonly outcome: Outcome;
   readonly retryAfterMs: number = 0; // RFC 9110 §10.2.3: no attempt before this wait
   readonly isFinal: boolean = false; // another attempt cannot help, though the outcome alone would not say so
-  readonly isQuiet: boolean = false; // no line on stderr: `| head` has what it wanted
   readonly isPart: boolean = false; // the response was complete, but only a part of the missing bytes: the server has more
   readonly refusesRest: boolean = false; // a request for the rest got an answer of no use: the whole may still be had
   readonly spoils: boolean = false; // the content held may be wrong
@@ -154,35 +148,37 @@ export function asTransferError(error: unknown): TransferError {
   const { code, syscall, path, message } = error as SystemError; // whatever was thrown, these are only read
   if (syscall === undefined) return new TransferError("fault", `a fault of this program: ${message ?? error}`);
   const doing = path === undefined ? "cannot write" : `cannot write ${path}`;
-  return new TransferError("write", `${doing}: ${code}`, { isQuiet: code === "EPIPE" });
+  return new TransferError("write", code === "EPIPE" ? "" : `${doing}: ${code}`); // `| head` has what it wanted
 }
 
 /** Prints one line on stderr. @returns the exit code */
 function tellFailure(error: unknown): number {
   const failure = asTransferError(error);
-  if (!failure.isQuiet) tell(`Error: ${failure.message}`);
+  if (failure.message !== "") tell(`Error: ${failure.message}`);
   return EXIT_CODES[failure.outcome];
 }
 
 // ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
 
-/**
- * The heart: one request, one response, from connect to close.
- * @returns nothing if the response is whole and delivered, the request that it redirects to, or why the transfer failed
- */
+/** The heart: one request, one response. @returns nothing once it is delivered, where it redirects to, or a failure */
 export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
-  const { delivery, request, trace } = session;
-  const connection = new Connection(session.job, trace);
+  const { job, delivery, request, trace } = session;
+  const connection = new Connection(job, trace);
   try {
     await connection.connect(request.url);
     await sendRequest(connection, session);
     const { head, rest } = await receiveHead(connection, request.method);
     trace?.complete("head");
+    if (job.isVerbose) tellHead("< ", head.text);
     if (head.framing !== "close") connection.stopWatching();
-    const verdict = beginResponse(head, session);
-    if (verdict.action === "redirect") return redirect(request, verdict);
+    const verdict = judgeHead(head, delivery.held, session);
+    delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
+    if (verdict.action === "redirect") return verdict.to;
     if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
+    if (verdict.held.bytes === 0 && delivery.held.bytes > 0 && !job.isSilent)
+      tell(`Starting over: ${delivery.held.validator === "" ? "nothing tells whether " : ""}the content has changed`);
+    delivery.start(head, verdict);
     for await (const content of receiveContent(connection, head.framing, rest)) {
       trace?.complete("content");
       await delivery.write(content);
@@ -201,15 +197,19 @@ export async function transfer(session: Session): Promise<undefined | Request | 
 }
 
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
-  const { job, delivery, request } = session;
-  const head = formatRequest(request, isForRest(session) ? delivery.held : NOTHING);
+  const { job, delivery, request, asksForWhole } = session;
+  const { held } = delivery;
+  // A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another.
+  session.hasRange = held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
+  const head = formatRequest(request, session.hasRange ? held : NOTHING);
   if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
-  let [unsent, left]: [Uint8Array, number] = [head, contentLength(request)];
+  let [unsent, left]: [Uint8Array, number] = [head, lengthOf(request.content)];
   for await (const piece of piecesOfData(request)) {
-    // A small request is one write. If the server answers early, the rest is not sent.
-    if (!(await connection.send(Buffer.concat([unsent, piece])))) return;
-    [unsent, left] = [new Uint8Array(0), left - piece.length];
+    [unsent, left] = [Buffer.concat([unsent, piece]), left - piece.length];
+    if (unsent.length < 65_536) continue; // a small request is one write
+    if (!(await connection.send(unsent))) return; // the server has answered early, and needs no more
+    unsent = new Uint8Array(0);
     await new Promise((resolve) => setImmediate(resolve)); // or a fast disk and a fast peer would keep timers waiting
   }
   if (left > 0) throw new TransferError("send", "the data has become shorter", { isFinal: true });
@@ -224,51 +224,29 @@ async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
   }
 }
 
-/** Does the request ask for the rest? A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another. */
-const isForRest = ({ job, delivery: { held }, request, asksForWhole }: Session) =>
-  held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
-
-/** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
-function beginResponse(head: ResponseHead, session: Session): Verdict {
-  const { job, delivery, request } = session;
-  const { held } = delivery;
-  if (job.isVerbose) tellHead("< ", head.text);
-  const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
-  const asked = { method: request.method, resource: resourceOf(request.url), hasRange: isForRest(session), isLastTry };
-  const verdict = judgeHead(head, held, job, asked);
-  delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
-  if (verdict.action !== "deliver") return verdict;
-  if (held.bytes > 0 && verdict.held.bytes === 0 && !job.isSilent) {
-    session.progress.clear();
-    tell(`Starting over: ${held.validator === "" ? "nothing tells whether " : ""}the content has changed`);
-  }
-  delivery.start(head, verdict);
-  return verdict;
-}
-
 /** What one attempt and the next ones share. */
+const beginSession = (job: Options, sink: Sink) => ({
+  job,
+  canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
+  delivery: new Delivery(sink, job),
+  progress: new ProgressLine(job, sink),
+  trace: job.isTraced ? new Trace(tell) : undefined,
+  first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
+  request: job.request, // the last request
+  hasRange: false, // it asks for the rest of what is held
+  asksForWhole: false, // the next request is for the whole, though something is held
+  wasSent: false, // a request may have reached the server
+  failures: 0, // attempts in a row that have failed and brought no new data, the last one included
+  before: "", // how the last attempt failed, as the end of a message
+});
 type Session = ReturnType<typeof beginSession>;
-function beginSession(job: Job, sink: Sink) {
-  return {
-    job,
-    delivery: new Delivery(sink, job),
-    progress: new ProgressLine(job, sink),
-    trace: job.isTraced ? new Trace(tell) : undefined,
-    first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
-    request: job.request, // the last request
-    asksForWhole: false, // the next request is for the whole, though something is held
-    wasSent: false, // a request may have reached the server
-    failures: 0, // attempts in a row that have failed and brought no new data, the last one included
-    before: "", // how the last attempt failed, as the end of a message
-  };
-}
 
 /** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
-async function download(job: Job, sink: Sink): Promise<number> {
+async function download(job: Options, sink: Sink): Promise<number> {
   const session = beginSession(job, sink);
   const { delivery, progress } = session;
   if (job.isTraced) fs(); // loaded before the first step, which would count the time
-  if (job.canStartOver) keepPartOnSignals(session);
+  if (session.canStartOver) keepPartOnSignals(session);
   try {
     await withinMaxTime(job, tryUntilDone(session));
     progress.finish(delivery);
@@ -282,8 +260,7 @@ async function download(job: Job, sink: Sink): Promise<number> {
     }
     return tellFailure(failure);
   } finally {
-    const closing = delivery.sink.close(delivery.held);
-    const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
+    const advice = await withinMaxTime(job, sink.close(delivery.held), LIMITS.lastWriteMs).catch(() => "");
     if (advice !== "" && !job.isSilent) tell(advice);
   }
 }
@@ -323,78 +300,71 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
-  const { job, delivery, progress, wasSent, request } = session;
-  const { isPart, refusesRest, spoils } = failure;
-  if (spoils) delivery.discard();
-  session.failures = delivery.takeProgress() ? Number(!isPart) : session.failures + Number(!refusesRest);
-  const attempt = { method: request.method, wasSent, failures: session.failures, elapsedMs: elapsedMs(job) };
-  const decision = decideNext(failure, attempt, delivery.held, job, Math.random);
+  const { job, delivery, progress, failures } = session;
+  if (failure.spoils) delivery.discard();
+  session.failures = delivery.takeProgress() ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
+  const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
   progress.clear();
   delivery.sink.endLine?.();
-  if (decision.action === "give-up") {
-    if (decision.why !== "") failure.message += ` (${decision.why})`;
+  if (typeof next === "string") {
+    failure.message += next && ` (${next})`;
     throw failure;
   }
-  session.asksForWhole = decision.asksForWhole;
+  session.asksForWhole = next.asksForWhole;
   session.before = `; before that, ${failure.message}`;
-  const { afterMs } = decision;
-  if (!job.isSilent && afterMs < job.maxMs - elapsedMs(job))
-    tell(`Retry in ${(afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(afterMs);
+  if (!job.isSilent && next.afterMs < job.maxMs - elapsedMs(job))
+    tell(`Retry in ${(next.afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
+  await Bun.sleep(next.afterMs);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
-// Two pure functions: `judgeHead` is for a response whose head is here, `decideNext` for an attempt that has failed.
 
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
-  | { readonly action: "complete" } // the bytes held are the whole content
-  | { readonly action: "unchanged" } // the user has it already
-  | Redirect;
-type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
+  | { readonly action: "complete" | "unchanged" } // the bytes held are the whole content; the user has it already
+  | { readonly action: "redirect"; readonly to: Request };
+
+/** The request that was sent last, and what has become of those before it. */
+export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
-const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
 const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2
 
-/** The request. `hasRange`: for the rest of what is held; `isLastTry`: show an error page instead of another try. */
-type Asked = { method: string; resource: string; hasRange: boolean; isLastTry: boolean };
-
 /** What to do with a response, where `held` is what we have. @throws TransferError if it is a failure */
-export function judgeHead(head: ResponseHead, held: Held, job: Job, asked: Asked): Verdict {
+export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Verdict {
   const { status } = head;
-  const [place = ""] = REDIRECT_STATUSES.includes(status) ? fieldValues(head, "location") : [];
+  const { job, request, hasRange, failures } = attempt;
+  const [place = ""] = [300, 301, 302, 303, 307, 308].includes(status) ? fieldValues(head, "location") : [];
   // Not every server encodes what is not ASCII. Its bytes are sent back as they came, whatever their charset.
   const location = place.replace(/[\x80-\xff]/g, (byte) => `%${byte.charCodeAt(0).toString(16).toUpperCase()}`);
-  if (job.followsRedirects && location !== "") return { action: "redirect", status, location };
+  if (job.followsRedirects && location !== "") return { action: "redirect", to: redirect(request, status, location) };
   // Some servers ignore If-Modified-Since. As in curl, the date of the response tells then.
   const isOld = job.sinceMs !== undefined && parseHttpDate(singleValue(head, "last-modified")) <= job.sinceMs;
   const isUnchanged = status === 304 || (status === 200 && isOld);
   if (isUnchanged && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
-  if (status === 206 && asked.hasRange) return judgePart(head, held, job);
-  if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  const [isGet, onlyContentCounts] = [asked.method === "GET", job.keepsOnlyContent || held.bytes > 0];
+  if (status === 206 && hasRange) return judgePart(head, held, job);
+  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held);
+  const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   const isTransient = TRANSIENT_STATUSES.includes(status);
-  if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !asked.isLastTry)
+  const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // its page is shown
+  if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !isLastTry)
     throw new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
-  // Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205
-  // or 207 is about something else. To another method any 2xx does.
+  // Only these answer a GET with what the URL names (RFC 9110 §6.4.2), not 202, 205 or 207; another method, any 2xx.
   const hasContent = isGet ? [200, 203, 206].includes(status) : status >= 200 && status < 300;
-  if (!onlyContentCounts || hasContent) return judgeWhole(head, held, job, asked);
-  const advice = location === "" ? "" : `; -L follows it to ${location}`;
+  if (!onlyContentCounts || hasContent) return judgeWhole(head, held, attempt);
+  const advice = location && `; -L follows it to ${location}`;
   // Some servers answer so to a Range that they do not like, or that the file has become too short for.
-  const refusesRest = asked.hasRange && status >= 400 && (status === 500 || !isTransient);
+  const refusesRest = hasRange && status >= 400 && (status === 500 || !isTransient);
   throw new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource }: Asked): Verdict {
-  const [isGet, onlyContentCounts] = [method === "GET", job.keepsOnlyContent || held.bytes > 0];
-  // Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
-  // so, and their content is the part that the field says; others send 206 unasked.
+function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request }: Attempt): Verdict {
+  const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
+  // Content-Range means nothing in a 200 (RFC 9110 §14.4). But some servers send such a part so, others 206 unasked.
   const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
   const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
   const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
@@ -403,26 +373,25 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource
     throw new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) throw tooLarge(job);
   const isNamed = isGet && (head.status === 200 || (head.status === 206 && onlyContentCounts));
-  const version = { ...versionOf(head), resource, ...(isNamed ? {} : { validator: "" }) };
-  const isNamedSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
-  const isSame = isNamedSame && agrees(head, held);
+  const version = { ...versionOf(head), resource: resourceOf(request.url), ...(isNamed ? {} : { validator: "" }) };
+  const { validator, resource } = version;
+  const isSame = validator === held.validator && validator !== "" && resource === held.resource && agrees(head, held);
   const total = length ?? held.total; // what an earlier response said of this version still holds
   if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
-  if (held.bytes > 0 && !job.canStartOver) throw new TransferError("partial", changed, { isFinal: true });
+  if (held.bytes > 0 && !canStartOver) throw new TransferError("partial", changed, { isFinal: true });
   const fresh = { ...version, bytes: 0, total: isSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
-function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
+function judgePart(head: ResponseHead, held: Held, job: Options): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
-  const total = complete ?? held.total;
+  const total = complete ?? held.total ?? Number.NaN;
   const fits =
     first <= resumeFrom(held) && // caches that work in blocks begin earlier: what is held already is passed over
     last >= resumeFrom(held) && // RFC 9110 §15.3.7: it may be less than was asked for; the next attempt gets the rest
-    total !== undefined &&
     last < total &&
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === last + 1 - first) &&
@@ -433,17 +402,15 @@ function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
 }
 
 /** RFC 9110 §15.5.17: no byte follows those held. They are the whole only if length and version match. */
-function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
-  const [, complete] = /^bytes \*\/(\d{1,15})$/i.exec(singleValue(head, "content-range")) ?? [];
-  const { validator } = versionOf(head);
-  const isLength = Number(complete) === held.bytes && (held.total ?? held.bytes) === held.bytes;
-  const isWhole = isLength && validator === held.validator && validator !== "";
-  if (!isWhole) throw misfit("the server has no such part");
+function judgeUnsatisfiable(head: ResponseHead, { bytes, total = bytes, validator }: Held): Verdict {
+  const complete = Number(/^bytes \*\/(\d{1,15})$/i.exec(singleValue(head, "content-range"))?.[1]);
+  const isSame = validator !== "" && validator === versionOf(head).validator;
+  if (!isSame || complete !== bytes || total !== bytes) throw misfit("the server has no such part");
   return { action: "complete" };
 }
 
 const misfit = (message: string) => new TransferError("range", message, { refusesRest: true });
-const tooLarge = ({ sizeMax }: Job) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
+const tooLarge = ({ sizeMax }: Options) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
@@ -459,8 +426,7 @@ const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of 
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
   const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
-  // RFC 9110 §13.1.5 wants a date only from a server without entity-tags. But many send weak ones and a date, which is
-  // strong all the same if nothing can have changed within its second (§8.8.2.2).
+  // RFC 9110 §13.1.5 wants a date only without an ETag. But many send a weak one; an old date is strong (§8.8.2.2).
   // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
   const changed = parseHttpDate(lastModified);
   const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0;
@@ -492,49 +458,39 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
   return /^\d+$/.test(value) ? Number(value) * 1000 : Math.max(0, parseHttpDate(value) - now) || 0;
 }
 
-/** An attempt that has failed, and the time since the first one began. */
-export type Attempt = Pick<Session, "wasSent" | "failures"> & { method: string; elapsedMs: number };
-
-// The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
-// just starting. "tls": the connection was lost during the handshake.
+// "resolve": the name of a container may appear late; "unparsable": a server just starts; "tls": a lost connection.
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
-/** Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once. */
-const backoffMs = (failures: number, random: () => number) =>
-  Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random() / 2);
-
-/** What to do after an attempt that failed: the first of these lines that applies decides. */
-export function decideNext(failure: TransferError, attempt: Attempt, held: Held, job: Job, random: () => number) {
-  const { method, wasSent, failures, elapsedMs } = attempt;
-  const giveUp = (why: string) => ({ action: "give-up", why }) as const;
-  // RFC 9110 §15.3.7 allows parts of what is missing: the next is asked for at once. Without progress it is a failure.
-  if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
-  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const; // no retry, either
-  // It is permanent: a certificate, 404, conflicting lengths, a full disk. Or the request must not be sent twice.
-  if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
-  if (wasSent && !IDEMPOTENT_METHODS.includes(method)) return giveUp("");
-  if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
-  const leftMs = job.retryMaxMs - elapsedMs;
-  if (leftMs <= 0) return giveUp("no time is left for another attempt");
-  const { retryAfterMs } = failure;
+/** What comes after a failure: the first line that applies decides. @returns the next attempt, or why there is none */
+export function decideNext(failure: TransferError, held: Held, attempt: Attempt, leftMs: number, random: number) {
+  const { job, canStartOver, request, wasSent, failures } = attempt;
+  const { outcome, refusesRest, retryAfterMs } = failure;
+  // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless the last one brought nothing.
+  if (refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: refusesRest };
+  // Nothing to add: it is permanent (a certificate, 404, conflicting lengths, a full disk), or must not be sent twice.
+  if (!TRANSIENT_OUTCOMES.test(outcome) || failure.isFinal) return "";
+  if (wasSent && !IDEMPOTENT_METHODS.includes(request.method)) return "";
+  if (failures > job.retries) return job.retries > 0 ? `after ${failures} attempts` : "";
+  if (leftMs <= 0) return "no time is left for another attempt";
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
-    return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
+    return `Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`;
   // Continue after the bytes held; ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
-  if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
-  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs(failures, random), leftMs));
-  return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" } as const;
+  if ((isNameless || failure.spoils) && !canStartOver) return "what is printed cannot be continued exactly";
+  // Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once.
+  const backoffMs = Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random / 2);
+  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs, leftMs));
+  return { afterMs, asksForWhole: isNameless || outcome === "range" };
 }
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
 
 /** The first byte to ask for. If all may be held, it is the last one held: a 416 past the end names no version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
-const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
+const lengthOf = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
 
 /** The head of the request as it goes over the wire (RFC 9112 §3): for the whole, or for the bytes after `held`. */
-export function formatRequest(request: Request, held: Held): Uint8Array {
-  const { method, url, fields, content } = request;
+export function formatRequest({ method, url, fields, content }: Request, held: Held): Uint8Array {
   const ours = [
     ["Host", url.host],
     ["User-Agent", `http-over-tcp/${VERSION}`],
@@ -542,7 +498,7 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
     ["Accept-Encoding", "identity"], // RFC 9110 §12.5.3: without it any coding would be acceptable
     ["Want-Repr-Digest", "sha-256=10"], // RFC 9530 §4: then the content can be verified
     ["Content-Type", content.length === 0 ? "" : "application/x-www-form-urlencoded"],
-    ["Content-Length", content.length === 0 ? "" : `${contentLength(request)}`],
+    ["Content-Length", content.length === 0 ? "" : `${lengthOf(content)}`],
     ["Connection", "close"],
     ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""], // RFC 9110 §14.2
     ["If-Range", held.bytes > 0 ? held.validator : ""], // §13.1.5: the whole instead, if the version has changed
@@ -567,14 +523,13 @@ const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i; // abo
 const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
 
 /** The request that a redirect asks for (RFC 9110 §15.4). @throws TransferError "url" */
-function redirect({ method, url: from, fields, content }: Request, { status, location }: Redirect): Request {
+function redirect({ method, url: from, fields, content }: Request, status: number, location: string): Request {
   const url = URL.parse(location, from);
   if (url === null || !isSpoken(url)) throw new TransferError("url", `cannot follow the redirect to ${location}`);
   const becomesGet = status === 303 ? method !== "HEAD" : method === "POST" && (status === 301 || status === 302);
-  const isDropped = (name: string) =>
-    (url.origin !== from.origin && SECRET_FIELD.test(name)) || (becomesGet && CONTENT_FIELD.test(name));
-  const kept = fields.filter(([name]) => !isDropped(name));
-  return becomesGet ? { method: "GET", url, fields: kept, content: [] } : { method, url, fields: kept, content };
+  const isKept = ([name]: readonly [string, string]) =>
+    (url.origin === from.origin || !SECRET_FIELD.test(name)) && !(becomesGet && CONTENT_FIELD.test(name));
+  return { url, fields: fields.filter(isKept), ...(becomesGet ? { method: "GET", content: [] } : { method, content }) };
 }
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
@@ -969,7 +924,7 @@ class ProgressLine {
   private isOnScreen = false;
 
   constructor(
-    private readonly job: Job,
+    private readonly job: Options,
     private readonly sink: Sink,
   ) {}
 
@@ -1306,7 +1261,7 @@ class Delivery {
 
   constructor(
     readonly sink: Sink,
-    private readonly job: Job,
+    private readonly job: Options,
   ) {
     this.held = sink.found;
     this.best = this.held.bytes;
@@ -1841,27 +1796,24 @@ function check(isRight: boolean, message: string): asserts isRight {
   if (!isRight) throw new TransferError("usage", `${message} (see client-robust --help)`);
 }
 
-/** A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one. */
-const FLAG = /^ +(?:(-\w), |)(--[\w-]+)( [A-Z]+)? {2}/gm;
-
 /**
- * Reads flags as getopt_long does: --name value, --name=value, -n value, -nvalue, -abc for switches; "--" ends them.
- * To load parseArgs of node:util would take a tenth of the time of a small transfer.
- * @returns the values of each flag, by its name; under "", what is no flag
+ * Reads flags as getopt_long does: --name value, --name=value, -n value, -nvalue, -abc for switches; "--" ends them. To
+ * load parseArgs takes a tenth of a small transfer's time. @returns the values of each flag; under "", what is no flag
  */
 function parseFlags(args: readonly string[]): Map<string, string[]> {
+  // A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one.
+  const definition = /^ +(?:(-\w), |)(--[\w-]+)( [A-Z]+)? {2}/gm;
   const values = new Map<string, string[]>();
   const add = (name: string, ...more: string[]) => values.set(name, [...(values.get(name) ?? []), ...more]);
   const rest = [...args];
-  for (let arg = rest.shift(); arg !== undefined; arg = rest.shift()) {
-    if (arg === "--") return add("", ...rest);
+  for (let arg; (arg = rest.shift()) !== undefined;) {
     const [, long, longValue, short, following] = /^(?:(--[^=]*)(?:=(.*))?|(-.)(.+)?)$/s.exec(arg) ?? [];
     const typed = long ?? short;
-    if (typed === undefined) {
-      add("", arg);
+    if (typed === undefined || arg === "--") {
+      add("", ...(typed === undefined ? [arg] : rest.splice(0)));
       continue;
     }
-    const [, , flag, metavariable] = HELP.matchAll(FLAG).find((names) => names.includes(typed)) ?? [];
+    const [, , flag, metavariable] = HELP.matchAll(definition).find((names) => names.includes(typed)) ?? [];
     check(flag !== undefined, `no such option: ${typed}`);
     const takesValue = metavariable !== undefined;
     check(takesValue || longValue === undefined, `${flag} takes no value`);
@@ -1896,20 +1848,26 @@ export function parseCommandLine(args: readonly string[]) {
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
-  const timeFile = last("time-cond");
-  const since = timeFile === undefined ? undefined : timeOf(timeFile, timeFile === output || values.has("silent"));
+  const timeFile = last("time-cond"); // it may be missing, as in a mirror's first run: then no condition is sent
+  const since = timeFile === undefined ? undefined : ignoreErrors(() => fs().statSync(timeFile).mtime);
+  if (timeFile !== undefined && since === undefined && timeFile !== output && !values.has("silent"))
+    tell(`No condition is sent: there is no file ${timeFile}`);
   const fields = all("header").map(parseField);
   if (since !== undefined) fields.push(["If-Modified-Since", since.toUTCString()]); // RFC 9110 §13.1.3
   const request: Request = { method, url, fields, content: [] };
-  const options = {
+  return {
+    show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", // and do nothing else
     startedAt: performance.now(), // the limits of time count from here
     request,
+    data, // DATA, of which the content of the request is made
     output, // undefined: print the whole response
     keepsOnlyContent: output !== undefined, // the page of an error or of a redirect must not pass for content
+    sha256, // that the content must have, in lower-case hex; "" if any will do
     hasSha256: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
     followsRedirects: values.has("location"),
     // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
+    sinceMs: since?.getTime(), // content that is not newer is not wanted
     retries: count("retry", DEFAULTS.retries),
     retryDelayMs: milliseconds("retry-delay", undefined), // before each; undefined for a wait that grows
     retryMaxMs: milliseconds("retry-max-time", Number.POSITIVE_INFINITY),
@@ -1919,14 +1877,11 @@ export function parseCommandLine(args: readonly string[]) {
     maxMs: milliseconds("max-time", Number.POSITIVE_INFINITY), // for everything
     authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
     isInsecure: values.has("insecure"), // certificates are not verified
-    sha256, // that the content must have, in lower-case hex; "" if any will do
-    sinceMs: since?.getTime(), // content that is not newer is not wanted
     keepsTime: values.has("remote-time"), // FILE gets the time of Last-Modified
     isSilent: values.has("silent"),
     isVerbose: values.has("verbose"),
     isTraced: values.has("trace"),
   };
-  return { show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", options, data };
 }
 
 /** As in curl, the last segment of the path as it was typed. */
@@ -1937,19 +1892,10 @@ function remoteName(text: string, url: URL): string {
   return name === "-" ? "./-" : name;
 }
 
-/** The time of the FILE of -z. There may be none, as in a mirror's first run: then there is no condition. */
-function timeOf(file: string, mayBeMissing: boolean): Date | undefined {
-  const found = ignoreErrors(() => fs().statSync(file));
-  if (found === undefined && !mayBeMissing) tell(`No condition is sent: there is no file ${file}`);
-  return found?.mtime;
-}
-
-/** @returns milliseconds */
 function parseSeconds(flag: string, text = ""): number {
   const seconds = /^\d*\.?\d+$/.test(text) ? Number(text) : 0;
-  // A timer takes 2^31 ms at the most, and would fire at once for more.
   check(seconds > 0 && seconds <= 2_000_000, `--${flag} takes seconds, from above 0 to 2000000`);
-  return seconds * 1000;
+  return seconds * 1000; // a timer takes 2^31 ms at the most, and would fire at once for more
 }
 
 function parseCount(flag: string, text = ""): number {
@@ -1957,15 +1903,13 @@ function parseCount(flag: string, text = ""): number {
   return Number(text);
 }
 
-/** Only the program itself sets the fields that frame the message, or say which part is asked for. */
-const OWN_FIELD = /^(connection|content-length|if-range|range|transfer-encoding)$/i;
-
 /** @returns name and value; an empty value means that no such field is to be sent */
 function parseField(line: string): [name: string, value: string] {
   const bytes = Buffer.from(line).toString("latin1");
   const name = FIELD_LINE.exec(bytes)?.[1];
   check(name !== undefined, `--header takes "Name: value", not ${JSON.stringify(line)}`);
-  check(!OWN_FIELD.test(name), `--header cannot set ${name}`);
+  // Only the program itself sets the fields that frame the message, or say which part is asked for.
+  check(!/^(connection|content-length|if-range|range|transfer-encoding)$/i.test(name), `--header cannot set ${name}`);
   return [name, trimOws(bytes.slice(name.length + 1))];
 }
 
@@ -1983,14 +1927,9 @@ export function parseUrl(text: string): URL {
 /** The content to send. Several -d are joined with "&", as in forms. */
 async function readData(data: readonly string[]): Promise<Blob[]> {
   const blobs: Blob[] = [];
-  let text = ""; // up to the next file: it is sent in one write
-  for (const [i, item] of data.entries()) {
-    text += (i > 0 ? "&" : "") + (item.startsWith("@") ? "" : item);
-    if (!item.startsWith("@")) continue;
-    blobs.push(new Blob([text]), await openData(item.slice(1)));
-    text = "";
-  }
-  return data.length === 0 ? [] : [...blobs, new Blob([text])];
+  for (const [i, item] of data.entries())
+    blobs.push(new Blob([i > 0 ? "&" : ""]), item.startsWith("@") ? await openData(item.slice(1)) : new Blob([item]));
+  return blobs;
 }
 
 /** A file is read while it is sent, again for each attempt. A pipe can be read only once, and is held in memory. */
@@ -1998,9 +1937,8 @@ async function openData(path: string): Promise<Blob> {
   try {
     const found = path === "-" ? undefined : fs().statSync(path);
     if (found?.isFile() && found.size > 0) return Bun.file(path).slice(0, found.size); // in /proc, files tell no size
-    const pieces: Uint8Array<ArrayBuffer>[] = [];
+    const pieces: Uint8Array<ArrayBuffer>[] = []; // of a device, too, which Bun.file cannot read
     let left = LIMITS.heldDataBytesMax;
-    // Bun.file reads no device.
     for await (const piece of found === undefined ? Bun.stdin.stream() : fs().createReadStream(path)) {
       pieces.push(piece);
       left -= piece.length;
@@ -2013,16 +1951,15 @@ async function openData(path: string): Promise<Blob> {
   }
 }
 
-/** @returns the exit code */
 async function main(): Promise<number> {
   try {
-    const { show, options, data } = parseCommandLine(process.argv.slice(2));
-    if (show !== "") return await Bun.write(Bun.stdout, show).then(() => EXIT_CODES.ok);
-    const request = { ...options.request, content: await withinMaxTime(options, readData(data)) };
+    const options = parseCommandLine(process.argv.slice(2));
+    if (options.show !== "") return await Bun.write(Bun.stdout, options.show).then(() => EXIT_CODES.ok);
+    const request = { ...options.request, content: await withinMaxTime(options, readData(options.data)) };
     const sink = await withinMaxTime(options, openSink({ ...options, request }));
-    if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
-    if (sink === undefined) return EXIT_CODES.ok;
-    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
+    if (sink !== undefined) return await download({ ...options, request }, sink);
+    if (options.isVerbose) tell(`${options.output} has this SHA-256 already`);
+    return EXIT_CODES.ok;
   } catch (error) {
     return tellFailure(error);
   }
