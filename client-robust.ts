@@ -579,8 +579,7 @@ function redirect({ method, url: from, fields, content }: Request, { status, loc
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
 
-/** Where a response comes from: a connection, or a test. */
-export type Source = Pick<Connection, "receive" | "endsInOrder">;
+export type Source = Pick<Connection, "receive" | "endsInOrder">; // where a response comes from
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
@@ -733,34 +732,30 @@ export class ChunkedDecoder {
 
 const unparsable = (fault: string, details: ConstructorParameters<typeof TransferError>[2] = { isFinal: true }) =>
   new TransferError("unparsable", `the response is malformed: ${fault}`, details);
-/** The content is longer or shorter than the head said, so its bytes cannot be trusted. */
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
-  let [text, passed] = ["", 0]; // all that has come, and how much of it is 1xx
-  for (;;) {
-    const bytes = await source.receive();
-    if (bytes === undefined) {
-      parseResponseHead(text.slice(passed), method); // a line that is malformed is so whatever would have followed
-      if (text === "") throw new TransferError("empty", "the server closed the connection without an answer");
-      throw new TransferError("partial", "the response ends inside its head");
-    }
-    const before = text.length;
-    const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - before));
+  let [text, left] = ["", LIMITS.headBytesMax]; // what has come of a head, and how much more may come
+  for (let bytes; (bytes = await source.receive()) !== undefined;) {
+    const before = text;
+    const piece = latin1(bytes, 0, Math.min(bytes.length, left));
     text += piece;
-    const fits = piece.length === bytes.length;
+    left -= bytes.length;
     // Parsed anew only at the start, when the first line has ended, and at an empty line: a byte at a time is cheap.
-    const isDue = () => !text.slice(passed, before).includes("\n") || EMPTY_LINE.test(text.slice(before - 2));
-    if (before - passed > 7 && fits && !(piece.includes("\n") && isDue())) continue;
-    for (let head; (head = parseResponseHead(text.slice(passed), method)) !== undefined;) {
-      passed += head.text.length;
+    const isDue = piece.includes("\n") && (!before.includes("\n") || EMPTY_LINE.test(text.slice(before.length - 2)));
+    if (before.length > 7 && left >= 0 && !isDue) continue;
+    for (let head; (head = parseResponseHead(text, method)) !== undefined;) {
+      text = text.slice(head.text.length);
       if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that"); // RFC 9110 §15.2.2
-      if (head.status >= 200) return { head, rest: bytes.subarray(passed - before) };
+      if (head.status >= 200) return { head, rest: bytes.subarray(piece.length - text.length) };
     }
-    if (!fits) throw unparsable("the head is too large");
+    if (left < 0) throw unparsable("the head is too large");
   }
+  parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
+  if (left < LIMITS.headBytesMax) throw new TransferError("partial", "the response ends inside its head");
+  throw new TransferError("empty", "the server closed the connection without an answer");
 }
 
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
@@ -771,22 +766,17 @@ const NO_FIELD_LINE = "a line of its head is not a field-line";
 const READ_STRICTLY =
   /^(content-(length|range|encoding)|transfer-encoding|etag|last-modified|date|location|retry-after|repr-digest)$/i;
 
-/**
- * Parses a response head (RFC 9112 §4 and §5) from its first character on; nothing is kept between calls.
- * @param text what has come so far, one character a byte; bytes behind the head are ignored
- * @returns the head, or undefined: more is needed
- * @throws TransferError "unparsable"; it is final, unless the response is no HTTP at all
- */
+/** Parses the head that begins a text (RFC 9112 §4, §5). @returns undefined: more is needed. @throws TransferError */
 export function parseResponseHead(text: string, method: string): ResponseHead | undefined {
   const end = EMPTY_LINE.exec(text);
   const begun = end === null ? text : text.slice(0, end.index + 1);
   // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
   const [first = "", ...lines] = begun.split(/\r?\n/);
   const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
-  const statusLine = STATUS_LINE.exec(first);
+  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first) ?? [];
   // A response that does not start like one is refused before the end of its line has come.
-  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : statusLine !== null);
-  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {});
+  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : status !== undefined);
+  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // it may be starting
   lines.pop(); // what is behind the last line end: a line that has not ended
   if (isMalformed) throw unparsable(NO_FIELD_LINE);
   if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
@@ -794,18 +784,15 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   let last: string[] | undefined;
   for (const line of lines) {
     // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
-    const isFold = /^[ \t]/.test(line);
-    const name = isFold ? undefined : /^([^:]*):/.exec(line)?.[1]?.toLowerCase();
-    if (isFold && last !== undefined && FIELD_LINE.test(`x:${line}`))
+    const name = /^(?![ \t])([^:]*):/.exec(line)?.[1]?.toLowerCase();
+    if (last !== undefined && /^[ \t][\t\x20-\x7e\x80-\xff]*$/.test(line))
       last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
     else if (name !== undefined && (FIELD_LINE.test(line) || !READ_STRICTLY.test(name.replace(/[^\w-]/g, "")))) {
-      last = fields.get(name) ?? [];
-      fields.set(name, last);
+      last = fields.getOrInsert(name, []);
       last.push(trimOws(line.slice(name.length + 1)));
     } else throw unparsable(NO_FIELD_LINE);
   }
-  if (end === null || statusLine === null) return undefined;
-  const [, minorVersion, status, reasonPhrase = ""] = statusLine;
+  if (end === null) return undefined;
   const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, end.index + end[0].length) };
   return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
 }
@@ -852,20 +839,15 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
     return "chunked";
   }
   if (lengths.length === 0) return "close"; // item 8: until the connection is closed
-  const [text = "", ...others] = lengths.join(",").split(",").map(trimOws);
-  const isOne = /^\d+$/.test(text) && others.every((other) => other === text); // items 5 and 6: or the same again
-  if (!isOne || !Number.isSafeInteger(Number(text))) throw unparsable("its Content-Length is not one number");
-  return Number(text);
+  const [, length] = /^(\d+)(?:[\t ]*,[\t ]*\1)*$/.exec(lengths.join(",")) ?? []; // items 5 and 6: or the same again
+  if (!Number.isSafeInteger(Number(length))) throw unparsable("its Content-Length is not one number");
+  return Number(length);
 }
 
-/**
- * Receives the content of a response, of which `begun` came with the head: piece by piece, and no byte after it. Each
- * piece is valid until the next is asked for. RFC 9112 §8: only content without a length may end with the connection,
- * and over TLS only if the peer has announced that (§9.8), since anyone on the path can cut it. @throws TransferError
- */
+/** Receives content, of which `begun` came with the head, in pieces: each is valid until the next is asked for. */
 export async function* receiveContent(source: Source, framing: Framing, begun: Uint8Array): AsyncGenerator<Uint8Array> {
   const decoder = framing === "chunked" ? new ChunkedDecoder(LIMITS, true) : undefined;
-  const length = typeof framing === "number" ? framing : Number.POSITIVE_INFINITY;
+  const [length, ofLength] = typeof framing === "number" ? [framing, ` of ${framing}`] : [Number.POSITIVE_INFINITY, ""];
   let [rest, kept, came]: [Uint8Array, number, number] = [begun, 0, 0]; // `kept` bytes: a line of chunks, incomplete
   for (let bytes: Uint8Array | undefined = begun; bytes !== undefined;) {
     if (kept > 0 && rest.length < kept + bytes.length)
@@ -881,22 +863,14 @@ export async function* receiveContent(source: Source, framing: Framing, begun: U
     // What came before a fault may have been damaged as well.
     if (decoder?.fault) throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
     if (came === length || decoder?.state === "done") return;
-    bytes = await receiveMore(source, framing, came);
+    bytes = await source.receive().catch((error: TransferError) => {
+      // Content that only a close ends may be cut by a reset at any byte: then it is a part.
+      throw framing === "close" && error.outcome === "receive" ? new TransferError("partial", error.message) : error;
+    });
+    // RFC 9112 §8: only content without a length may end with the connection, and over TLS only if announced (§9.8).
+    if (bytes === undefined && !(framing === "close" && source.endsInOrder))
+      throw new TransferError("partial", `the response is not complete: ${came}${ofLength} bytes of content came`);
   }
-}
-
-/** @returns undefined if the end of the connection is that of the content. @throws TransferError */
-async function receiveMore(source: Source, framing: Framing, came: number): Promise<Uint8Array | undefined> {
-  try {
-    const bytes = await source.receive();
-    if (bytes !== undefined || (framing === "close" && source.endsInOrder)) return bytes;
-  } catch (error) {
-    // Content that only a close ends may be cut by a reset at any byte: then it is a part.
-    const isCut = framing === "close" && error instanceof TransferError && error.outcome === "receive";
-    throw isCut ? new TransferError("partial", error.message) : error;
-  }
-  const whole = typeof framing === "number" ? ` of ${framing}` : "";
-  throw new TransferError("partial", `the response is not complete: ${came}${whole} bytes of content came`);
 }
 
 /** Chunks are compacted in place, over the framing: one piece is left to write, and nothing is allocated. */
