@@ -186,7 +186,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     for await (const content of receiveContent(connection, head.framing, rest)) {
       trace?.complete("content");
       await delivery.write(content);
-      session.progress.show(delivery.held);
+      session.progress.show(session);
     }
     trace?.complete("content complete");
     if (request.method !== "HEAD") await delivery.finish(head);
@@ -252,7 +252,7 @@ function beginSession(job: Job, sink: Sink) {
   return {
     job,
     delivery: new Delivery(sink, job),
-    progress: new ProgressLine(job, sink),
+    progress: new ProgressLine(),
     trace: job.isTraced ? new Trace(tell) : undefined,
     first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
     request: job.request, // the last request
@@ -271,7 +271,7 @@ async function download(job: Job, sink: Sink): Promise<number> {
   if (job.canStartOver) keepPartOnSignals(session);
   try {
     await withinMaxTime(job, tryUntilDone(session));
-    progress.finish(delivery);
+    progress.finish(session);
     return EXIT_CODES.ok;
   } catch (error) {
     progress.clear();
@@ -928,34 +928,27 @@ function ignoreErrors<T>(step: () => T): T | undefined {
 }
 
 /** A head or a reason phrase for people: UTF-8 if it is that, otherwise ISO 8859-1. */
-function asText(latin1Text: string): string {
-  const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
-  return ignoreErrors(() => utf8.decode(toBytes(latin1Text))) ?? latin1Text;
-}
+const asText = (text: string) =>
+  ignoreErrors(() => new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(toBytes(text))) ?? text;
 
 /** Heads for people: each line with a mark before it, as curl -v prints them. */
 function tellHead(mark: string, head: string): void {
   for (const line of asText(head).trimEnd().split(/\r?\n/)) tell(mark + line);
 }
 
-/** Size, speed and time left, in one line of stderr that is overwritten; only on a terminal that gets no content. */
+/** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left": on stderr, overwritten, if that is a terminal without content. */
 class ProgressLine {
   private dueAt: number = LIMITS.progressAfterMs;
   private firstBytes: number | undefined;
   private isOnScreen = false;
 
-  constructor(
-    private readonly job: Job,
-    private readonly sink: Sink,
-  ) {}
-
-  /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
-  show({ bytes, total = 0 }: Held): void {
+  show({ job, delivery }: Session): void {
+    const { bytes, total = 0 } = delivery.held;
     this.firstBytes ??= bytes;
-    const now = elapsedMs(this.job);
+    const now = elapsedMs(job);
     if (now < this.dueAt) return;
     this.dueAt = now + LIMITS.progressEveryMs;
-    if (this.job.isSilent || this.job.isTraced || this.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
+    if (job.isSilent || job.isTraced || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
     const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
@@ -964,15 +957,14 @@ class ProgressLine {
     ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
   }
 
-  /** Ends the line with a summary. */
-  finish({ held, isToVerify, isUnchanged, note }: Delivery): void {
-    if (!isUnchanged && (this.isOnScreen || this.job.isVerbose)) {
+  finish({ job, delivery: { held, sink, isToVerify, isUnchanged, note } }: Session): void {
+    if (!isUnchanged && (this.isOnScreen || job.isVerbose)) {
       this.clear();
-      this.sink.endLine?.();
+      sink.endLine?.();
       const verified = isToVerify ? "SHA-256 verified" : "not verified";
-      tell(`${formatBytes(held.bytes)} in ${(elapsedMs(this.job) / 1000).toFixed(1)} s, ${verified}`);
+      tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
     }
-    if (note !== "" && !this.job.isSilent) tell(note);
+    if (note !== "" && !job.isSilent) tell(note);
   }
 
   clear(): void {
