@@ -171,24 +171,24 @@ function tellFailure(error: unknown): number {
  * @returns nothing if the response is whole and delivered, the request that it redirects to, or why the transfer failed
  */
 export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
-  const { delivery, request, trace } = session;
-  const connection = new Connection(session.job, trace);
+  const { job, delivery, request } = session;
+  const connection = new Connection(job);
   try {
     await connection.connect(request.url);
     await sendRequest(connection, session);
     const { head, rest } = await receiveHead(connection, request.method);
-    trace?.complete("head");
+    job.trace?.complete("head");
     if (head.framing !== "close") connection.stopWatching();
     const verdict = beginResponse(head, session);
     if (verdict.action === "redirect") return redirect(request, verdict);
     if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
     for await (const content of receiveContent(connection, head.framing, rest)) {
-      trace?.complete("content");
+      job.trace?.complete("content");
       await delivery.write(content);
       session.progress.show(session);
     }
-    trace?.complete("content complete");
+    job.trace?.complete("content complete");
     if (request.method !== "HEAD") await delivery.finish(head);
     // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
     if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
@@ -253,7 +253,6 @@ function beginSession(job: Job, sink: Sink) {
     job,
     delivery: new Delivery(sink, job),
     progress: new ProgressLine(),
-    trace: job.isTraced ? new Trace(tell) : undefined,
     first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
     request: job.request, // the last request
     asksForWhole: false, // the next request is for the whole, though something is held
@@ -267,7 +266,7 @@ function beginSession(job: Job, sink: Sink) {
 async function download(job: Job, sink: Sink): Promise<number> {
   const session = beginSession(job, sink);
   const { delivery, progress } = session;
-  if (job.isTraced) fs(); // loaded before the first step, which would count the time
+  if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
   if (job.canStartOver) keepPartOnSignals(session);
   try {
     await withinMaxTime(job, tryUntilDone(session));
@@ -278,7 +277,7 @@ async function download(job: Job, sink: Sink): Promise<number> {
     const failure = asTransferError(error);
     if (failure.outcome === "timeout" && failure.isFinal) {
       failure.message += session.before;
-      session.trace?.step("deadline", failure.message);
+      job.trace?.step("deadline", failure.message);
     }
     return tellFailure(failure);
   } finally {
@@ -579,7 +578,7 @@ function redirect({ method, url: from, fields, content }: Request, { status, loc
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
 
-export type Source = Pick<Connection, "receive" | "endsInOrder">; // where a response comes from
+export type Source = Pick<Connection, "receive" | "records">; // where a response comes from
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
@@ -868,7 +867,7 @@ export async function* receiveContent(source: Source, framing: Framing, begun: U
       throw framing === "close" && error.outcome === "receive" ? new TransferError("partial", error.message) : error;
     });
     // RFC 9112 §8: only content without a length may end with the connection, and over TLS only if announced (§9.8).
-    if (bytes === undefined && !(framing === "close" && source.endsInOrder))
+    if (bytes === undefined && !(framing === "close" && source.records.endsInOrder))
       throw new TransferError("partial", `the response is not complete: ${came}${ofLength} bytes of content came`);
   }
 }
@@ -948,7 +947,7 @@ class ProgressLine {
     const now = elapsedMs(job);
     if (now < this.dueAt) return;
     this.dueAt = now + LIMITS.progressEveryMs;
-    if (job.isSilent || job.isTraced || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
+    if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
     const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
@@ -982,16 +981,15 @@ export class Connection {
   private end: "FIN" | TransferError | undefined; // nothing more comes
   private isClosed = false;
   private socket: Bun.Socket | undefined;
-  private records: RecordWatch | undefined; // over TLS: sees the encrypted records
   private wake = () => {};
-  /** The content has a length or a last chunk, so nobody asks how the connection ends: spares a copy of each record. */
-  stopWatching = () => {};
+  readonly records = new RecordWatch();
+  stopWatching = () => {}; // for content that has a length or a last chunk: spares a copy of each record
 
   /** Each handler stores what has happened, and wakes the step that waits. */
   readonly handlers = {
     open: (socket: Bun.Socket) => void (this.socket = socket),
     data: (socket: Bun.Socket, bytes: Uint8Array) => {
-      if (this.records !== undefined) this.records.room -= bytes.length;
+      this.records.room -= bytes.length;
       this.received.push(bytes);
       this.receivedBytes += bytes.length;
       if (this.receivedBytes >= LIMITS.receivedBytesMax) socket.pause();
@@ -1012,22 +1010,13 @@ export class Connection {
     error: (socket: Bun.Socket, error: SystemError) => this.handlers.close(socket, error),
   };
 
-  constructor(
-    private readonly job: Options,
-    private readonly trace?: Trace,
-  ) {}
-
-  /** The peer has announced its end: the connection was not cut. Over TLS, anyone on the way can send a FIN. */
-  get endsInOrder(): boolean {
-    return this.records?.endsInOrder ?? true;
-  }
+  constructor(private readonly job: Options) {}
 
   /** @throws TransferError "resolve", "connect", "timeout", "tls", "certificate" or "authorities" */
   async connect(url: URL): Promise<void> {
-    const { connectMs } = this.job;
-    this.trace?.begin();
-    const late = `no connection to ${url.host} within ${connectMs / 1000} s`;
-    await within(connectMs, this.open(url), late).catch((error) => this.fail("connect", asTransferError(error)));
+    this.job.trace?.begin();
+    const opening = within(this.job.connectMs, this.open(url), `no connection to ${url.host} within`);
+    await opening.catch((error) => this.fail("connect", asTransferError(error)));
   }
 
   private async open(url: URL): Promise<void> {
@@ -1037,42 +1026,36 @@ export class Connection {
       hostname,
       port: Number(url.port || (isSecure ? 443 : 80)),
       allowHalfOpen: true, // the server's FIN must not stop us from sending, nor hide what it sent before
-      socket: isSecure ? { data: (_, bytes) => this.records?.take(bytes) } : this.handlers,
+      socket: isSecure ? { data: (_, bytes) => this.records.take(bytes) } : this.handlers,
     }).catch(({ syscall, code, message }: SystemError) => {
       if (syscall === "getaddrinfo") throw new TransferError("resolve", `cannot resolve ${hostname}`);
       throw new TransferError("connect", `cannot connect to ${url.host}: ${code ?? message}`);
     });
     if (this.isClosed) return void socket.close(); // the step that waited for it has ended
-    const { remoteAddress, remotePort } = socket;
-    this.trace?.step("connect", `${remoteAddress.includes(":") ? `[${remoteAddress}]` : remoteAddress}:${remotePort}`);
-    if (isSecure) await this.secure(socket, hostname);
+    this.job.trace?.step("connect", `${socket.remoteAddress.replace(/.*:.*/, "[$&]")}:${socket.remotePort}`);
+    if (isSecure) await this.startTls(socket, hostname);
   }
 
-  /** Starts TLS. @throws TransferError "tls" or "certificate" */
-  private async secure(socket: Bun.Socket, hostname: string): Promise<void> {
-    const { promise, resolve, reject } = Promise.withResolvers<void>();
-    const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
-    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
-      // A fault: the peer speaks no TLS, or not ours. Otherwise only its certificate is not trusted.
-      const isFault = error === null || /^(EPROTO|ECONN|ERR_SSL)/.test(error.code ?? "");
-      if (isTrusted || (this.job.isInsecure && !isFault)) return resolve();
-      if (!isFault) return fail("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`);
-      // A refusal will not change; a lost connection may be transient.
-      const isFinal = !error?.code?.startsWith("ECONN");
-      fail("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal });
-    };
-    const close = (socket: Bun.Socket, error?: SystemError) => {
-      fail("tls", `the connection to ${hostname} was closed before there was TLS`);
-      this.handlers.close(socket, error);
-    };
+  private async startTls(socket: Bun.Socket, hostname: string): Promise<void> {
     // RFC 6066 §3: a name goes without the root's dot, an address not at all: then the certificate must name that.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
     const tls = { serverName, ca: authorities ?? [], rejectUnauthorized: !this.job.isInsecure };
-    this.records = new RecordWatch();
+    const { promise, resolve, reject } = Promise.withResolvers<Partial<SystemError>>();
+    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) =>
+      resolve(isTrusted ? {} : (error ?? { code: "EPROTO", message: "refused" }));
+    const close = (socket: Bun.Socket, error?: SystemError) => {
+      reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
+      this.handlers.close(socket, error);
+    };
     const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
     this.stopWatching = () => encrypted.reload({ socket: { drain() {} } });
-    await promise;
-    this.trace?.step("TLS", `with ${hostname}`);
+    const { code = "", message } = await promise;
+    // The peer speaks no TLS, or not ours: this will not change. But a lost connection may be transient.
+    if (/^(EPROTO|ECONN|ERR_SSL)/.test(code))
+      throw new TransferError("tls", `no TLS with ${hostname}: ${message}`, { isFinal: !code.startsWith("ECONN") });
+    if (message !== undefined && !this.job.isInsecure)
+      throw new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${message}`);
+    this.job.trace?.step("TLS", `with ${hostname}`);
   }
 
   /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
@@ -1081,7 +1064,7 @@ export class Connection {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
       if (written < 0 && this.end !== undefined)
         throw new TransferError("send", "the connection was lost while the request was sent");
-      this.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
+      this.job.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
       sent += Math.max(0, written);
       // If the connection is lost, an answer may still be unread: its event comes before that of the loss.
       if (sent < bytes.length) await this.event();
@@ -1092,8 +1075,7 @@ export class Connection {
 
   /** More has come than interim responses, which may come at any time (RFC 9110 §15.2). */
   private get isAnswered(): boolean {
-    const text = () => latin1(Buffer.concat(this.received), 0, this.receivedBytes);
-    return this.receivedBytes > 0 && /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(text());
+    return /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(Buffer.concat(this.received).toString("latin1"));
   }
 
   /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
@@ -1101,34 +1083,33 @@ export class Connection {
     let bytes;
     while ((bytes = this.received.shift()) === undefined) {
       if (this.end instanceof TransferError) this.fail("reset", this.end);
-      if (this.end === "FIN") return void this.trace?.step("FIN", "received");
+      if (this.end === "FIN") return void this.job.trace?.step("FIN", "received");
       this.socket?.resume();
       await this.event();
     }
     this.receivedBytes -= bytes.length;
-    this.trace?.receive(bytes);
+    this.job.trace?.receive(bytes);
     return bytes;
   }
 
   private fail(event: string, failure: TransferError): never {
-    this.trace?.step(failure.outcome === "timeout" ? "deadline" : event, failure.message);
+    this.job.trace?.step(failure.outcome === "timeout" ? "deadline" : event, failure.message);
     throw failure;
   }
 
   /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
   close(): void {
     const isReset = this.end instanceof TransferError && this.end.outcome === "receive";
-    if (this.socket !== undefined) this.trace?.step("close", isReset ? "" : "FIN sent");
+    if (this.socket !== undefined) this.job.trace?.step("close", isReset ? "" : "FIN sent");
     this.isClosed = true;
     this.socket?.close();
   }
 
   /** Waits for the next event, but only as long as the peer may be silent. */
   private async event(): Promise<void> {
-    this.trace?.flush();
+    this.job.trace?.flush();
     const event = new Promise<void>((resolve) => (this.wake = resolve));
-    const { stallMs } = this.job;
-    await within(stallMs, event, `no byte for ${stallMs / 1000} s`).catch((late) => (this.end = late));
+    await within(this.job.stallMs, event, "no byte for").catch((late) => (this.end = late));
   }
 }
 
@@ -1144,21 +1125,20 @@ function readAuthorities(file: string | undefined): string[] {
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
 }
 
-/** Waits for a step, but only for so long. @throws TransferError "timeout" */
-async function within<T>(ms: number, step: T | Promise<T>, message: string, isFinal = false): Promise<T> {
+/** Waits for a step, but only for `ms`, of which `leftMs` are left. @throws TransferError "timeout" */
+async function within<T>(ms: number, step: T | Promise<T>, message: string, leftMs = ms, isFinal = false): Promise<T> {
   if (ms === Number.POSITIVE_INFINITY) return step;
   const { promise: late, reject } = Promise.withResolvers<never>();
-  const fail = () => reject(new TransferError("timeout", message, { isFinal }));
+  const fail = () => reject(new TransferError("timeout", `${message} ${ms / 1000} s`, { isFinal }));
   // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may be there already: first it looks.
-  let timer = setTimeout(() => (timer = setTimeout(fail, 1)), ms);
+  let timer = setTimeout(() => (timer = setTimeout(fail, 1)), leftMs);
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
 
 const elapsedMs = ({ startedAt }: Options) => performance.now() - startedAt;
-
 /** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
 const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promise<T> =>
-  within(Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, step, `not done within ${job.maxMs / 1000} s`, true);
+  within(job.maxMs, step, "not done within", Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, true);
 
 // ── shared: trace ──
 /**
@@ -1220,38 +1200,35 @@ class Trace {
 const ALERT_RECORD_LENGTH = 19; // in TLS 1.3: level, description, inner type, and a tag of 16 bytes (RFC 8446 §5.2, §6)
 const [ALERT, APPLICATION_DATA] = [21, 23];
 
-/**
- * Watches encrypted TLS records go by (RFC 8446 §5.1) to tell whether the peer closed in order: whether its last record
- * was an alert. In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
- */
+/** Watches TLS records go by (RFC 8446 §5.1): was the last one an alert, as it is if the peer closes in order? */
 export class RecordWatch {
-  private header: number[] = []; // of the last record: type, version, length
-  private length = 0; // of that record
-  private left = 0; // bytes of it that are still to come
   room = 0; // plaintext bytes that the records of the last read could hold; the caller subtracts those that came of them
+  private type: number | undefined; // of the last record
+  private length = 0; // of that record, without its header
+  private seen = 0; // bytes of it, with its header; 0 again once it is whole
 
   /** Records, or pieces of them, before they are decrypted: a copy of their bytes, which is given back. */
   take(bytes: Uint8Array): void {
     this.room = 0;
     for (let at = 0; at < bytes.length;) {
-      if (this.left === 0) {
-        if (this.header.length === 5) this.header = [];
-        if (this.header.push(byteAt(bytes, at++)) === 5) this.length = Buffer.from(this.header).readUInt16BE(3);
-        if (this.header.length === 5) this.left = this.length;
-        continue;
-      }
-      const taken = Math.min(this.left, bytes.length - at);
+      const isHeader = this.seen < 5; // type, two bytes of version, two of length: one by one, as a read may end in it
+      if (this.seen === 0) this.type = byteAt(bytes, at);
+      if (isHeader) this.length = (this.length * 256 + byteAt(bytes, at)) % 65_536;
+      const taken = isHeader ? 1 : Math.min(5 + this.length - this.seen, bytes.length - at);
       at += taken;
-      this.left -= taken;
-      if (this.left === 0 && this.header[0] === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
+      this.seen += taken;
+      if (this.seen < 5 + this.length) continue;
+      if (this.type === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
+      this.seen = 0;
     }
     release(bytes);
   }
 
+  /** The peer has announced its end. Without TLS its FIN does that; over TLS, anyone on the path can send one. */
   get endsInOrder(): boolean {
-    if (this.left > 0 || this.header.length < 5) return false;
-    if (this.header[0] === ALERT) return true;
-    return this.header[0] === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
+    // In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
+    const isAlert13 = this.type === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
+    return this.type === undefined || (this.seen === 0 && (this.type === ALERT || isAlert13));
   }
 }
 
@@ -1892,7 +1869,7 @@ export function parseCommandLine(args: readonly string[]) {
     keepsTime: values.has("remote-time"), // FILE gets the time of Last-Modified
     isSilent: values.has("silent"),
     isVerbose: values.has("verbose"),
-    isTraced: values.has("trace"),
+    trace: values.has("trace") ? new Trace(tell) : undefined,
   };
   return { show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", options, data };
 }
