@@ -775,7 +775,7 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first) ?? [];
   // A response that does not start like one is refused before the end of its line has come.
   const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : status !== undefined);
-  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // it may be starting
+  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // a server may be starting
   lines.pop(); // what is behind the last line end: a line that has not ended
   if (isMalformed) throw unparsable(NO_FIELD_LINE);
   if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
@@ -799,10 +799,8 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
 const fieldValues = ({ fields }: Pick<ResponseHead, "fields">, name: string) => fields.get(name) ?? [];
 
 /** The value of a field that may appear once; "" without it, or if it appears more often. */
-function singleValue(head: ResponseHead, name: string): string {
-  const [value = "", ...more] = fieldValues(head, name);
-  return more.length === 0 ? value : "";
-}
+const singleValue = (head: ResponseHead, name: string) =>
+  fieldValues(head, name).length > 1 ? "" : fieldValues(head, name).join();
 
 // ── shared: http-date ──
 /** HTTP-date (RFC 9110 §5.6.7): the form that is sent today, and two obsolete ones. */
@@ -827,8 +825,7 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boolean, method: string): Framing {
   // Item 1: never any content, whatever the fields say. Item 2 is about CONNECT, which this client does not send.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
-  const codings = fieldValues(head, "transfer-encoding");
-  const lengths = fieldValues(head, "content-length");
+  const [codings, lengths] = [fieldValues(head, "transfer-encoding"), fieldValues(head, "content-length")];
   if (codings.length > 0) {
     // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
     if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
@@ -843,7 +840,7 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
   return Number(length);
 }
 
-/** Receives content, of which `begun` came with the head, in pieces: each is valid until the next is asked for. */
+/** Receives content and no byte more; `begun` came with the head. Each piece is valid until the next is asked for. */
 export async function* receiveContent(source: Source, framing: Framing, begun: Uint8Array): AsyncGenerator<Uint8Array> {
   const decoder = framing === "chunked" ? new ChunkedDecoder(LIMITS, true) : undefined;
   const [length, ofLength] = typeof framing === "number" ? [framing, ` of ${framing}`] : [Number.POSITIVE_INFINITY, ""];
