@@ -162,13 +162,13 @@ function tellFailure(error: unknown): number {
 
 /** The heart: one request, one response. @returns nothing once it is delivered, where it redirects to, or a failure */
 export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
-  const { job, delivery, request, trace } = session;
-  const connection = new Connection(job, trace);
+  const { job, delivery, request } = session;
+  const connection = new Connection(job);
   try {
     await connection.connect(request.url);
     await sendRequest(connection, session);
     const { head, rest } = await receiveHead(connection, request.method);
-    trace?.complete("head");
+    job.trace?.complete("head");
     if (job.isVerbose) tellHead("< ", head.text);
     if (head.framing !== "close") connection.stopWatching();
     const verdict = judgeHead(head, delivery.held, session);
@@ -180,11 +180,11 @@ export async function transfer(session: Session): Promise<undefined | Request | 
       tell(`Starting over: ${delivery.held.validator === "" ? "nothing tells whether " : ""}the content has changed`);
     delivery.start(head, verdict);
     for await (const content of receiveContent(connection, head.framing, rest)) {
-      trace?.complete("content");
+      job.trace?.complete("content");
       await delivery.write(content);
-      session.progress.show(delivery.held);
+      session.progress.show(session);
     }
-    trace?.complete("content complete");
+    job.trace?.complete("content complete");
     if (request.method !== "HEAD") await delivery.finish(head);
     // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
     if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
@@ -229,8 +229,7 @@ const beginSession = (job: Options, sink: Sink) => ({
   job,
   canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
   delivery: new Delivery(sink, job),
-  progress: new ProgressLine(job, sink),
-  trace: job.isTraced ? new Trace(tell) : undefined,
+  progress: new ProgressLine(),
   first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
   request: job.request, // the last request
   hasRange: false, // it asks for the rest of what is held
@@ -245,18 +244,18 @@ type Session = ReturnType<typeof beginSession>;
 async function download(job: Options, sink: Sink): Promise<number> {
   const session = beginSession(job, sink);
   const { delivery, progress } = session;
-  if (job.isTraced) fs(); // loaded before the first step, which would count the time
+  if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
   if (session.canStartOver) keepPartOnSignals(session);
   try {
     await withinMaxTime(job, tryUntilDone(session));
-    progress.finish(delivery);
+    progress.finish(session);
     return EXIT_CODES.ok;
   } catch (error) {
     progress.clear();
     const failure = asTransferError(error);
     if (failure.outcome === "timeout" && failure.isFinal) {
       failure.message += session.before;
-      session.trace?.step("deadline", failure.message);
+      job.trace?.step("deadline", failure.message);
     }
     return tellFailure(failure);
   } finally {
@@ -534,8 +533,7 @@ function redirect({ method, url: from, fields, content }: Request, status: numbe
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
 
-/** Where a response comes from: a connection, or a test. */
-export type Source = Pick<Connection, "receive" | "endsInOrder">;
+export type Source = Pick<Connection, "receive" | "records">; // where a response comes from
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
@@ -687,34 +685,30 @@ export class ChunkedDecoder {
 
 const unparsable = (fault: string, details: ConstructorParameters<typeof TransferError>[2] = { isFinal: true }) =>
   new TransferError("unparsable", `the response is malformed: ${fault}`, details);
-/** The content is longer or shorter than the head said, so its bytes cannot be trusted. */
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
-  let [text, passed] = ["", 0]; // all that has come, and how much of it is 1xx
-  for (;;) {
-    const bytes = await source.receive();
-    if (bytes === undefined) {
-      parseResponseHead(text.slice(passed), method); // a line that is malformed is so whatever would have followed
-      if (text === "") throw new TransferError("empty", "the server closed the connection without an answer");
-      throw new TransferError("partial", "the response ends inside its head");
-    }
-    const before = text.length;
-    const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - before));
+  let [text, left] = ["", LIMITS.headBytesMax]; // what has come of a head, and how much more may come
+  for (let bytes; (bytes = await source.receive()) !== undefined;) {
+    const before = text;
+    const piece = latin1(bytes, 0, Math.min(bytes.length, left));
     text += piece;
-    const fits = piece.length === bytes.length;
+    left -= bytes.length;
     // Parsed anew only at the start, when the first line has ended, and at an empty line: a byte at a time is cheap.
-    const isDue = () => !text.slice(passed, before).includes("\n") || EMPTY_LINE.test(text.slice(before - 2));
-    if (before - passed > 7 && fits && !(piece.includes("\n") && isDue())) continue;
-    for (let head; (head = parseResponseHead(text.slice(passed), method)) !== undefined;) {
-      passed += head.text.length;
+    const isDue = piece.includes("\n") && (!before.includes("\n") || EMPTY_LINE.test(text.slice(before.length - 2)));
+    if (before.length > 7 && left >= 0 && !isDue) continue;
+    for (let head; (head = parseResponseHead(text, method)) !== undefined;) {
+      text = text.slice(head.text.length);
       if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that"); // RFC 9110 §15.2.2
-      if (head.status >= 200) return { head, rest: bytes.subarray(passed - before) };
+      if (head.status >= 200) return { head, rest: bytes.subarray(piece.length - text.length) };
     }
-    if (!fits) throw unparsable("the head is too large");
+    if (left < 0) throw unparsable("the head is too large");
   }
+  parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
+  if (left < LIMITS.headBytesMax) throw new TransferError("partial", "the response ends inside its head");
+  throw new TransferError("empty", "the server closed the connection without an answer");
 }
 
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
@@ -725,22 +719,17 @@ const NO_FIELD_LINE = "a line of its head is not a field-line";
 const READ_STRICTLY =
   /^(content-(length|range|encoding)|transfer-encoding|etag|last-modified|date|location|retry-after|repr-digest)$/i;
 
-/**
- * Parses a response head (RFC 9112 §4 and §5) from its first character on; nothing is kept between calls.
- * @param text what has come so far, one character a byte; bytes behind the head are ignored
- * @returns the head, or undefined: more is needed
- * @throws TransferError "unparsable"; it is final, unless the response is no HTTP at all
- */
+/** Parses the head that begins a text (RFC 9112 §4, §5). @returns undefined: more is needed. @throws TransferError */
 export function parseResponseHead(text: string, method: string): ResponseHead | undefined {
   const end = EMPTY_LINE.exec(text);
   const begun = end === null ? text : text.slice(0, end.index + 1);
   // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
   const [first = "", ...lines] = begun.split(/\r?\n/);
   const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
-  const statusLine = STATUS_LINE.exec(first);
+  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first) ?? [];
   // A response that does not start like one is refused before the end of its line has come.
-  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : statusLine !== null);
-  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {});
+  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : status !== undefined);
+  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // a server may be starting
   lines.pop(); // what is behind the last line end: a line that has not ended
   if (isMalformed) throw unparsable(NO_FIELD_LINE);
   if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
@@ -748,18 +737,15 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   let last: string[] | undefined;
   for (const line of lines) {
     // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
-    const isFold = /^[ \t]/.test(line);
-    const name = isFold ? undefined : /^([^:]*):/.exec(line)?.[1]?.toLowerCase();
-    if (isFold && last !== undefined && FIELD_LINE.test(`x:${line}`))
+    const name = /^(?![ \t])([^:]*):/.exec(line)?.[1]?.toLowerCase();
+    if (last !== undefined && /^[ \t][\t\x20-\x7e\x80-\xff]*$/.test(line))
       last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
     else if (name !== undefined && (FIELD_LINE.test(line) || !READ_STRICTLY.test(name.replace(/[^\w-]/g, "")))) {
-      last = fields.get(name) ?? [];
-      fields.set(name, last);
+      last = fields.getOrInsert(name, []);
       last.push(trimOws(line.slice(name.length + 1)));
     } else throw unparsable(NO_FIELD_LINE);
   }
-  if (end === null || statusLine === null) return undefined;
-  const [, minorVersion, status, reasonPhrase = ""] = statusLine;
+  if (end === null) return undefined;
   const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, end.index + end[0].length) };
   return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
 }
@@ -767,10 +753,8 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
 const fieldValues = ({ fields }: Pick<ResponseHead, "fields">, name: string) => fields.get(name) ?? [];
 
 /** The value of a field that may appear once; "" without it, or if it appears more often. */
-function singleValue(head: ResponseHead, name: string): string {
-  const [value = "", ...more] = fieldValues(head, name);
-  return more.length === 0 ? value : "";
-}
+const singleValue = (head: ResponseHead, name: string) =>
+  fieldValues(head, name).length > 1 ? "" : fieldValues(head, name).join();
 
 // ── shared: http-date ──
 /** HTTP-date (RFC 9110 §5.6.7): the form that is sent today, and two obsolete ones. */
@@ -795,8 +779,7 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boolean, method: string): Framing {
   // Item 1: never any content, whatever the fields say. Item 2 is about CONNECT, which this client does not send.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
-  const codings = fieldValues(head, "transfer-encoding");
-  const lengths = fieldValues(head, "content-length");
+  const [codings, lengths] = [fieldValues(head, "transfer-encoding"), fieldValues(head, "content-length")];
   if (codings.length > 0) {
     // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
     if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
@@ -806,20 +789,15 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
     return "chunked";
   }
   if (lengths.length === 0) return "close"; // item 8: until the connection is closed
-  const [text = "", ...others] = lengths.join(",").split(",").map(trimOws);
-  const isOne = /^\d+$/.test(text) && others.every((other) => other === text); // items 5 and 6: or the same again
-  if (!isOne || !Number.isSafeInteger(Number(text))) throw unparsable("its Content-Length is not one number");
-  return Number(text);
+  const [, length] = /^(\d+)(?:[\t ]*,[\t ]*\1)*$/.exec(lengths.join(",")) ?? []; // items 5 and 6: or the same again
+  if (!Number.isSafeInteger(Number(length))) throw unparsable("its Content-Length is not one number");
+  return Number(length);
 }
 
-/**
- * Receives the content of a response, of which `begun` came with the head: piece by piece, and no byte after it. Each
- * piece is valid until the next is asked for. RFC 9112 §8: only content without a length may end with the connection,
- * and over TLS only if the peer has announced that (§9.8), since anyone on the path can cut it. @throws TransferError
- */
+/** Receives content and no byte more; `begun` came with the head. Each piece is valid until the next is asked for. */
 export async function* receiveContent(source: Source, framing: Framing, begun: Uint8Array): AsyncGenerator<Uint8Array> {
   const decoder = framing === "chunked" ? new ChunkedDecoder(LIMITS, true) : undefined;
-  const length = typeof framing === "number" ? framing : Number.POSITIVE_INFINITY;
+  const [length, ofLength] = typeof framing === "number" ? [framing, ` of ${framing}`] : [Number.POSITIVE_INFINITY, ""];
   let [rest, kept, came]: [Uint8Array, number, number] = [begun, 0, 0]; // `kept` bytes: a line of chunks, incomplete
   for (let bytes: Uint8Array | undefined = begun; bytes !== undefined;) {
     if (kept > 0 && rest.length < kept + bytes.length)
@@ -835,22 +813,14 @@ export async function* receiveContent(source: Source, framing: Framing, begun: U
     // What came before a fault may have been damaged as well.
     if (decoder?.fault) throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
     if (came === length || decoder?.state === "done") return;
-    bytes = await receiveMore(source, framing, came);
+    bytes = await source.receive().catch((error: TransferError) => {
+      // Content that only a close ends may be cut by a reset at any byte: then it is a part.
+      throw framing === "close" && error.outcome === "receive" ? new TransferError("partial", error.message) : error;
+    });
+    // RFC 9112 §8: only content without a length may end with the connection, and over TLS only if announced (§9.8).
+    if (bytes === undefined && !(framing === "close" && source.records.endsInOrder))
+      throw new TransferError("partial", `the response is not complete: ${came}${ofLength} bytes of content came`);
   }
-}
-
-/** @returns undefined if the end of the connection is that of the content. @throws TransferError */
-async function receiveMore(source: Source, framing: Framing, came: number): Promise<Uint8Array | undefined> {
-  try {
-    const bytes = await source.receive();
-    if (bytes !== undefined || (framing === "close" && source.endsInOrder)) return bytes;
-  } catch (error) {
-    // Content that only a close ends may be cut by a reset at any byte: then it is a part.
-    const isCut = framing === "close" && error instanceof TransferError && error.outcome === "receive";
-    throw isCut ? new TransferError("partial", error.message) : error;
-  }
-  const whole = typeof framing === "number" ? ` of ${framing}` : "";
-  throw new TransferError("partial", `the response is not complete: ${came}${whole} bytes of content came`);
 }
 
 /** Chunks are compacted in place, over the framing: one piece is left to write, and nothing is allocated. */
@@ -907,34 +877,27 @@ function ignoreErrors<T>(step: () => T): T | undefined {
 }
 
 /** A head or a reason phrase for people: UTF-8 if it is that, otherwise ISO 8859-1. */
-function asText(latin1Text: string): string {
-  const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
-  return ignoreErrors(() => utf8.decode(toBytes(latin1Text))) ?? latin1Text;
-}
+const asText = (text: string) =>
+  ignoreErrors(() => new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(toBytes(text))) ?? text;
 
 /** Heads for people: each line with a mark before it, as curl -v prints them. */
 function tellHead(mark: string, head: string): void {
   for (const line of asText(head).trimEnd().split(/\r?\n/)) tell(mark + line);
 }
 
-/** Size, speed and time left, in one line of stderr that is overwritten; only on a terminal that gets no content. */
+/** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left": on stderr, overwritten, if that is a terminal without content. */
 class ProgressLine {
   private dueAt: number = LIMITS.progressAfterMs;
   private firstBytes: number | undefined;
   private isOnScreen = false;
 
-  constructor(
-    private readonly job: Options,
-    private readonly sink: Sink,
-  ) {}
-
-  /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
-  show({ bytes, total = 0 }: Held): void {
+  show({ job, delivery }: Session): void {
+    const { bytes, total = 0 } = delivery.held;
     this.firstBytes ??= bytes;
-    const now = elapsedMs(this.job);
+    const now = elapsedMs(job);
     if (now < this.dueAt) return;
     this.dueAt = now + LIMITS.progressEveryMs;
-    if (this.job.isSilent || this.job.isTraced || this.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
+    if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
     const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
@@ -943,15 +906,14 @@ class ProgressLine {
     ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
   }
 
-  /** Ends the line with a summary. */
-  finish({ held, isToVerify, isUnchanged, note }: Delivery): void {
-    if (!isUnchanged && (this.isOnScreen || this.job.isVerbose)) {
+  finish({ job, delivery: { held, sink, isToVerify, isUnchanged, note } }: Session): void {
+    if (!isUnchanged && (this.isOnScreen || job.isVerbose)) {
       this.clear();
-      this.sink.endLine?.();
+      sink.endLine?.();
       const verified = isToVerify ? "SHA-256 verified" : "not verified";
-      tell(`${formatBytes(held.bytes)} in ${(elapsedMs(this.job) / 1000).toFixed(1)} s, ${verified}`);
+      tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
     }
-    if (note !== "" && !this.job.isSilent) tell(note);
+    if (note !== "" && !job.isSilent) tell(note);
   }
 
   clear(): void {
@@ -969,16 +931,15 @@ export class Connection {
   private end: "FIN" | TransferError | undefined; // nothing more comes
   private isClosed = false;
   private socket: Bun.Socket | undefined;
-  private records: RecordWatch | undefined; // over TLS: sees the encrypted records
   private wake = () => {};
-  /** The content has a length or a last chunk, so nobody asks how the connection ends: spares a copy of each record. */
-  stopWatching = () => {};
+  readonly records = new RecordWatch();
+  stopWatching = () => {}; // for content that has a length or a last chunk: spares a copy of each record
 
   /** Each handler stores what has happened, and wakes the step that waits. */
   readonly handlers = {
     open: (socket: Bun.Socket) => void (this.socket = socket),
     data: (socket: Bun.Socket, bytes: Uint8Array) => {
-      if (this.records !== undefined) this.records.room -= bytes.length;
+      this.records.room -= bytes.length;
       this.received.push(bytes);
       this.receivedBytes += bytes.length;
       if (this.receivedBytes >= LIMITS.receivedBytesMax) socket.pause();
@@ -999,22 +960,13 @@ export class Connection {
     error: (socket: Bun.Socket, error: SystemError) => this.handlers.close(socket, error),
   };
 
-  constructor(
-    private readonly job: Options,
-    private readonly trace?: Trace,
-  ) {}
-
-  /** The peer has announced its end: the connection was not cut. Over TLS, anyone on the way can send a FIN. */
-  get endsInOrder(): boolean {
-    return this.records?.endsInOrder ?? true;
-  }
+  constructor(private readonly job: Options) {}
 
   /** @throws TransferError "resolve", "connect", "timeout", "tls", "certificate" or "authorities" */
   async connect(url: URL): Promise<void> {
-    const { connectMs } = this.job;
-    this.trace?.begin();
-    const late = `no connection to ${url.host} within ${connectMs / 1000} s`;
-    await within(connectMs, this.open(url), late).catch((error) => this.fail("connect", asTransferError(error)));
+    this.job.trace?.begin();
+    const opening = within(this.job.connectMs, this.open(url), `no connection to ${url.host} within`);
+    await opening.catch((error) => this.fail("connect", asTransferError(error)));
   }
 
   private async open(url: URL): Promise<void> {
@@ -1024,42 +976,36 @@ export class Connection {
       hostname,
       port: Number(url.port || (isSecure ? 443 : 80)),
       allowHalfOpen: true, // the server's FIN must not stop us from sending, nor hide what it sent before
-      socket: isSecure ? { data: (_, bytes) => this.records?.take(bytes) } : this.handlers,
+      socket: isSecure ? { data: (_, bytes) => this.records.take(bytes) } : this.handlers,
     }).catch(({ syscall, code, message }: SystemError) => {
       if (syscall === "getaddrinfo") throw new TransferError("resolve", `cannot resolve ${hostname}`);
       throw new TransferError("connect", `cannot connect to ${url.host}: ${code ?? message}`);
     });
     if (this.isClosed) return void socket.close(); // the step that waited for it has ended
-    const { remoteAddress, remotePort } = socket;
-    this.trace?.step("connect", `${remoteAddress.includes(":") ? `[${remoteAddress}]` : remoteAddress}:${remotePort}`);
-    if (isSecure) await this.secure(socket, hostname);
+    this.job.trace?.step("connect", `${socket.remoteAddress.replace(/.*:.*/, "[$&]")}:${socket.remotePort}`);
+    if (isSecure) await this.startTls(socket, hostname);
   }
 
-  /** Starts TLS. @throws TransferError "tls" or "certificate" */
-  private async secure(socket: Bun.Socket, hostname: string): Promise<void> {
-    const { promise, resolve, reject } = Promise.withResolvers<void>();
-    const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
-    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
-      // A fault: the peer speaks no TLS, or not ours. Otherwise only its certificate is not trusted.
-      const isFault = error === null || /^(EPROTO|ECONN|ERR_SSL)/.test(error.code ?? "");
-      if (isTrusted || (this.job.isInsecure && !isFault)) return resolve();
-      if (!isFault) return fail("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`);
-      // A refusal will not change; a lost connection may be transient.
-      const isFinal = !error?.code?.startsWith("ECONN");
-      fail("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal });
-    };
-    const close = (socket: Bun.Socket, error?: SystemError) => {
-      fail("tls", `the connection to ${hostname} was closed before there was TLS`);
-      this.handlers.close(socket, error);
-    };
+  private async startTls(socket: Bun.Socket, hostname: string): Promise<void> {
     // RFC 6066 §3: a name goes without the root's dot, an address not at all: then the certificate must name that.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
     const tls = { serverName, ca: authorities ?? [], rejectUnauthorized: !this.job.isInsecure };
-    this.records = new RecordWatch();
+    const { promise, resolve, reject } = Promise.withResolvers<Partial<SystemError>>();
+    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) =>
+      resolve(isTrusted ? {} : (error ?? { code: "EPROTO", message: "refused" }));
+    const close = (socket: Bun.Socket, error?: SystemError) => {
+      reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
+      this.handlers.close(socket, error);
+    };
     const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
     this.stopWatching = () => encrypted.reload({ socket: { drain() {} } });
-    await promise;
-    this.trace?.step("TLS", `with ${hostname}`);
+    const { code = "", message } = await promise;
+    // The peer speaks no TLS, or not ours: this will not change. But a lost connection may be transient.
+    if (/^(EPROTO|ECONN|ERR_SSL)/.test(code))
+      throw new TransferError("tls", `no TLS with ${hostname}: ${message}`, { isFinal: !code.startsWith("ECONN") });
+    if (message !== undefined && !this.job.isInsecure)
+      throw new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${message}`);
+    this.job.trace?.step("TLS", `with ${hostname}`);
   }
 
   /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
@@ -1068,7 +1014,7 @@ export class Connection {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
       if (written < 0 && this.end !== undefined)
         throw new TransferError("send", "the connection was lost while the request was sent");
-      this.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
+      this.job.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
       sent += Math.max(0, written);
       // If the connection is lost, an answer may still be unread: its event comes before that of the loss.
       if (sent < bytes.length) await this.event();
@@ -1079,8 +1025,7 @@ export class Connection {
 
   /** More has come than interim responses, which may come at any time (RFC 9110 §15.2). */
   private get isAnswered(): boolean {
-    const text = () => latin1(Buffer.concat(this.received), 0, this.receivedBytes);
-    return this.receivedBytes > 0 && /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(text());
+    return /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(Buffer.concat(this.received).toString("latin1"));
   }
 
   /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
@@ -1088,34 +1033,33 @@ export class Connection {
     let bytes;
     while ((bytes = this.received.shift()) === undefined) {
       if (this.end instanceof TransferError) this.fail("reset", this.end);
-      if (this.end === "FIN") return void this.trace?.step("FIN", "received");
+      if (this.end === "FIN") return void this.job.trace?.step("FIN", "received");
       this.socket?.resume();
       await this.event();
     }
     this.receivedBytes -= bytes.length;
-    this.trace?.receive(bytes);
+    this.job.trace?.receive(bytes);
     return bytes;
   }
 
   private fail(event: string, failure: TransferError): never {
-    this.trace?.step(failure.outcome === "timeout" ? "deadline" : event, failure.message);
+    this.job.trace?.step(failure.outcome === "timeout" ? "deadline" : event, failure.message);
     throw failure;
   }
 
   /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
   close(): void {
     const isReset = this.end instanceof TransferError && this.end.outcome === "receive";
-    if (this.socket !== undefined) this.trace?.step("close", isReset ? "" : "FIN sent");
+    if (this.socket !== undefined) this.job.trace?.step("close", isReset ? "" : "FIN sent");
     this.isClosed = true;
     this.socket?.close();
   }
 
   /** Waits for the next event, but only as long as the peer may be silent. */
   private async event(): Promise<void> {
-    this.trace?.flush();
+    this.job.trace?.flush();
     const event = new Promise<void>((resolve) => (this.wake = resolve));
-    const { stallMs } = this.job;
-    await within(stallMs, event, `no byte for ${stallMs / 1000} s`).catch((late) => (this.end = late));
+    await within(this.job.stallMs, event, "no byte for").catch((late) => (this.end = late));
   }
 }
 
@@ -1131,21 +1075,20 @@ function readAuthorities(file: string | undefined): string[] {
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
 }
 
-/** Waits for a step, but only for so long. @throws TransferError "timeout" */
-async function within<T>(ms: number, step: T | Promise<T>, message: string, isFinal = false): Promise<T> {
+/** Waits for a step, but only for `ms`, of which `leftMs` are left. @throws TransferError "timeout" */
+async function within<T>(ms: number, step: T | Promise<T>, message: string, leftMs = ms, isFinal = false): Promise<T> {
   if (ms === Number.POSITIVE_INFINITY) return step;
   const { promise: late, reject } = Promise.withResolvers<never>();
-  const fail = () => reject(new TransferError("timeout", message, { isFinal }));
+  const fail = () => reject(new TransferError("timeout", `${message} ${ms / 1000} s`, { isFinal }));
   // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may be there already: first it looks.
-  let timer = setTimeout(() => (timer = setTimeout(fail, 1)), ms);
+  let timer = setTimeout(() => (timer = setTimeout(fail, 1)), leftMs);
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
 
 const elapsedMs = ({ startedAt }: Options) => performance.now() - startedAt;
-
 /** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
 const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promise<T> =>
-  within(Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, step, `not done within ${job.maxMs / 1000} s`, true);
+  within(job.maxMs, step, "not done within", Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, true);
 
 // ── shared: trace ──
 /**
@@ -1207,38 +1150,35 @@ class Trace {
 const ALERT_RECORD_LENGTH = 19; // in TLS 1.3: level, description, inner type, and a tag of 16 bytes (RFC 8446 §5.2, §6)
 const [ALERT, APPLICATION_DATA] = [21, 23];
 
-/**
- * Watches encrypted TLS records go by (RFC 8446 §5.1) to tell whether the peer closed in order: whether its last record
- * was an alert. In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
- */
+/** Watches TLS records go by (RFC 8446 §5.1): was the last one an alert, as it is if the peer closes in order? */
 export class RecordWatch {
-  private header: number[] = []; // of the last record: type, version, length
-  private length = 0; // of that record
-  private left = 0; // bytes of it that are still to come
   room = 0; // plaintext bytes that the records of the last read could hold; the caller subtracts those that came of them
+  private type: number | undefined; // of the last record
+  private length = 0; // of that record, without its header
+  private seen = 0; // bytes of it, with its header; 0 again once it is whole
 
   /** Records, or pieces of them, before they are decrypted: a copy of their bytes, which is given back. */
   take(bytes: Uint8Array): void {
     this.room = 0;
     for (let at = 0; at < bytes.length;) {
-      if (this.left === 0) {
-        if (this.header.length === 5) this.header = [];
-        if (this.header.push(byteAt(bytes, at++)) === 5) this.length = Buffer.from(this.header).readUInt16BE(3);
-        if (this.header.length === 5) this.left = this.length;
-        continue;
-      }
-      const taken = Math.min(this.left, bytes.length - at);
+      const isHeader = this.seen < 5; // type, two bytes of version, two of length: one by one, as a read may end in it
+      if (this.seen === 0) this.type = byteAt(bytes, at);
+      if (isHeader) this.length = (this.length * 256 + byteAt(bytes, at)) % 65_536;
+      const taken = isHeader ? 1 : Math.min(5 + this.length - this.seen, bytes.length - at);
       at += taken;
-      this.left -= taken;
-      if (this.left === 0 && this.header[0] === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
+      this.seen += taken;
+      if (this.seen < 5 + this.length) continue;
+      if (this.type === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
+      this.seen = 0;
     }
     release(bytes);
   }
 
+  /** The peer has announced its end. Without TLS its FIN does that; over TLS, anyone on the path can send one. */
   get endsInOrder(): boolean {
-    if (this.left > 0 || this.header.length < 5) return false;
-    if (this.header[0] === ALERT) return true;
-    return this.header[0] === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
+    // In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
+    const isAlert13 = this.type === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
+    return this.type === undefined || (this.seen === 0 && (this.type === ALERT || isAlert13));
   }
 }
 
@@ -1880,7 +1820,7 @@ export function parseCommandLine(args: readonly string[]) {
     keepsTime: values.has("remote-time"), // FILE gets the time of Last-Modified
     isSilent: values.has("silent"),
     isVerbose: values.has("verbose"),
-    isTraced: values.has("trace"),
+    trace: values.has("trace") ? new Trace(tell) : undefined,
   };
 }
 
