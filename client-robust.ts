@@ -1594,7 +1594,7 @@ class FileSink implements Sink {
   }
 
   async digest(held: Held): Promise<string> {
-    return sha256Of((await this.ready(held)).fd);
+    return sha256Of(Bun.file((await this.ready(held)).fd));
   }
 
   async finish(held: Held): Promise<string> {
@@ -1734,11 +1734,8 @@ async function openSink(job: Options): Promise<Sink | undefined> {
     return openDescriptor(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   const folder = paths().dirname(path);
   fs().accessSync(old === undefined ? folder : path, old === undefined ? W_OK | X_OK : W_OK);
-  const hasDigest = async () => {
-    await using file = await fs().promises.open(path);
-    return sha256Of(file.fd) === sha256;
-  };
-  if (old !== undefined && sha256 !== "" && (await hasDigest().catch(() => false))) return undefined;
+  const isToCompare = old !== undefined && sha256 !== "";
+  if (isToCompare && (await sha256Of(Bun.file(path)).catch(() => "")) === sha256) return undefined;
   const isBeside = canUse(folder, W_OK | X_OK);
   const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
   // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
@@ -1768,15 +1765,11 @@ function followLinks(path: string): string {
   return path;
 }
 
-function* piecesOf(fd: number, from = 0): Generator<[piece: Uint8Array, at: number]> {
-  const buffer = new Uint8Array(1_048_576);
-  for (let at = from, length = 0; (length = fs().readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
-    yield [buffer.subarray(0, length), at];
-}
-
 /** Copies all that follows a byte to the same place in another file, and onto its disk. */
 async function copy(source: number, target: number, from: number): Promise<void> {
-  for (const [piece, at] of piecesOf(source, from)) await writeAll(target, piece, false, at);
+  const buffer = new Uint8Array(1_048_576);
+  for (let at = from, length = 0; (length = fs().readSync(source, buffer, 0, buffer.length, at)) > 0; at += length)
+    await writeAll(target, buffer.subarray(0, length), false, at);
   sync(target);
 }
 
@@ -1789,10 +1782,10 @@ function sync(fd: number): void {
   }
 }
 
-/** SHA-256 in hex of all that a descriptor reads. */
-function sha256Of(fd: number): string {
+/** SHA-256 in hex. */
+async function sha256Of(file: Blob): Promise<string> {
   const hash = new Bun.CryptoHasher("sha256");
-  for (const [piece] of piecesOf(fd)) hash.update(piece);
+  for await (const piece of file.stream()) hash.update(piece);
   return hash.digest("hex");
 }
 
