@@ -90,7 +90,7 @@ interface Sink {
   write(content: Uint8Array, held: Held): Promise<void>;
   finish(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
   close(held: Held): string | Promise<string>; // called last, whatever happened. Returns how to continue, or ""
-  start?(head: ResponseHead): void; // the content of this response follows, from its first byte on
+  head?: string; // still to be printed: with the first content, when no other response can replace it
   digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   readonly isTerminal?: boolean;
@@ -325,8 +325,7 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
   const { job, delivery, progress, wasSent, request } = session;
   const { isPart, refusesRest, spoils } = failure;
-  if (spoils) delivery.discard();
-  session.failures = delivery.takeProgress() ? Number(!isPart) : session.failures + Number(!refusesRest);
+  session.failures = delivery.endAttempt(spoils) ? Number(!isPart) : session.failures + Number(!refusesRest);
   const attempt = { method: request.method, wasSent, failures: session.failures, elapsedMs: elapsedMs(job) };
   const decision = decideNext(failure, attempt, delivery.held, job, Math.random);
   progress.clear();
@@ -1299,10 +1298,10 @@ class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
   isUnchanged = false; // the user has the content already
-  private best: number; // the most ever held of this version: only what goes beyond it is progress, no new start
+  private before: number; // bytes held when the attempt began: more is progress. Infinity: it has started over
   private isJoined = true; // the content held came in several responses, or in an earlier run
   private hash: Bun.CryptoHasher | undefined;
-  private skip = 0; // bytes of the response under way that are held already
+  private at = Number.POSITIVE_INFINITY; // the place in the whole that the response under way has reached
   private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
   private expectedDigest = "";
 
@@ -1311,21 +1310,23 @@ class Delivery {
     private readonly job: Job,
   ) {
     this.held = sink.found;
-    this.best = this.held.bytes;
+    this.before = this.held.bytes;
   }
 
-  /** A response has ended. @returns true once if more is held than ever before */
-  takeProgress(): boolean {
-    const { best, held } = this;
-    this.skip = 0;
-    this.best = best === Number.POSITIVE_INFINITY ? held.bytes : Math.max(best, held.bytes);
-    return held.bytes > best;
+  /** An attempt has ended. @param spoils what is held is deleted. @returns true if more is held than before */
+  endAttempt(spoils: boolean): boolean {
+    if (spoils) this.sink.discard?.();
+    if (spoils) this.held = NOTHING;
+    const isMore = this.held.bytes > this.before;
+    this.before = this.held.bytes;
+    this.at = Number.POSITIVE_INFINITY;
+    return isMore;
   }
 
   start(head: ResponseHead, { held, from, end }: Extract<Verdict, { action: "deliver" }>): void {
-    if (held.bytes === 0 && this.held.bytes > 0) this.best = Number.POSITIVE_INFINITY;
+    if (held.bytes === 0 && this.held.bytes > 0) this.before = Number.POSITIVE_INFINITY;
     this.held = held;
-    this.skip = held.bytes - from;
+    this.at = from;
     this.end = end;
     this.isJoined = held.bytes > 0;
     // RFC 9530 §3: of the whole representation, in a 206 too. What an earlier response said of this version holds.
@@ -1333,13 +1334,12 @@ class Delivery {
     this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
     if (this.isJoined) return;
     this.hash = this.isToVerify ? new Bun.CryptoHasher("sha256") : undefined;
-    this.sink.start?.(head);
+    if (!this.job.keepsOnlyContent) this.sink.head = head.text;
   }
 
   async write(bytes: Uint8Array): Promise<void> {
-    const skipped = Math.min(this.skip, bytes.length);
-    this.skip -= skipped;
-    const content = bytes.subarray(skipped);
+    const content = bytes.subarray(Math.max(0, this.held.bytes - this.at)); // what is held already is passed over
+    this.at += bytes.length;
     const length = this.held.bytes + content.length;
     if (length > this.job.sizeMax) throw tooLarge(this.job);
     if (length > this.end) throw contradiction();
@@ -1354,8 +1354,8 @@ class Delivery {
     const { bytes, total } = this.held;
     // Content that only a close ends may have been cut. The last chunk ends it for sure.
     if (head.framing === "chunked" && Number.isFinite(this.end) && bytes < this.end) throw contradiction();
-    const cut = `the response is not complete: ${this.skip} of ${bytes} bytes held are missing`;
-    if (this.skip > 0) throw new TransferError("partial", cut);
+    const cut = `the response is not complete: ${bytes - this.at} of ${bytes} bytes held are missing`;
+    if (this.at < bytes) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
     if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: bytes === this.end });
     if (this.isToVerify) await this.verify();
@@ -1380,13 +1380,6 @@ class Delivery {
     const isFinal = found === told || (told === "" && !this.isJoined);
     const mismatch = `the content is not what its digest says: its SHA-256 is ${found}`;
     throw new TransferError("digest", mismatch, { isFinal, spoils: true });
-  }
-
-  /** Deletes the content held, as it is wrong. */
-  discard(): void {
-    this.sink.discard?.();
-    this.held = NOTHING;
-    this.best = Number.POSITIVE_INFINITY;
   }
 }
 
@@ -1431,7 +1424,7 @@ class StreamSink implements Sink {
   readonly found = NOTHING;
   readonly isTerminal: boolean;
   private readonly mayBlock: boolean;
-  private head = ""; // still to be printed: with the first content, when no other response can replace it
+  head = "";
   private isInLine = false;
   private readonly textDecoder = new TextDecoder();
   private left: number; // bytes to print before node:fs is loaded
@@ -1448,10 +1441,6 @@ class StreamSink implements Sink {
     this.left = !this.mayBlock || (found.isFIFO() && !isTimed) ? LIMITS.printedBytesMax : 0;
   }
 
-  start(head: ResponseHead): void {
-    this.head = this.job.keepsOnlyContent ? "" : head.text;
-  }
-
   async write(content: Uint8Array): Promise<void> {
     await this.finish();
     await this.print(content);
@@ -1466,14 +1455,11 @@ class StreamSink implements Sink {
     return "";
   }
 
+  readonly close = () => this.finish(); // no other attempt follows: prints a head whose content never came
+
   endLine(): void {
     if (this.isInLine) ignoreErrors(() => fs().writeSync(this.fd, "\n"));
     this.isInLine = false;
-  }
-
-  /** No other attempt will follow: prints a head whose content never came, if the output is still open. */
-  close(): Promise<string> {
-    return this.finish().catch(() => "");
   }
 
   private print(content: Uint8Array): Promise<unknown> {
@@ -1490,14 +1476,13 @@ class StreamSink implements Sink {
 }
 
 /** What a part is a part of: written once, before the part's first byte, into a file of the part's name and ".json". */
-interface Label extends Omit<Held, "bytes"> {
+interface Label extends Held {
   readonly file: string; // the name of FILE; the name of a part has only the start of it
-  readonly request: string; // the URL and the fields that the user gave; of what may be a secret, a digest
-  readonly sha256: string; // the --sha256 of the run, which joins pieces whatever their validators say
+  readonly request: string; // --sha256, which joins any pieces, or else URL and fields; of what may be a secret, a digest
 }
 
-/** A part that lies beside FILE. `bytes` is 0 if there is only its label, or if it is not ours. */
-type FoundPart = { readonly path: string; readonly label: Label; readonly bytes: number; readonly labelledAt: number };
+/** A part that lies beside FILE. Its `bytes` are 0 if there is only its label, or if it is not ours. */
+type FoundPart = Readonly<{ path: string; inode: number | undefined; label: Label; labelledAt: number }>;
 
 const LABEL_END = /^\.[0-9a-f]{12}\.part\.json$/; // FILE.0123456789ab.part has the label FILE.0123456789ab.part.json
 const STEM_BYTES = 100; // of FILE's name stand in that of a part: a name may have 255 bytes, on some file systems fewer
@@ -1506,10 +1491,10 @@ const STEM_BYTES = 100; // of FILE's name stand in that of a part: a name may ha
 const stemOf = (file: string) =>
   Buffer.from(paths().basename(file)).subarray(0, STEM_BYTES).toString().replaceAll("\ufffd", "");
 
-/** The parts of this very FILE. */
-function* findParts(file: string, folder: string): Generator<FoundPart> {
+/** The parts of this very FILE (@param target its path). */
+function* findParts(target: string): Generator<FoundPart> {
   const { R_OK, W_OK } = fs().constants;
-  const stem = stemOf(file);
+  const [folder, file, stem] = [paths().dirname(target), paths().basename(target), stemOf(target)];
   // If others may write to the folder, a part of theirs is not to be trusted; nor is a link. The folder's owner could
   // replace FILE itself, and owns the parts on disks that are mounted for another user.
   const owners = [process.geteuid?.(), ignoreErrors(() => fs().statSync(folder).uid)];
@@ -1518,32 +1503,18 @@ function* findParts(file: string, folder: string): Generator<FoundPart> {
     const path = paths().join(folder, name.slice(0, -".json".length));
     const [found, part] = [statOf(`${path}.json`), statOf(path)];
     if (!found?.isFile() || found.size > LIMITS.headBytesMax) continue;
-    const label = ignoreErrors(() => readLabel(`${path}.json`, paths().basename(file)));
     const isOurs = part?.nlink === 1 && part.isFile() && owners.includes(part.uid) && canUse(path, R_OK | W_OK);
-    if (label !== undefined) yield { path, label, bytes: isOurs ? part.size : 0, labelledAt: found.mtimeMs };
+    const label = ignoreErrors(() => readLabel(`${path}.json`, file, isOurs ? part.size : 0));
+    if (label?.file === file) yield { path, inode: part?.ino, label, labelledAt: found.mtimeMs };
   }
 }
 
-/** @returns undefined if it is of another file. An empty label is of a run that was killed before it could write it. */
-function readLabel(path: string, file: string): Label | undefined {
+function readLabel(path: string, file: string, bytes: number): Label {
   const text = fs().readFileSync(path, "utf8");
-  // With other values than strings it fits nothing.
-  const label: Label = { ...NOTHING, request: "", sha256: "", ...(text === "" ? { file } : JSON.parse(text)) };
+  // With other values than strings it fits nothing. An empty label is of a run that was killed before it could write it.
+  const label: Label = { ...NOTHING, request: "", ...(text === "" ? { file } : JSON.parse(text)), bytes };
   const isValidator = STRONG_ETAG.test(label.validator) || Boolean(parseHttpDate(label.validator));
-  return label.file === file ? { ...label, validator: isValidator ? label.validator : "" } : undefined;
-}
-
-/** The part of an earlier run that is worth most: of the version that was seen last, the longest. */
-function findLeftover(parts: readonly FoundPart[], request: string, sha256: string): FoundPart | undefined {
-  const usable = parts.filter(({ label, bytes }) => {
-    // The same digest is the same content, whatever the request was.
-    const isNamed = label.request === request && (sha256 === "" ? label.validator !== "" : label.sha256 === "");
-    const isVouched = isNamed || (sha256 !== "" && label.sha256 === sha256);
-    return isVouched && bytes > 0 && bytes <= (label.total ?? bytes);
-  });
-  const newest = usable.toSorted((a, b) => b.labelledAt - a.labelledAt)[0]?.label;
-  const isSame = ({ label }: FoundPart) => label.validator === newest?.validator && label.resource === newest.resource;
-  return usable.filter(isSame).toSorted((a, b) => b.bytes - a.bytes)[0];
+  return { ...label, validator: isValidator ? label.validator : "" };
 }
 
 function removePart(path: string): void {
@@ -1563,25 +1534,34 @@ const changed = (path: string) => new TransferError("write", `${path} has been c
  * updated in place. A crash between any two calls leaves a part that can be continued, or a label without a part.
  */
 class FileSink implements Sink {
-  readonly found: Held = NOTHING;
+  readonly found: Held;
+  private readonly folder: string; // of the part
+  private readonly request: string; // for the label; "" if the content cannot be continued
   private readonly older: readonly FoundPart[]; // of earlier runs
   private readonly leftover: FoundPart | undefined; // the one of them that is continued
-  private readonly request: string;
   /** The part that this run writes. Its inode tells whether the name is still its own. */
-  private part: { path: string; fd: number; inode: number; canBeContinued: boolean } | undefined;
+  private part: { path: string; fd: number; inode: number } | undefined;
 
   constructor(
     private readonly path: string,
     private readonly old: Stats | undefined, // FILE as it is, if it exists
-    private readonly folder: string, // of the parts
-    private readonly canContinue: boolean,
     private readonly job: Options,
   ) {
-    const { url, fields } = job.request;
-    this.request = url.origin + resourceOf(url) + digestOf(fields.join("\n"));
-    this.older = folder === paths().dirname(path) ? [...findParts(path, folder)] : [];
-    if (canContinue) this.leftover = findLeftover(this.older, this.request, job.sha256);
-    if (this.leftover !== undefined) this.found = { ...this.leftover.label, bytes: this.leftover.bytes };
+    const { method, url, fields, content } = job.request;
+    const { W_OK, X_OK } = fs().constants;
+    const isBeside = canUse(paths().dirname(path), W_OK | X_OK);
+    this.folder = isBeside ? paths().dirname(path) : process.getBuiltinModule("node:os").tmpdir();
+    // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
+    const canContinue = isBeside && method === "GET" && content.length === 0;
+    this.request = canContinue ? url.origin + resourceOf(url) + digestOf(fields.join("\n")) : "";
+    this.older = [...findParts(path)];
+    // The part that is worth most: of the version that was seen last, the longest.
+    const usable = this.older.filter((part) => this.canContinue(part));
+    const newest = usable.toSorted((a, b) => b.labelledAt - a.labelledAt)[0]?.label;
+    const isSame = ({ label }: FoundPart) =>
+      label.validator === newest?.validator && label.resource === newest.resource;
+    this.leftover = usable.filter(isSame).toSorted((a, b) => b.label.bytes - a.label.bytes)[0];
+    this.found = this.leftover?.label ?? NOTHING;
   }
 
   async write(content: Uint8Array, held: Held): Promise<void> {
@@ -1621,49 +1601,54 @@ class FileSink implements Sink {
     this.part = undefined;
   }
 
-  /** Keeps a part that a later run can continue, and nothing else. */
+  /** Keeps a part that a later run can continue, and nothing else. What a full disk has taken of a piece counts, too. */
   close(held: Held): string {
     if (this.part === undefined) return "";
-    const { path, fd, inode, canBeContinued } = this.part;
-    const { ino, size = 0 } = statOf(path) ?? {}; // what a full disk has taken of a piece counts, too
-    const isWhole = ino === inode && size > 0 && size >= held.bytes && statOf(`${path}.json`) !== undefined;
-    const isTooLong = held.bytes > 0 && size > (held.total ?? size);
-    const isKept = canBeContinued && isWhole && !isTooLong;
-    if (isKept) fs().closeSync(fd);
-    else this.discard();
-    return isKept ? `Kept ${size} bytes in ${path}: the same command continues from there` : "";
+    const { path, inode } = this.part;
+    const part = findParts(this.path).find((part) => part.path === path && part.inode === inode);
+    if (part !== undefined && this.canContinue(part) && part.label.bytes >= held.bytes)
+      return `Kept ${part.label.bytes} bytes in ${path}: the same command continues from there`;
+    this.discard();
+    return "";
+  }
+
+  /** May this run continue the part? The same digest is the same content, whatever the request was. */
+  private canContinue({ label: { request, validator, bytes, total = bytes } }: FoundPart): boolean {
+    const { sha256 } = this.job;
+    const isWanted = request !== "" && (request === this.request || request === sha256) && this.request !== "";
+    return isWanted && validator + sha256 !== "" && bytes > 0 && bytes <= total;
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
   private async ready(held: Held): Promise<NonNullable<FileSink["part"]>> {
     let { part } = this;
-    if (part === undefined || held.bytes === 0) part = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
+    if (part === undefined || held.bytes === 0) part = this.begin(held, held.bytes > 0 ? this.leftover : undefined);
     if (statOf(part.path)?.ino !== part.inode) part = this.begin(held, await this.findAgain(part));
-    if ((statOf(part.path)?.size ?? 0) < held.bytes) throw changed(part.path);
+    if (fs().fstatSync(part.fd).size < held.bytes) throw changed(part.path);
     return part;
   }
 
   /** Another run has taken the part over. @throws TransferError if that run goes on or the part is gone */
   private async findAgain({ path, fd, inode }: NonNullable<FileSink["part"]>): Promise<FoundPart> {
-    // If that run has died, nobody writes to the part any more. With --sha256 it may have joined other bytes.
     for (let waitedMs = 0; waitedMs < this.job.stallMs; waitedMs += LIMITS.idlePartMs) {
       const { mtimeMs } = fs().fstatSync(fd);
       await Bun.sleep(LIMITS.idlePartMs);
       if (fs().fstatSync(fd).mtimeMs !== mtimeMs) continue;
-      for (const part of findParts(this.path, this.folder))
-        if (statOf(part.path)?.ino === inode && part.label.sha256 + this.job.sha256 === "") return part;
-      break;
+      // That run has died, and nobody writes to the part any more. With --sha256 it may have joined other bytes.
+      const part = findParts(this.path).find((part) => part.inode === inode && part.label.request === this.request);
+      if (part === undefined || this.job.sha256 !== "") break;
+      return part;
     }
     throw takenOver(path);
   }
 
   /** Gives a part a name of its own, be it new or of an earlier run. The label comes first. */
-  private begin({ bytes: _, ...version }: Held, leftover: FoundPart | undefined): NonNullable<FileSink["part"]> {
+  private begin(held: Held, leftover: FoundPart | undefined): NonNullable<FileSink["part"]> {
     const { O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW } = fs().constants;
     const path = paths().join(this.folder, `${stemOf(this.path)}.${crypto.randomUUID().slice(-12)}.part`);
     const { sha256 } = this.job;
-    const validator = sha256 === "" ? version.validator : "";
-    const label: Label = { ...version, file: paths().basename(this.path), request: this.request, sha256, validator };
+    const [request, validator] = sha256 === "" ? [this.request, held.validator] : [sha256, ""];
+    const label: Label = { ...held, file: paths().basename(this.path), request, validator };
     const flags = O_RDWR | O_NOFOLLOW | (leftover === undefined ? O_CREAT | O_EXCL : 0);
     try {
       fs().writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
@@ -1674,7 +1659,7 @@ class FileSink implements Sink {
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
       this.discard();
-      return (this.part = { path, fd, inode, canBeContinued: this.canContinue && validator + sha256 !== "" });
+      return (this.part = { path, fd, inode });
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
@@ -1732,15 +1717,9 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   if (owner === "self") return openDescriptor(Number(descriptor), job);
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
     return openDescriptor(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
-  const folder = paths().dirname(path);
-  fs().accessSync(old === undefined ? folder : path, old === undefined ? W_OK | X_OK : W_OK);
-  const isToCompare = old !== undefined && sha256 !== "";
-  if (isToCompare && (await sha256Of(Bun.file(path)).catch(() => "")) === sha256) return undefined;
-  const isBeside = canUse(folder, W_OK | X_OK);
-  const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
-  // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
-  const { method, content } = job.request;
-  return new FileSink(path, old, parts, isBeside && method === "GET" && content.length === 0, job);
+  fs().accessSync(old === undefined ? paths().dirname(path) : path, old === undefined ? W_OK | X_OK : W_OK);
+  if (sha256 !== "" && (await sha256Of(Bun.file(path)).catch(() => "")) === sha256) return undefined;
+  return new FileSink(path, old, job);
 }
 
 /** @throws TransferError "write" */
