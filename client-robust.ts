@@ -86,7 +86,7 @@ export const NOTHING: Held = Object.freeze({ bytes: 0, ...NAMELESS, total: undef
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
-  readonly found: Held; // what an earlier run has left, to be continued
+  readonly leftover?: { readonly label: Held } | undefined; // what an earlier run has left, to be continued
   write(content: Uint8Array, held: Held): Promise<void>;
   finish(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
   close(held: Held): string | Promise<string>; // called last, whatever happened. Returns how to continue, or ""
@@ -990,11 +990,11 @@ class ProgressLine {
   }
 
   /** Ends the line with a summary. */
-  finish({ held, isToVerify, isUnchanged, note }: Delivery): void {
+  finish({ held, isVerified, isUnchanged, note }: Delivery): void {
     if (!isUnchanged && (this.isOnScreen || this.job.isVerbose)) {
       this.clear();
       this.sink.endLine?.();
-      const verified = isToVerify ? "SHA-256 verified" : "not verified";
+      const verified = isVerified ? "SHA-256 verified" : "not verified";
       tell(`${formatBytes(held.bytes)} in ${(elapsedMs(this.job) / 1000).toFixed(1)} s, ${verified}`);
     }
     if (note !== "" && !this.job.isSilent) tell(note);
@@ -1298,6 +1298,7 @@ class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
   isUnchanged = false; // the user has the content already
+  isVerified = false; // its SHA-256 is what the user or the server has said
   private before: number; // bytes held when the attempt began: more is progress. Infinity: it has started over
   private isJoined = true; // the content held came in several responses, or in an earlier run
   private hash: Bun.CryptoHasher | undefined;
@@ -1309,7 +1310,7 @@ class Delivery {
     readonly sink: Sink,
     private readonly job: Job,
   ) {
-    this.held = sink.found;
+    this.held = sink.leftover?.label ?? NOTHING;
     this.before = this.held.bytes;
   }
 
@@ -1333,7 +1334,7 @@ class Delivery {
     const digest = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(","))?.[1];
     this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
     if (this.isJoined) return;
-    this.hash = this.isToVerify ? new Bun.CryptoHasher("sha256") : undefined;
+    this.hash = this.job.sha256 + this.expectedDigest === "" ? undefined : new Bun.CryptoHasher("sha256");
     if (!this.job.keepsOnlyContent) this.sink.head = head.text;
   }
 
@@ -1358,24 +1359,21 @@ class Delivery {
     if (this.at < bytes) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
     if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: bytes === this.end });
-    if (this.isToVerify) await this.verify();
+    this.isVerified = await this.verify();
     this.note = await this.sink.finish(this.held);
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
     if (this.note === "" && this.job.keepsOnlyContent && this.held.coding !== "")
       this.note = `The content is saved as it comes, with Content-Encoding: ${this.held.coding}`;
   }
 
-  /** The user or the server has said what the SHA-256 of the content is. */
-  get isToVerify(): boolean {
-    return this.job.sha256 !== "" || this.expectedDigest !== "";
-  }
-
-  private async verify(): Promise<void> {
+  /** @returns false if nobody has said what the SHA-256 of the content is. @throws TransferError "digest" */
+  private async verify(): Promise<boolean> {
+    if (this.job.sha256 + this.expectedDigest === "") return false;
     const found = this.hash?.digest("hex") ?? (await this.sink.digest?.(this.held));
     const message = "the first part of the content is not at hand to be verified";
     if (found === undefined) throw new TransferError("digest", message, { isFinal: true });
     const told = Buffer.from(this.expectedDigest, "base64").toString("hex");
-    if (found === (this.job.sha256 || told)) return;
+    if (found === (this.job.sha256 || told)) return true;
     // Another attempt helps if pieces were joined that do not fit, or if the server says that bytes were damaged.
     const isFinal = found === told || (told === "" && !this.isJoined);
     const mismatch = `the content is not what its digest says: its SHA-256 is ${found}`;
@@ -1391,8 +1389,7 @@ const fs = (): typeof import("node:fs") => require("node:fs");
 const paths = (): typeof import("node:path") => require("node:path");
 const tty = (): typeof import("node:tty") => require("node:tty");
 
-/** @returns undefined if it does not exist, or cannot be reached */
-const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path));
+const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path)); // undefined if it cannot be reached
 /** @param mode what this user wants to do with it, as for access(2) */
 const canUse = (path: string, mode: number) => ignoreErrors(() => (fs().accessSync(path, mode), true)) ?? false;
 
@@ -1420,59 +1417,53 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
 const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && found.rdev >> 8 !== 1 && tty().isatty(fd);
 
 /** Pipes, devices and terminals: output cannot be taken back. Without -o, it has the head, and a terminal safe text. */
-class StreamSink implements Sink {
-  readonly found = NOTHING;
-  readonly isTerminal: boolean;
-  private readonly mayBlock: boolean;
-  head = "";
-  private isInLine = false;
-  private readonly textDecoder = new TextDecoder();
-  private left: number; // bytes to print before node:fs is loaded
+async function openStream(fd: number, job: Options): Promise<Sink> {
+  const found = await Bun.file(fd).stat();
+  // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
+  // program is started with do not have O_CLOEXEC; those that Bun opens do.
+  const isSuspect = fd === 1 && found.isCharacterDevice() && process.platform === "linux";
+  if (isSuspect && /^flags:\s*\d*[2367]\d{6}$/m.test(await Bun.file("/proc/self/fdinfo/1").text()))
+    throw new TransferError("write", "stdout is closed");
+  const isOnTerminal = isTerminal(fd, found);
+  const mayBlock = isOnTerminal || !(found.isFile() || found.isCharacterDevice());
+  // Bun.write needs no module, but if a non-blocking descriptor takes a part, it writes that part again: it is only
+  // for output that is taken whole. If a pipe is full already, it blocks, and then no timer could end it. node:fs, once
+  // it is loaded, takes less time for each write.
+  const isTakenWhole = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY);
+  let left = isTakenWhole ? LIMITS.printedBytesMax : 0; // bytes to print before node:fs is loaded
+  let isInLine = false;
+  const decoder = new TextDecoder();
 
-  constructor(
-    private readonly fd: number,
-    private readonly job: Options,
-    found: Stats,
-  ) {
-    this.isTerminal = isTerminal(fd, found);
-    this.mayBlock = this.isTerminal || !(found.isFile() || found.isCharacterDevice());
-    // Bun.write blocks if a pipe is full already, and then no timer could end it.
-    const isTimed = job.maxMs < Number.POSITIVE_INFINITY;
-    this.left = !this.mayBlock || (found.isFIFO() && !isTimed) ? LIMITS.printedBytesMax : 0;
-  }
-
-  async write(content: Uint8Array): Promise<void> {
-    await this.finish();
-    await this.print(content);
-    this.isInLine = this.isTerminal && content.at(-1) !== LF;
-  }
-
-  /** Prints the head, if it is still to be printed. */
-  async finish(): Promise<string> {
-    const { head } = this;
-    this.head = "";
-    if (head !== "") await this.print(toBytes(head));
-    return "";
-  }
-
-  readonly close = () => this.finish(); // no other attempt follows: prints a head whose content never came
-
-  endLine(): void {
-    if (this.isInLine) ignoreErrors(() => fs().writeSync(this.fd, "\n"));
-    this.isInLine = false;
-  }
-
-  private print(content: Uint8Array): Promise<unknown> {
-    const isText = this.isTerminal && !this.job.keepsOnlyContent;
+  async function print(content: Uint8Array): Promise<void> {
+    const isText = isOnTerminal && !job.keepsOnlyContent;
     if (isText && content.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
-    const text = () => printable(this.textDecoder.decode(content, { stream: true }));
-    const bytes = isText ? new TextEncoder().encode(text()) : content;
-    // Bun.write needs no module, but if a non-blocking descriptor takes a part, it writes that part again: it is only
-    // for output that is taken whole. node:fs, once it is loaded, takes less time for each write.
-    this.left -= bytes.length;
-    return this.left < 0 ? writeAll(this.fd, bytes, this.mayBlock, null) : Bun.write(Bun.file(this.fd), bytes);
+    const bytes = isText ? new TextEncoder().encode(printable(decoder.decode(content, { stream: true }))) : content;
+    left -= bytes.length;
+    await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
   }
+
+  const sink = {
+    head: "",
+    isTerminal: isOnTerminal,
+    async write(content: Uint8Array) {
+      await sink.finish();
+      await print(content);
+      isInLine = isOnTerminal && content.at(-1) !== LF;
+    },
+    async finish() {
+      const { head } = sink;
+      sink.head = "";
+      if (head !== "") await print(toBytes(head));
+      return "";
+    },
+    close: () => sink.finish(), // no other attempt follows: a head whose content never came is printed, too
+    endLine() {
+      if (isInLine) ignoreErrors(() => fs().writeSync(fd, "\n"));
+      isInLine = false;
+    },
+  };
+  return sink;
 }
 
 /** What a part is a part of: written once, before the part's first byte, into a file of the part's name and ".json". */
@@ -1527,41 +1518,35 @@ const changed = (path: string) => new TransferError("write", `${path} has been c
 
 /**
  * Saves the content: it grows in a part beside FILE, which is renamed to FILE when it is whole, verified and synced.
- *
  * One inode holds bytes of one version. A part has a random name, only grows, and is never written to for another
- * version: starting over makes a new part. A run that continues a part of an earlier run first renames it to a name
- * of its own, which only one run can do; a run that finds its part gone ends. So there is no lock, and nothing is
- * updated in place. A crash between any two calls leaves a part that can be continued, or a label without a part.
+ * version: starting over makes a new part. A run that continues an older part first renames it to a name of its own,
+ * which only one run can do. So there is no lock, and nothing is updated in place. A crash between any two calls leaves
+ * a part that can be continued, or a label without a part.
  */
 class FileSink implements Sink {
-  readonly found: Held;
   private readonly folder: string; // of the part
   private readonly request: string; // for the label; "" if the content cannot be continued
   private readonly older: readonly FoundPart[]; // of earlier runs
-  private readonly leftover: FoundPart | undefined; // the one of them that is continued
-  /** The part that this run writes. Its inode tells whether the name is still its own. */
-  private part: { path: string; fd: number; inode: number } | undefined;
+  readonly leftover: FoundPart | undefined; // the one of them that is continued
+  private part: { path: string; fd: number; inode: number } | undefined; // the inode tells if the path is still ours
 
   constructor(
     private readonly path: string,
     private readonly old: Stats | undefined, // FILE as it is, if it exists
     private readonly job: Options,
   ) {
-    const { method, url, fields, content } = job.request;
-    const { W_OK, X_OK } = fs().constants;
-    const isBeside = canUse(paths().dirname(path), W_OK | X_OK);
-    this.folder = isBeside ? paths().dirname(path) : process.getBuiltinModule("node:os").tmpdir();
+    const [folder, { method, url, fields, content }] = [paths().dirname(path), job.request];
+    const isBeside = canUse(folder, fs().constants.W_OK | fs().constants.X_OK);
+    this.folder = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
     // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
     const canContinue = isBeside && method === "GET" && content.length === 0;
     this.request = canContinue ? url.origin + resourceOf(url) + digestOf(fields.join("\n")) : "";
     this.older = [...findParts(path)];
-    // The part that is worth most: of the version that was seen last, the longest.
-    const usable = this.older.filter((part) => this.canContinue(part));
-    const newest = usable.toSorted((a, b) => b.labelledAt - a.labelledAt)[0]?.label;
-    const isSame = ({ label }: FoundPart) =>
-      label.validator === newest?.validator && label.resource === newest.resource;
-    this.leftover = usable.filter(isSame).toSorted((a, b) => b.label.bytes - a.label.bytes)[0];
-    this.found = this.leftover?.label ?? NOTHING;
+    // Of the version that was seen last, the longest part is worth most.
+    const usable = this.older.filter((part) => this.canContinue(part)).sort((a, b) => b.labelledAt - a.labelledAt);
+    const { validator, resource } = usable[0]?.label ?? NOTHING;
+    const same = usable.filter(({ label }) => label.validator === validator && label.resource === resource);
+    [this.leftover] = same.sort((a, b) => b.label.bytes - a.label.bytes);
   }
 
   async write(content: Uint8Array, held: Held): Promise<void> {
@@ -1580,8 +1565,7 @@ class FileSink implements Sink {
   async finish(held: Held): Promise<string> {
     const { path, fd } = await this.ready(held);
     if (fs().fstatSync(fd).size !== held.bytes) throw changed(path);
-    // Meanwhile FILE may have got another mode, or have become a link.
-    const old = fs().statSync(this.path, { throwIfNoEntry: false });
+    const old = fs().statSync(this.path, { throwIfNoEntry: false }); // meanwhile its mode or kind may have changed
     const file = followLinks(this.path);
     if (old?.isFile() === false) throw changed(file);
     if (old !== undefined) keepOwnerAndMode(fd, old);
@@ -1646,14 +1630,12 @@ class FileSink implements Sink {
   private begin(held: Held, leftover: FoundPart | undefined): NonNullable<FileSink["part"]> {
     const { O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW } = fs().constants;
     const path = paths().join(this.folder, `${stemOf(this.path)}.${crypto.randomUUID().slice(-12)}.part`);
-    const { sha256 } = this.job;
-    const [request, validator] = sha256 === "" ? [this.request, held.validator] : [sha256, ""];
+    const [request, validator] = this.job.sha256 === "" ? [this.request, held.validator] : [this.job.sha256, ""];
     const label: Label = { ...held, file: paths().basename(this.path), request, validator };
     const flags = O_RDWR | O_NOFOLLOW | (leftover === undefined ? O_CREAT | O_EXCL : 0);
     try {
       fs().writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
-      // A file that replaces a private FILE is private from its first byte on.
-      const mode = 0o600 | (forAnyGroup(this.old?.mode ?? 0o666) & 0o066);
+      const mode = 0o600 | (forAnyGroup(this.old?.mode ?? 0o666) & 0o066); // as private as FILE from its first byte on
       const fd = fs().openSync(leftover?.path ?? path, flags, mode);
       const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
@@ -1675,8 +1657,7 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
   } catch (error) {
     const { code = "" } = error as SystemError; // node:fs throws SystemErrors
     // A mount point, a folder in which nothing may be renamed, a part on another disk, a disk that replaces no file.
-    const isRefused = /^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code);
-    if (!exists || !isRefused) throw error;
+    if (!exists || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code)) throw error;
     // Nothing below waits for an event: a signal or a deadline comes before the first byte is changed, or after the last.
     const target = fs().openSync(file, fs().constants.O_WRONLY);
     using _ = { [Symbol.dispose]: () => fs().closeSync(target) };
@@ -1700,48 +1681,34 @@ function keepOwnerAndMode(fd: number, { mode, uid, gid }: Stats): void {
   ignoreErrors(() => fs().fchownSync(fd, -1, gid)); // as a member of the group may
   ignoreErrors(() => fs().fchownSync(fd, uid, -1));
   const now = fs().fstatSync(fd);
-  const kept = now.gid === gid ? mode : forAnyGroup(mode);
-  // Not set-user-ID for another owner.
-  ignoreErrors(() => fs().fchmodSync(fd, kept & (now.uid === uid ? 0o7777 : 0o777)));
+  const bits = now.uid === uid ? 0o7777 : 0o777; // not set-user-ID for another owner
+  ignoreErrors(() => fs().fchmodSync(fd, bits & (now.gid === gid ? mode : forAnyGroup(mode))));
 }
 
 /** @returns undefined if FILE has the SHA-256 already */
 async function openSink(job: Options): Promise<Sink | undefined> {
   const { output = "-", sha256 } = job;
-  if (output === "-") return openDescriptor(1, job);
+  if (output === "-") return openStream(1, job);
   const { O_WRONLY, O_APPEND, W_OK, X_OK } = fs().constants;
   const old = fs().statSync(output, { throwIfNoEntry: false }); // the kernel may refuse links of other users
   const path = followLinks(output);
   // A descriptor that is open already, and anything but a regular file, is written to and never replaced.
   const [, owner, descriptor] = /^\/proc\/(self|\d+)\/fd\/(\d+)$/.exec(path) ?? [];
-  if (owner === "self") return openDescriptor(Number(descriptor), job);
+  if (owner === "self") return openStream(Number(descriptor), job);
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
-    return openDescriptor(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
+    return openStream(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   fs().accessSync(old === undefined ? paths().dirname(path) : path, old === undefined ? W_OK | X_OK : W_OK);
   if (sha256 !== "" && (await sha256Of(Bun.file(path)).catch(() => "")) === sha256) return undefined;
   return new FileSink(path, old, job);
 }
 
-/** @throws TransferError "write" */
-async function openDescriptor(fd: number, job: Options): Promise<Sink> {
-  const found = await Bun.file(fd).stat();
-  // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
-  // program is started with do not have O_CLOEXEC; those that Bun opens do.
-  const isSuspect = fd === 1 && found.isCharacterDevice() && process.platform === "linux";
-  if (isSuspect && /^flags:\s*\d*[2367]\d{6}$/m.test(await Bun.file("/proc/self/fdinfo/1").text()))
-    throw new TransferError("write", "stdout is closed");
-  return new StreamSink(fd, job, found);
-}
-
 /** Where a path leads in the end, whether that exists or not. /dev/stdout leads to /proc/self/fd/1. */
-function followLinks(path: string): string {
+function followLinks(path: string, linksMax = 40): string {
+  if (linksMax === 0 || !statOf(path)?.isSymbolicLink()) return path;
   const { basename, dirname, join, resolve } = paths();
-  for (let links = 0; links < 40 && statOf(path)?.isSymbolicLink(); links++) {
-    const folder = fs().realpathSync(dirname(path));
-    if (/^\/proc\/\d+\/fd$/.test(folder)) return join(folder.replace(`/${process.pid}/`, "/self/"), basename(path));
-    path = resolve(folder, fs().readlinkSync(path));
-  }
-  return path;
+  const folder = fs().realpathSync(dirname(path));
+  if (/^\/proc\/\d+\/fd$/.test(folder)) return join(folder.replace(`/${process.pid}/`, "/self/"), basename(path));
+  return followLinks(resolve(folder, fs().readlinkSync(path)), linksMax - 1);
 }
 
 /** Copies all that follows a byte to the same place in another file, and onto its disk. */

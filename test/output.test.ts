@@ -2018,6 +2018,9 @@ describe("--sha256", () => {
     expect(await last(...SHA256)).toMatch(/^(?!.*not).*verified/);
     origin.answerAnew(serving({ fields: reprDigest(CONTENT) }));
     expect(await last()).toMatch(/^(?!.*not).*verified/);
+    // A digest that comes with the head alone is that of content that nobody has seen.
+    const { stderr } = await run([...(await command("client-robust", "binary")), "-v", "-I", origin.url]);
+    expect(stderr).toMatch(/Repr-Digest[^]*, not verified\n$/);
   });
 
   test.concurrent("on a terminal one line is left, and it says so too", async () => {
