@@ -1390,7 +1390,6 @@ const paths = (): typeof import("node:path") => require("node:path");
 const tty = (): typeof import("node:tty") => require("node:tty");
 
 const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path)); // undefined if it cannot be reached
-/** @param mode what this user wants to do with it, as for access(2) */
 const canUse = (path: string, mode: number) => ignoreErrors(() => (fs().accessSync(path, mode), true)) ?? false;
 
 /** For a step that may block for any time: another thread takes it, and deadlines go on here. */
@@ -1426,9 +1425,8 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
     throw new TransferError("write", "stdout is closed");
   const isOnTerminal = isTerminal(fd, found);
   const mayBlock = isOnTerminal || !(found.isFile() || found.isCharacterDevice());
-  // Bun.write needs no module, but if a non-blocking descriptor takes a part, it writes that part again: it is only
-  // for output that is taken whole. If a pipe is full already, it blocks, and then no timer could end it. node:fs, once
-  // it is loaded, takes less time for each write.
+  // Bun.write needs no module. But if a non-blocking descriptor takes a part, it writes that part again, and if a pipe
+  // is full, it blocks and no timer can end it. node:fs, once it is loaded, takes less time for each write.
   const isTakenWhole = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY);
   let left = isTakenWhole ? LIMITS.printedBytesMax : 0; // bytes to print before node:fs is loaded
   let isInLine = false;
@@ -1482,7 +1480,7 @@ const STEM_BYTES = 100; // of FILE's name stand in that of a part: a name may ha
 const stemOf = (file: string) =>
   Buffer.from(paths().basename(file)).subarray(0, STEM_BYTES).toString().replaceAll("\ufffd", "");
 
-/** The parts of this very FILE (@param target its path). */
+/** The parts of this very FILE, which is `target`. */
 function* findParts(target: string): Generator<FoundPart> {
   const { R_OK, W_OK } = fs().constants;
   const [folder, file, stem] = [paths().dirname(target), paths().basename(target), stemOf(target)];
@@ -1504,13 +1502,11 @@ function readLabel(path: string, file: string, bytes: number): Label {
   const text = fs().readFileSync(path, "utf8");
   // With other values than strings it fits nothing. An empty label is of a run that was killed before it could write it.
   const label: Label = { ...NOTHING, request: "", ...(text === "" ? { file } : JSON.parse(text)), bytes };
-  const isValidator = STRONG_ETAG.test(label.validator) || Boolean(parseHttpDate(label.validator));
-  return { ...label, validator: isValidator ? label.validator : "" };
+  return STRONG_ETAG.test(label.validator) || parseHttpDate(label.validator) ? label : { ...label, validator: "" };
 }
 
-function removePart(path: string): void {
-  for (const name of [path, `${path}.json`]) ignoreErrors(() => fs().unlinkSync(name));
-}
+const removePart = (path: string) =>
+  [path, `${path}.json`].forEach((name) => ignoreErrors(() => fs().unlinkSync(name)));
 
 const takenOver = (path: string) =>
   new TransferError("write", `${path} is gone: another run has taken it over, or something has removed it`);
@@ -1518,10 +1514,9 @@ const changed = (path: string) => new TransferError("write", `${path} has been c
 
 /**
  * Saves the content: it grows in a part beside FILE, which is renamed to FILE when it is whole, verified and synced.
- * One inode holds bytes of one version. A part has a random name, only grows, and is never written to for another
- * version: starting over makes a new part. A run that continues an older part first renames it to a name of its own,
- * which only one run can do. So there is no lock, and nothing is updated in place. A crash between any two calls leaves
- * a part that can be continued, or a label without a part.
+ * One inode holds bytes of one version: a part has a random name and only grows; starting over makes a new part. A run
+ * that continues an older part first renames it to a name of its own, which only one run can do. So there is no lock,
+ * and nothing is updated in place. A crash between any two calls leaves a part that can be continued, or only a label.
  */
 class FileSink implements Sink {
   private readonly folder: string; // of the part
@@ -1552,14 +1547,13 @@ class FileSink implements Sink {
   async write(content: Uint8Array, held: Held): Promise<void> {
     const { fd } = await this.ready(held);
     await writeAll(fd, content, false, held.bytes);
-    // The disk begins to write while the network goes on: all of it at the end would take as long again. If this
-    // fails, the sync at the end will too.
+    // The disk begins now: all of it at the end would take as long again. If this fails, the sync at the end will, too.
     const left = LIMITS.syncEveryBytes - (held.bytes % LIMITS.syncEveryBytes);
     if (content.length >= left) fs().fdatasync(fd, () => {});
   }
 
   async digest(held: Held): Promise<string> {
-    return sha256Of(Bun.file((await this.ready(held)).fd));
+    return sha256HexOf(Bun.file((await this.ready(held)).fd));
   }
 
   async finish(held: Held): Promise<string> {
@@ -1598,15 +1592,13 @@ class FileSink implements Sink {
 
   /** May this run continue the part? The same digest is the same content, whatever the request was. */
   private canContinue({ label: { request, validator, bytes, total = bytes } }: FoundPart): boolean {
-    const { sha256 } = this.job;
-    const isWanted = request !== "" && (request === this.request || request === sha256) && this.request !== "";
-    return isWanted && validator + sha256 !== "" && bytes > 0 && bytes <= total;
+    const isWanted = request !== "" && this.request !== "" && [this.request, this.job.sha256].includes(request);
+    return isWanted && validator + this.job.sha256 !== "" && bytes > 0 && bytes <= total;
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
   private async ready(held: Held): Promise<NonNullable<FileSink["part"]>> {
-    let { part } = this;
-    if (part === undefined || held.bytes === 0) part = this.begin(held, held.bytes > 0 ? this.leftover : undefined);
+    let part = held.bytes === 0 ? this.begin(held) : (this.part ?? this.begin(held, this.leftover));
     if (statOf(part.path)?.ino !== part.inode) part = this.begin(held, await this.findAgain(part));
     if (fs().fstatSync(part.fd).size < held.bytes) throw changed(part.path);
     return part;
@@ -1627,7 +1619,7 @@ class FileSink implements Sink {
   }
 
   /** Gives a part a name of its own, be it new or of an earlier run. The label comes first. */
-  private begin(held: Held, leftover: FoundPart | undefined): NonNullable<FileSink["part"]> {
+  private begin(held: Held, leftover?: FoundPart): NonNullable<FileSink["part"]> {
     const { O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW } = fs().constants;
     const path = paths().join(this.folder, `${stemOf(this.path)}.${crypto.randomUUID().slice(-12)}.part`);
     const [request, validator] = this.job.sha256 === "" ? [this.request, held.validator] : [this.job.sha256, ""];
@@ -1698,7 +1690,7 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
     return openStream(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   fs().accessSync(old === undefined ? paths().dirname(path) : path, old === undefined ? W_OK | X_OK : W_OK);
-  if (sha256 !== "" && (await sha256Of(Bun.file(path)).catch(() => "")) === sha256) return undefined;
+  if (sha256 !== "" && (await sha256HexOf(Bun.file(path)).catch(() => "")) === sha256) return undefined;
   return new FileSink(path, old, job);
 }
 
@@ -1728,8 +1720,7 @@ function sync(fd: number): void {
   }
 }
 
-/** SHA-256 in hex. */
-async function sha256Of(file: Blob): Promise<string> {
+async function sha256HexOf(file: Blob): Promise<string> {
   const hash = new Bun.CryptoHasher("sha256");
   for await (const piece of file.stream()) hash.update(piece);
   return hash.digest("hex");
