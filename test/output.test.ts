@@ -199,7 +199,7 @@ describe.each(VARIANTS)("-o FILE (%s)", (variant) => {
         ]);
         const argv = [...(await command("client-robust", variant)), "-o", place.file, origin.url];
         await using child = Bun.spawn(argv, { stdio: ["ignore", "ignore", "ignore"] });
-        await until(() => place.beside().some((path) => lstatSync(path).size === 5000));
+        await until(() => place.beside().some((path) => lstatSync(path, { throwIfNoEntry: false })?.size === 5000));
         child.kill("SIGKILL");
         await child.exited;
         origin.answerAnew(now);
