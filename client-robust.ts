@@ -6,14 +6,11 @@
  *     bun client-robust.ts http://example.test/a.html   # another URL: head, then content
  *     bun client-robust.ts -o a.iso http://example.test/a.iso
  *
- * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never
- * because no more bytes came. Transient failures are retried, and an interrupted transfer continues where
- * it stopped. The result is one version of the content, whole, or a failure with curl's exit code. Memory
- * use is constant.
+ * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never because no more
+ * bytes came. Transient failures are retried, and an interrupted transfer continues where it stopped. The result is one
+ * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
  *
- * It reads from top to bottom: limits, words, errors; **the transfer**, which is the tutorial's try { connect;
- * send; receive … } catch … finally { close } with a loop around it; the policy; the request; the response
- * (head, framing, content); text; sockets; delivery; sinks; the command line.
+ * It reads from top to bottom. **The transfer** is the tutorial's try { … } catch … finally { close }, in a loop.
  *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
@@ -78,11 +75,10 @@ export interface Held {
   readonly lastModified: string;
   readonly coding: string; // Content-Encoding: each coding has other bytes
   readonly resource: string; // the resource that the validator is of, see resourceOf
-  readonly total: number | undefined; // the length of the whole, if a response has told it
+  readonly total?: number | undefined; // the length of the whole, if a response has told it
 }
 
-const NAMELESS = { validator: "", etag: "", lastModified: "", coding: "", resource: "" };
-export const NOTHING: Held = Object.freeze({ bytes: 0, ...NAMELESS, total: undefined });
+export const NOTHING: Held = { bytes: 0, validator: "", etag: "", lastModified: "", coding: "", resource: "" };
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
@@ -98,8 +94,7 @@ interface Sink {
 }
 
 /** What the command line says: parseCommandLine has the fields, and what they mean. */
-type Options = Readonly<ReturnType<typeof parseCommandLine>["options"]>;
-export type Job = Options & { readonly canStartOver: boolean }; // false on stdout: what is held cannot be deleted
+export type Options = Readonly<ReturnType<typeof parseCommandLine>>;
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -129,12 +124,11 @@ export const EXIT_CODES = Object.freeze({
 });
 export type Outcome = keyof typeof EXIT_CODES;
 
-/** A transfer that failed: `outcome` says how, the message says it in a line. */
+/** A transfer that failed: `outcome` says how, the message says it in a line, or is "" if there is nothing to say. */
 export class TransferError extends Error {
   readonly outcome: Outcome;
   readonly retryAfterMs: number = 0; // RFC 9110 §10.2.3: no attempt before this wait
   readonly isFinal: boolean = false; // another attempt cannot help, though the outcome alone would not say so
-  readonly isQuiet: boolean = false; // no line on stderr: `| head` has what it wanted
   readonly isPart: boolean = false; // the response was complete, but only a part of the missing bytes: the server has more
   readonly refusesRest: boolean = false; // a request for the rest got an answer of no use: the whole may still be had
   readonly spoils: boolean = false; // the content held may be wrong
@@ -154,41 +148,43 @@ export function asTransferError(error: unknown): TransferError {
   const { code, syscall, path, message } = error as SystemError; // whatever was thrown, these are only read
   if (syscall === undefined) return new TransferError("fault", `a fault of this program: ${message ?? error}`);
   const doing = path === undefined ? "cannot write" : `cannot write ${path}`;
-  return new TransferError("write", `${doing}: ${code}`, { isQuiet: code === "EPIPE" });
+  return new TransferError("write", code === "EPIPE" ? "" : `${doing}: ${code}`); // `| head` has what it wanted
 }
 
 /** Prints one line on stderr. @returns the exit code */
 function tellFailure(error: unknown): number {
   const failure = asTransferError(error);
-  if (!failure.isQuiet) tell(`Error: ${failure.message}`);
+  if (failure.message !== "") tell(`Error: ${failure.message}`);
   return EXIT_CODES[failure.outcome];
 }
 
 // ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
 
-/**
- * The heart: one request, one response, from connect to close.
- * @returns nothing if the response is whole and delivered, the request that it redirects to, or why the transfer failed
- */
+/** The heart: one request, one response. @returns nothing once it is delivered, where it redirects to, or a failure */
 export async function transfer(session: Session): Promise<undefined | Request | TransferError> {
-  const { delivery, request, trace } = session;
-  const connection = new Connection(session.job, trace);
+  const { job, delivery, request } = session;
+  const connection = new Connection(job);
   try {
     await connection.connect(request.url);
     await sendRequest(connection, session);
     const { head, rest } = await receiveHead(connection, request.method);
-    trace?.complete("head");
+    job.trace?.complete("head");
+    if (job.isVerbose) tellHead("< ", head.text);
     if (head.framing !== "close") connection.stopWatching();
-    const verdict = beginResponse(head, session);
-    if (verdict.action === "redirect") return redirect(request, verdict);
+    const verdict = judgeHead(head, delivery.held, session);
+    delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
+    if (verdict.action === "redirect") return verdict.to;
     if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
+    if (verdict.held.bytes === 0 && delivery.held.bytes > 0 && !job.isSilent)
+      tell(`Starting over: ${delivery.held.validator === "" ? "nothing tells whether " : ""}the content has changed`);
+    delivery.start(head, verdict);
     for await (const content of receiveContent(connection, head.framing, rest)) {
-      trace?.complete("content");
+      job.trace?.complete("content");
       await delivery.write(content);
-      session.progress.show(delivery.held);
+      session.progress.show(session);
     }
-    trace?.complete("content complete");
+    job.trace?.complete("content complete");
     if (request.method !== "HEAD") await delivery.finish(head);
     // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
     if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
@@ -201,15 +197,19 @@ export async function transfer(session: Session): Promise<undefined | Request | 
 }
 
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
-  const { job, delivery, request } = session;
-  const head = formatRequest(request, isForRest(session) ? delivery.held : NOTHING);
+  const { job, delivery, request, asksForWhole } = session;
+  const { held } = delivery;
+  // A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another.
+  session.hasRange = held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
+  const head = formatRequest(request, session.hasRange ? held : NOTHING);
   if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
   session.wasSent = true;
-  let [unsent, left]: [Uint8Array, number] = [head, contentLength(request)];
+  let [unsent, left]: [Uint8Array, number] = [head, lengthOf(request.content)];
   for await (const piece of piecesOfData(request)) {
-    // A small request is one write. If the server answers early, the rest is not sent.
-    if (!(await connection.send(Buffer.concat([unsent, piece])))) return;
-    [unsent, left] = [new Uint8Array(0), left - piece.length];
+    [unsent, left] = [Buffer.concat([unsent, piece]), left - piece.length];
+    if (unsent.length < 65_536) continue; // a small request is one write
+    if (!(await connection.send(unsent))) return; // the server has answered early, and needs no more
+    unsent = new Uint8Array(0);
     await new Promise((resolve) => setImmediate(resolve)); // or a fast disk and a fast peer would keep timers waiting
   }
   if (left > 0) throw new TransferError("send", "the data has become shorter", { isFinal: true });
@@ -224,66 +224,42 @@ async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
   }
 }
 
-/** Does the request ask for the rest? A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another. */
-const isForRest = ({ job, delivery: { held }, request, asksForWhole }: Session) =>
-  held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
-
-/** The head is here: is the content to be delivered? @throws TransferError if the response is a failure */
-function beginResponse(head: ResponseHead, session: Session): Verdict {
-  const { job, delivery, request } = session;
-  const { held } = delivery;
-  if (job.isVerbose) tellHead("< ", head.text);
-  const isLastTry = session.failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method);
-  const asked = { method: request.method, resource: resourceOf(request.url), hasRange: isForRest(session), isLastTry };
-  const verdict = judgeHead(head, held, job, asked);
-  delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
-  if (verdict.action !== "deliver") return verdict;
-  if (held.bytes > 0 && verdict.held.bytes === 0 && !job.isSilent) {
-    session.progress.clear();
-    tell(`Starting over: ${held.validator === "" ? "nothing tells whether " : ""}the content has changed`);
-  }
-  delivery.start(head, verdict);
-  return verdict;
-}
-
 /** What one attempt and the next ones share. */
+const beginSession = (job: Options, sink: Sink) => ({
+  job,
+  canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
+  delivery: new Delivery(sink, job),
+  progress: new ProgressLine(),
+  first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
+  request: job.request, // the last request
+  hasRange: false, // it asks for the rest of what is held
+  asksForWhole: false, // the next request is for the whole, though something is held
+  wasSent: false, // a request may have reached the server
+  failures: 0, // attempts in a row that have failed and brought no new data, the last one included
+  before: "", // how the last attempt failed, as the end of a message
+});
 type Session = ReturnType<typeof beginSession>;
-function beginSession(job: Job, sink: Sink) {
-  return {
-    job,
-    delivery: new Delivery(sink, job),
-    progress: new ProgressLine(job, sink),
-    trace: job.isTraced ? new Trace(tell) : undefined,
-    first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
-    request: job.request, // the last request
-    asksForWhole: false, // the next request is for the whole, though something is held
-    wasSent: false, // a request may have reached the server
-    failures: 0, // attempts in a row that have failed and brought no new data, the last one included
-    before: "", // how the last attempt failed, as the end of a message
-  };
-}
 
 /** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
-async function download(job: Job, sink: Sink): Promise<number> {
+async function download(job: Options, sink: Sink): Promise<number> {
   const session = beginSession(job, sink);
   const { delivery, progress } = session;
-  if (job.isTraced) fs(); // loaded before the first step, which would count the time
-  if (job.canStartOver) keepPartOnSignals(session);
+  if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
+  if (session.canStartOver) keepPartOnSignals(session);
   try {
     await withinMaxTime(job, tryUntilDone(session));
-    progress.finish(delivery);
+    progress.finish(session);
     return EXIT_CODES.ok;
   } catch (error) {
     progress.clear();
     const failure = asTransferError(error);
     if (failure.outcome === "timeout" && failure.isFinal) {
       failure.message += session.before;
-      session.trace?.step("deadline", failure.message);
+      job.trace?.step("deadline", failure.message);
     }
     return tellFailure(failure);
   } finally {
-    const closing = delivery.sink.close(delivery.held);
-    const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
+    const advice = await withinMaxTime(job, sink.close(delivery.held), LIMITS.lastWriteMs).catch(() => "");
     if (advice !== "" && !job.isSilent) tell(advice);
   }
 }
@@ -323,77 +299,71 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
-  const { job, delivery, progress, wasSent, request } = session;
-  const { isPart, refusesRest, spoils } = failure;
-  session.failures = delivery.endAttempt(spoils) ? Number(!isPart) : session.failures + Number(!refusesRest);
-  const attempt = { method: request.method, wasSent, failures: session.failures, elapsedMs: elapsedMs(job) };
-  const decision = decideNext(failure, attempt, delivery.held, job, Math.random);
+  const { job, delivery, progress, failures } = session;
+  const hasMore = delivery.endAttempt(failure.spoils);
+  session.failures = hasMore ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
+  const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
   progress.clear();
   delivery.sink.endLine?.();
-  if (decision.action === "give-up") {
-    if (decision.why !== "") failure.message += ` (${decision.why})`;
+  if (typeof next === "string") {
+    failure.message += next && ` (${next})`;
     throw failure;
   }
-  session.asksForWhole = decision.asksForWhole;
+  session.asksForWhole = next.asksForWhole;
   session.before = `; before that, ${failure.message}`;
-  const { afterMs } = decision;
-  if (!job.isSilent && afterMs < job.maxMs - elapsedMs(job))
-    tell(`Retry in ${(afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(afterMs);
+  if (!job.isSilent && next.afterMs < job.maxMs - elapsedMs(job))
+    tell(`Retry in ${(next.afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
+  await Bun.sleep(next.afterMs);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
-// Two pure functions: `judgeHead` is for a response whose head is here, `decideNext` for an attempt that has failed.
 
 export type Verdict =
   /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
-  | { readonly action: "complete" } // the bytes held are the whole content
-  | { readonly action: "unchanged" } // the user has it already
-  | Redirect;
-type Redirect = { readonly action: "redirect"; readonly status: number; readonly location: string };
+  | { readonly action: "complete" | "unchanged" } // the bytes held are the whole content; the user has it already
+  | { readonly action: "redirect"; readonly to: Request };
+
+/** The request that was sent last, and what has become of those before it. */
+export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
-const REDIRECT_STATUSES = [300, 301, 302, 303, 307, 308];
 const IDEMPOTENT_METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]; // RFC 9110 §9.2.2
 
-/** The request. `hasRange`: for the rest of what is held; `isLastTry`: show an error page instead of another try. */
-type Asked = { method: string; resource: string; hasRange: boolean; isLastTry: boolean };
-
 /** What to do with a response, where `held` is what we have. @throws TransferError if it is a failure */
-export function judgeHead(head: ResponseHead, held: Held, job: Job, asked: Asked): Verdict {
+export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Verdict {
   const { status } = head;
-  const [place = ""] = REDIRECT_STATUSES.includes(status) ? fieldValues(head, "location") : [];
+  const { job, request, hasRange, failures } = attempt;
+  const [place = ""] = [300, 301, 302, 303, 307, 308].includes(status) ? fieldValues(head, "location") : [];
   // Not every server encodes what is not ASCII. Its bytes are sent back as they came, whatever their charset.
   const location = place.replace(/[\x80-\xff]/g, (byte) => `%${byte.charCodeAt(0).toString(16).toUpperCase()}`);
-  if (job.followsRedirects && location !== "") return { action: "redirect", status, location };
+  if (job.followsRedirects && location !== "") return { action: "redirect", to: redirect(request, status, location) };
   // Some servers ignore If-Modified-Since. As in curl, the date of the response tells then.
   const isOld = job.sinceMs !== undefined && parseHttpDate(singleValue(head, "last-modified")) <= job.sinceMs;
   const isUnchanged = status === 304 || (status === 200 && isOld);
   if (isUnchanged && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
   // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
-  if (status === 206 && asked.hasRange) return judgePart(head, held, job);
-  if (status === 416 && asked.hasRange) return judgeUnsatisfiable(head, held);
-  const [isGet, onlyContentCounts] = [asked.method === "GET", job.keepsOnlyContent || held.bytes > 0];
+  if (status === 206 && hasRange) return judgePart(head, held, job);
+  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held);
+  const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   const isTransient = TRANSIENT_STATUSES.includes(status);
-  if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !asked.isLastTry)
+  const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // its page is shown
+  if ((isTransient || (status === 202 && onlyContentCounts && isGet)) && !isLastTry)
     throw new TransferError("status", describeStatus(head), { retryAfterMs: parseRetryAfter(head) });
-  // Is the content what the URL names? To GET only these statuses say so (RFC 9110 §6.4.2): the content of a 202, 205
-  // or 207 is about something else. To another method any 2xx does.
+  // Only these answer a GET with what the URL names (RFC 9110 §6.4.2), not 202, 205 or 207; another method, any 2xx.
   const hasContent = isGet ? [200, 203, 206].includes(status) : status >= 200 && status < 300;
-  if (!onlyContentCounts || hasContent) return judgeWhole(head, held, job, asked);
-  const advice = location === "" ? "" : `; -L follows it to ${location}`;
+  if (!onlyContentCounts || hasContent) return judgeWhole(head, held, attempt);
+  const advice = location && `; -L follows it to ${location}`;
   // Some servers answer so to a Range that they do not like, or that the file has become too short for.
-  const refusesRest = asked.hasRange && status >= 400 && (status === 500 || !isTransient);
+  const refusesRest = hasRange && status >= 400 && (status === 500 || !isTransient);
   throw new TransferError("status", describeStatus(head) + advice, { isFinal: true, refusesRest });
 }
 
 /** A whole response: bytes held of the same version are skipped, bytes held of another version are given up. */
-function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource }: Asked): Verdict {
-  const [isGet, onlyContentCounts] = [method === "GET", job.keepsOnlyContent || held.bytes > 0];
-  // Content-Range has no meaning in a response that should be the whole (RFC 9110 §14.4). But some servers answer Range
-  // so, and their content is the part that the field says; others send 206 unasked.
+function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request }: Attempt): Verdict {
+  const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
+  // Content-Range means nothing in a 200 (RFC 9110 §14.4). But some servers send such a part so, others 206 unasked.
   const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
   const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
   const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
@@ -402,26 +372,25 @@ function judgeWhole(head: ResponseHead, held: Held, job: Job, { method, resource
     throw new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) throw tooLarge(job);
   const isNamed = isGet && (head.status === 200 || (head.status === 206 && onlyContentCounts));
-  const version = { ...versionOf(head), resource, ...(isNamed ? {} : { validator: "" }) };
-  const isNamedSame = version.validator !== "" && version.validator === held.validator && resource === held.resource;
-  const isSame = isNamedSame && agrees(head, held);
+  const version = { ...versionOf(head), resource: resourceOf(request.url), ...(isNamed ? {} : { validator: "" }) };
+  const { validator, resource } = version;
+  const isSame = validator === held.validator && validator !== "" && resource === held.resource && agrees(head, held);
   const total = length ?? held.total; // what an earlier response said of this version still holds
   if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
-  if (held.bytes > 0 && !job.canStartOver) throw new TransferError("partial", changed, { isFinal: true });
+  if (held.bytes > 0 && !canStartOver) throw new TransferError("partial", changed, { isFinal: true });
   const fresh = { ...version, bytes: 0, total: isSame ? total : length };
   return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
 }
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
-function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
+function judgePart(head: ResponseHead, held: Held, job: Options): Verdict {
   const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
-  const total = complete ?? held.total;
+  const total = complete ?? held.total ?? Number.NaN;
   const fits =
     first <= resumeFrom(held) && // caches that work in blocks begin earlier: what is held already is passed over
     last >= resumeFrom(held) && // RFC 9110 §15.3.7: it may be less than was asked for; the next attempt gets the rest
-    total !== undefined &&
     last < total &&
     total === (held.total ?? total) &&
     (typeof head.framing !== "number" || head.framing === last + 1 - first) &&
@@ -432,17 +401,15 @@ function judgePart(head: ResponseHead, held: Held, job: Job): Verdict {
 }
 
 /** RFC 9110 §15.5.17: no byte follows those held. They are the whole only if length and version match. */
-function judgeUnsatisfiable(head: ResponseHead, held: Held): Verdict {
-  const [, complete] = /^bytes \*\/(\d{1,15})$/i.exec(singleValue(head, "content-range")) ?? [];
-  const { validator } = versionOf(head);
-  const isLength = Number(complete) === held.bytes && (held.total ?? held.bytes) === held.bytes;
-  const isWhole = isLength && validator === held.validator && validator !== "";
-  if (!isWhole) throw misfit("the server has no such part");
+function judgeUnsatisfiable(head: ResponseHead, { bytes, total = bytes, validator }: Held): Verdict {
+  const complete = Number(/^bytes \*\/(\d{1,15})$/i.exec(singleValue(head, "content-range"))?.[1]);
+  const isSame = validator !== "" && validator === versionOf(head).validator;
+  if (!isSame || complete !== bytes || total !== bytes) throw misfit("the server has no such part");
   return { action: "complete" };
 }
 
 const misfit = (message: string) => new TransferError("range", message, { refusesRest: true });
-const tooLarge = ({ sizeMax }: Job) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
+const tooLarge = ({ sizeMax }: Options) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
@@ -458,8 +425,7 @@ const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of 
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
   const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
-  // RFC 9110 §13.1.5 wants a date only from a server without entity-tags. But many send weak ones and a date, which is
-  // strong all the same if nothing can have changed within its second (§8.8.2.2).
+  // RFC 9110 §13.1.5 wants a date only without an ETag. But many send a weak one; an old date is strong (§8.8.2.2).
   // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
   const changed = parseHttpDate(lastModified);
   const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0;
@@ -491,49 +457,39 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
   return /^\d+$/.test(value) ? Number(value) * 1000 : Math.max(0, parseHttpDate(value) - now) || 0;
 }
 
-/** An attempt that has failed, and the time since the first one began. */
-export type Attempt = Pick<Session, "wasSent" | "failures"> & { method: string; elapsedMs: number };
-
-// The next attempt may well succeed. "resolve": the name of a container may appear late. "unparsable": a server that is
-// just starting. "tls": the connection was lost during the handshake.
+// "resolve": the name of a container may appear late; "unparsable": a server just starts; "tls": a lost connection.
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
-/** Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once. */
-const backoffMs = (failures: number, random: () => number) =>
-  Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random() / 2);
-
-/** What to do after an attempt that failed: the first of these lines that applies decides. */
-export function decideNext(failure: TransferError, attempt: Attempt, held: Held, job: Job, random: () => number) {
-  const { method, wasSent, failures, elapsedMs } = attempt;
-  const giveUp = (why: string) => ({ action: "give-up", why }) as const;
-  // RFC 9110 §15.3.7 allows parts of what is missing: the next is asked for at once. Without progress it is a failure.
-  if (failure.isPart && failures < 2) return { action: "retry", afterMs: 0, asksForWhole: false } as const;
-  if (failure.refusesRest) return { action: "retry", afterMs: 0, asksForWhole: true } as const; // no retry, either
-  // It is permanent: a certificate, 404, conflicting lengths, a full disk. Or the request must not be sent twice.
-  if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return giveUp("");
-  if (wasSent && !IDEMPOTENT_METHODS.includes(method)) return giveUp("");
-  if (failures > job.retries) return giveUp(job.retries > 0 ? `after ${failures} attempts` : "");
-  const leftMs = job.retryMaxMs - elapsedMs;
-  if (leftMs <= 0) return giveUp("no time is left for another attempt");
-  const { retryAfterMs } = failure;
+/** What comes after a failure: the first line that applies decides. @returns the next attempt, or why there is none */
+export function decideNext(failure: TransferError, held: Held, attempt: Attempt, leftMs: number, random: number) {
+  const { job, canStartOver, request, wasSent, failures } = attempt;
+  const { outcome, refusesRest, retryAfterMs } = failure;
+  // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless the last one brought nothing.
+  if (refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: refusesRest };
+  // Nothing to add: it is permanent (a certificate, 404, conflicting lengths, a full disk), or must not be sent twice.
+  if (!TRANSIENT_OUTCOMES.test(outcome) || failure.isFinal) return "";
+  if (wasSent && !IDEMPOTENT_METHODS.includes(request.method)) return "";
+  if (failures > job.retries) return job.retries > 0 ? `after ${failures} attempts` : "";
+  if (leftMs <= 0) return "no time is left for another attempt";
   if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
-    return giveUp(`Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`);
+    return `Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`;
   // Continue after the bytes held; ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
-  if ((isNameless || failure.spoils) && !job.canStartOver) return giveUp("what is printed cannot be continued exactly");
-  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs(failures, random), leftMs));
-  return { action: "retry", afterMs, asksForWhole: isNameless || failure.outcome === "range" } as const;
+  if ((isNameless || failure.spoils) && !canStartOver) return "what is printed cannot be continued exactly";
+  // Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once.
+  const backoffMs = Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random / 2);
+  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs, leftMs));
+  return { afterMs, asksForWhole: isNameless || outcome === "range" };
 }
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
 
 /** The first byte to ask for. If all may be held, it is the last one held: a 416 past the end names no version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
-const contentLength = ({ content }: Request) => content.reduce((length, { size }) => length + size, 0);
+const lengthOf = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
 
 /** The head of the request as it goes over the wire (RFC 9112 §3): for the whole, or for the bytes after `held`. */
-export function formatRequest(request: Request, held: Held): Uint8Array {
-  const { method, url, fields, content } = request;
+export function formatRequest({ method, url, fields, content }: Request, held: Held): Uint8Array {
   const ours = [
     ["Host", url.host],
     ["User-Agent", `http-over-tcp/${VERSION}`],
@@ -541,7 +497,7 @@ export function formatRequest(request: Request, held: Held): Uint8Array {
     ["Accept-Encoding", "identity"], // RFC 9110 §12.5.3: without it any coding would be acceptable
     ["Want-Repr-Digest", "sha-256=10"], // RFC 9530 §4: then the content can be verified
     ["Content-Type", content.length === 0 ? "" : "application/x-www-form-urlencoded"],
-    ["Content-Length", content.length === 0 ? "" : `${contentLength(request)}`],
+    ["Content-Length", content.length === 0 ? "" : `${lengthOf(content)}`],
     ["Connection", "close"],
     ["Range", held.bytes > 0 ? `bytes=${resumeFrom(held)}-` : ""], // RFC 9110 §14.2
     ["If-Range", held.bytes > 0 ? held.validator : ""], // §13.1.5: the whole instead, if the version has changed
@@ -566,20 +522,18 @@ const CONTENT_FIELD = /^(content-.*|digest|repr-digest|last-modified)$/i; // abo
 const isSpoken = ({ protocol }: URL) => protocol === "http:" || protocol === "https:";
 
 /** The request that a redirect asks for (RFC 9110 §15.4). @throws TransferError "url" */
-function redirect({ method, url: from, fields, content }: Request, { status, location }: Redirect): Request {
+function redirect({ method, url: from, fields, content }: Request, status: number, location: string): Request {
   const url = URL.parse(location, from);
   if (url === null || !isSpoken(url)) throw new TransferError("url", `cannot follow the redirect to ${location}`);
   const becomesGet = status === 303 ? method !== "HEAD" : method === "POST" && (status === 301 || status === 302);
-  const isDropped = (name: string) =>
-    (url.origin !== from.origin && SECRET_FIELD.test(name)) || (becomesGet && CONTENT_FIELD.test(name));
-  const kept = fields.filter(([name]) => !isDropped(name));
-  return becomesGet ? { method: "GET", url, fields: kept, content: [] } : { method, url, fields: kept, content };
+  const isKept = ([name]: readonly [string, string]) =>
+    (url.origin === from.origin || !SECRET_FIELD.test(name)) && !(becomesGet && CONTENT_FIELD.test(name));
+  return { url, fields: fields.filter(isKept), ...(becomesGet ? { method: "GET", content: [] } : { method, content }) };
 }
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
 
-/** Where a response comes from: a connection, or a test. */
-export type Source = Pick<Connection, "receive" | "endsInOrder">;
+export type Source = Pick<Connection, "receive" | "records">; // where a response comes from
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
@@ -597,9 +551,8 @@ const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number; // the caller knows it to be in range
 
-/** The index of the first byte of from..to that is not of the class; `to` if all are. */
-function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {
-  let at = from;
+/** The index of the first byte of at..to that is not of the class; `to` if all are. */
+function skipWhile(members: Uint8Array, bytes: Uint8Array, at: number, to: number): number {
   while (at < to && members[byteAt(bytes, at)] === 1) at++;
   return at;
 }
@@ -732,34 +685,30 @@ export class ChunkedDecoder {
 
 const unparsable = (fault: string, details: ConstructorParameters<typeof TransferError>[2] = { isFinal: true }) =>
   new TransferError("unparsable", `the response is malformed: ${fault}`, details);
-/** The content is longer or shorter than the head said, so its bytes cannot be trusted. */
 const contradiction = () =>
   new TransferError("range", "the length of the content is not what its head said", { spoils: true });
 
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
-  let [text, passed] = ["", 0]; // all that has come, and how much of it is 1xx
-  for (;;) {
-    const bytes = await source.receive();
-    if (bytes === undefined) {
-      parseResponseHead(text.slice(passed), method); // a line that is malformed is so whatever would have followed
-      if (text === "") throw new TransferError("empty", "the server closed the connection without an answer");
-      throw new TransferError("partial", "the response ends inside its head");
-    }
-    const before = text.length;
-    const piece = latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - before));
+  let [text, left] = ["", LIMITS.headBytesMax]; // what has come of a head, and how much more may come
+  for (let bytes; (bytes = await source.receive()) !== undefined;) {
+    const before = text;
+    const piece = latin1(bytes, 0, Math.min(bytes.length, left));
     text += piece;
-    const fits = piece.length === bytes.length;
+    left -= bytes.length;
     // Parsed anew only at the start, when the first line has ended, and at an empty line: a byte at a time is cheap.
-    const isDue = () => !text.slice(passed, before).includes("\n") || EMPTY_LINE.test(text.slice(before - 2));
-    if (before - passed > 7 && fits && !(piece.includes("\n") && isDue())) continue;
-    for (let head; (head = parseResponseHead(text.slice(passed), method)) !== undefined;) {
-      passed += head.text.length;
+    const isDue = piece.includes("\n") && (!before.includes("\n") || EMPTY_LINE.test(text.slice(before.length - 2)));
+    if (before.length > 7 && left >= 0 && !isDue) continue;
+    for (let head; (head = parseResponseHead(text, method)) !== undefined;) {
+      text = text.slice(head.text.length);
       if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that"); // RFC 9110 §15.2.2
-      if (head.status >= 200) return { head, rest: bytes.subarray(passed - before) };
+      if (head.status >= 200) return { head, rest: bytes.subarray(piece.length - text.length) };
     }
-    if (!fits) throw unparsable("the head is too large");
+    if (left < 0) throw unparsable("the head is too large");
   }
+  parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
+  if (left < LIMITS.headBytesMax) throw new TransferError("partial", "the response ends inside its head");
+  throw new TransferError("empty", "the server closed the connection without an answer");
 }
 
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
@@ -770,22 +719,17 @@ const NO_FIELD_LINE = "a line of its head is not a field-line";
 const READ_STRICTLY =
   /^(content-(length|range|encoding)|transfer-encoding|etag|last-modified|date|location|retry-after|repr-digest)$/i;
 
-/**
- * Parses a response head (RFC 9112 §4 and §5) from its first character on; nothing is kept between calls.
- * @param text what has come so far, one character a byte; bytes behind the head are ignored
- * @returns the head, or undefined: more is needed
- * @throws TransferError "unparsable"; it is final, unless the response is no HTTP at all
- */
+/** Parses the head that begins a text (RFC 9112 §4, §5). @returns undefined: more is needed. @throws TransferError */
 export function parseResponseHead(text: string, method: string): ResponseHead | undefined {
   const end = EMPTY_LINE.exec(text);
   const begun = end === null ? text : text.slice(0, end.index + 1);
   // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
   const [first = "", ...lines] = begun.split(/\r?\n/);
   const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
-  const statusLine = STATUS_LINE.exec(first);
+  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first) ?? [];
   // A response that does not start like one is refused before the end of its line has come.
-  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : statusLine !== null);
-  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {});
+  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : status !== undefined);
+  if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // a server may be starting
   lines.pop(); // what is behind the last line end: a line that has not ended
   if (isMalformed) throw unparsable(NO_FIELD_LINE);
   if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
@@ -793,18 +737,15 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   let last: string[] | undefined;
   for (const line of lines) {
     // RFC 9112 §5.2: a user agent reads obs-fold as SP. Before the first field-line it is a fault (§2.2).
-    const isFold = /^[ \t]/.test(line);
-    const name = isFold ? undefined : /^([^:]*):/.exec(line)?.[1]?.toLowerCase();
-    if (isFold && last !== undefined && FIELD_LINE.test(`x:${line}`))
+    const name = /^(?![ \t])([^:]*):/.exec(line)?.[1]?.toLowerCase();
+    if (last !== undefined && /^[ \t][\t\x20-\x7e\x80-\xff]*$/.test(line))
       last.push(trimOws(`${last.pop()} ${trimOws(line)}`));
     else if (name !== undefined && (FIELD_LINE.test(line) || !READ_STRICTLY.test(name.replace(/[^\w-]/g, "")))) {
-      last = fields.get(name) ?? [];
-      fields.set(name, last);
+      last = fields.getOrInsert(name, []);
       last.push(trimOws(line.slice(name.length + 1)));
     } else throw unparsable(NO_FIELD_LINE);
   }
-  if (end === null || statusLine === null) return undefined;
-  const [, minorVersion, status, reasonPhrase = ""] = statusLine;
+  if (end === null) return undefined;
   const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, end.index + end[0].length) };
   return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
 }
@@ -812,10 +753,8 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
 const fieldValues = ({ fields }: Pick<ResponseHead, "fields">, name: string) => fields.get(name) ?? [];
 
 /** The value of a field that may appear once; "" without it, or if it appears more often. */
-function singleValue(head: ResponseHead, name: string): string {
-  const [value = "", ...more] = fieldValues(head, name);
-  return more.length === 0 ? value : "";
-}
+const singleValue = (head: ResponseHead, name: string) =>
+  fieldValues(head, name).length > 1 ? "" : fieldValues(head, name).join();
 
 // ── shared: http-date ──
 /** HTTP-date (RFC 9110 §5.6.7): the form that is sent today, and two obsolete ones. */
@@ -840,8 +779,7 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boolean, method: string): Framing {
   // Item 1: never any content, whatever the fields say. Item 2 is about CONNECT, which this client does not send.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
-  const codings = fieldValues(head, "transfer-encoding");
-  const lengths = fieldValues(head, "content-length");
+  const [codings, lengths] = [fieldValues(head, "transfer-encoding"), fieldValues(head, "content-length")];
   if (codings.length > 0) {
     // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
     if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
@@ -851,20 +789,15 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
     return "chunked";
   }
   if (lengths.length === 0) return "close"; // item 8: until the connection is closed
-  const [text = "", ...others] = lengths.join(",").split(",").map(trimOws);
-  const isOne = /^\d+$/.test(text) && others.every((other) => other === text); // items 5 and 6: or the same again
-  if (!isOne || !Number.isSafeInteger(Number(text))) throw unparsable("its Content-Length is not one number");
-  return Number(text);
+  const [, length] = /^(\d+)(?:[\t ]*,[\t ]*\1)*$/.exec(lengths.join(",")) ?? []; // items 5 and 6: or the same again
+  if (!Number.isSafeInteger(Number(length))) throw unparsable("its Content-Length is not one number");
+  return Number(length);
 }
 
-/**
- * Receives the content of a response, of which `begun` came with the head: piece by piece, and no byte after it. Each
- * piece is valid until the next is asked for. RFC 9112 §8: only content without a length may end with the connection,
- * and over TLS only if the peer has announced that (§9.8), since anyone on the path can cut it. @throws TransferError
- */
+/** Receives content and no byte more; `begun` came with the head. Each piece is valid until the next is asked for. */
 export async function* receiveContent(source: Source, framing: Framing, begun: Uint8Array): AsyncGenerator<Uint8Array> {
   const decoder = framing === "chunked" ? new ChunkedDecoder(LIMITS, true) : undefined;
-  const length = typeof framing === "number" ? framing : Number.POSITIVE_INFINITY;
+  const [length, ofLength] = typeof framing === "number" ? [framing, ` of ${framing}`] : [Number.POSITIVE_INFINITY, ""];
   let [rest, kept, came]: [Uint8Array, number, number] = [begun, 0, 0]; // `kept` bytes: a line of chunks, incomplete
   for (let bytes: Uint8Array | undefined = begun; bytes !== undefined;) {
     if (kept > 0 && rest.length < kept + bytes.length)
@@ -880,22 +813,14 @@ export async function* receiveContent(source: Source, framing: Framing, begun: U
     // What came before a fault may have been damaged as well.
     if (decoder?.fault) throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
     if (came === length || decoder?.state === "done") return;
-    bytes = await receiveMore(source, framing, came);
+    bytes = await source.receive().catch((error: TransferError) => {
+      // Content that only a close ends may be cut by a reset at any byte: then it is a part.
+      throw framing === "close" && error.outcome === "receive" ? new TransferError("partial", error.message) : error;
+    });
+    // RFC 9112 §8: only content without a length may end with the connection, and over TLS only if announced (§9.8).
+    if (bytes === undefined && !(framing === "close" && source.records.endsInOrder))
+      throw new TransferError("partial", `the response is not complete: ${came}${ofLength} bytes of content came`);
   }
-}
-
-/** @returns undefined if the end of the connection is that of the content. @throws TransferError */
-async function receiveMore(source: Source, framing: Framing, came: number): Promise<Uint8Array | undefined> {
-  try {
-    const bytes = await source.receive();
-    if (bytes !== undefined || (framing === "close" && source.endsInOrder)) return bytes;
-  } catch (error) {
-    // Content that only a close ends may be cut by a reset at any byte: then it is a part.
-    const isCut = framing === "close" && error instanceof TransferError && error.outcome === "receive";
-    throw isCut ? new TransferError("partial", error.message) : error;
-  }
-  const whole = typeof framing === "number" ? ` of ${framing}` : "";
-  throw new TransferError("partial", `the response is not complete: ${came}${whole} bytes of content came`);
 }
 
 /** Chunks are compacted in place, over the framing: one piece is left to write, and nothing is allocated. */
@@ -935,12 +860,11 @@ export function tell(line: string): void {
 // ── end shared ──
 
 // ── shared: sizes ──
-const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
-
 /** "1.2 MiB" */
 function formatBytes(bytes: number): string {
-  const power = Math.min(UNITS.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${UNITS[power]}`;
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
 }
 // ── end shared ──
 
@@ -953,34 +877,27 @@ function ignoreErrors<T>(step: () => T): T | undefined {
 }
 
 /** A head or a reason phrase for people: UTF-8 if it is that, otherwise ISO 8859-1. */
-function asText(latin1Text: string): string {
-  const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
-  return ignoreErrors(() => utf8.decode(toBytes(latin1Text))) ?? latin1Text;
-}
+const asText = (text: string) =>
+  ignoreErrors(() => new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(toBytes(text))) ?? text;
 
 /** Heads for people: each line with a mark before it, as curl -v prints them. */
 function tellHead(mark: string, head: string): void {
   for (const line of asText(head).trimEnd().split(/\r?\n/)) tell(mark + line);
 }
 
-/** Size, speed and time left, in one line of stderr that is overwritten; only on a terminal that gets no content. */
+/** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left": on stderr, overwritten, if that is a terminal without content. */
 class ProgressLine {
   private dueAt: number = LIMITS.progressAfterMs;
   private firstBytes: number | undefined;
   private isOnScreen = false;
 
-  constructor(
-    private readonly job: Job,
-    private readonly sink: Sink,
-  ) {}
-
-  /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left" */
-  show({ bytes, total = 0 }: Held): void {
+  show({ job, delivery }: Session): void {
+    const { bytes, total = 0 } = delivery.held;
     this.firstBytes ??= bytes;
-    const now = elapsedMs(this.job);
+    const now = elapsedMs(job);
     if (now < this.dueAt) return;
     this.dueAt = now + LIMITS.progressEveryMs;
-    if (this.job.isSilent || this.job.isTraced || this.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
+    if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
     this.isOnScreen = true;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
     const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
@@ -989,15 +906,14 @@ class ProgressLine {
     ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
   }
 
-  /** Ends the line with a summary. */
-  finish({ held, isVerified, isUnchanged, note }: Delivery): void {
-    if (!isUnchanged && (this.isOnScreen || this.job.isVerbose)) {
+  finish({ job, delivery: { held, sink, isVerified, isUnchanged, note } }: Session): void {
+    if (!isUnchanged && (this.isOnScreen || job.isVerbose)) {
       this.clear();
-      this.sink.endLine?.();
+      sink.endLine?.();
       const verified = isVerified ? "SHA-256 verified" : "not verified";
-      tell(`${formatBytes(held.bytes)} in ${(elapsedMs(this.job) / 1000).toFixed(1)} s, ${verified}`);
+      tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
     }
-    if (note !== "" && !this.job.isSilent) tell(note);
+    if (note !== "" && !job.isSilent) tell(note);
   }
 
   clear(): void {
@@ -1015,16 +931,15 @@ export class Connection {
   private end: "FIN" | TransferError | undefined; // nothing more comes
   private isClosed = false;
   private socket: Bun.Socket | undefined;
-  private records: RecordWatch | undefined; // over TLS: sees the encrypted records
   private wake = () => {};
-  /** The content has a length or a last chunk, so nobody asks how the connection ends: spares a copy of each record. */
-  stopWatching = () => {};
+  readonly records = new RecordWatch();
+  stopWatching = () => {}; // for content that has a length or a last chunk: spares a copy of each record
 
   /** Each handler stores what has happened, and wakes the step that waits. */
   readonly handlers = {
     open: (socket: Bun.Socket) => void (this.socket = socket),
     data: (socket: Bun.Socket, bytes: Uint8Array) => {
-      if (this.records !== undefined) this.records.room -= bytes.length;
+      this.records.room -= bytes.length;
       this.received.push(bytes);
       this.receivedBytes += bytes.length;
       if (this.receivedBytes >= LIMITS.receivedBytesMax) socket.pause();
@@ -1045,22 +960,13 @@ export class Connection {
     error: (socket: Bun.Socket, error: SystemError) => this.handlers.close(socket, error),
   };
 
-  constructor(
-    private readonly job: Options,
-    private readonly trace?: Trace,
-  ) {}
-
-  /** The peer has announced its end: the connection was not cut. Over TLS, anyone on the way can send a FIN. */
-  get endsInOrder(): boolean {
-    return this.records?.endsInOrder ?? true;
-  }
+  constructor(private readonly job: Options) {}
 
   /** @throws TransferError "resolve", "connect", "timeout", "tls", "certificate" or "authorities" */
   async connect(url: URL): Promise<void> {
-    const { connectMs } = this.job;
-    this.trace?.begin();
-    const late = `no connection to ${url.host} within ${connectMs / 1000} s`;
-    await within(connectMs, this.open(url), late).catch((error) => this.fail("connect", asTransferError(error)));
+    this.job.trace?.begin();
+    const opening = within(this.job.connectMs, this.open(url), `no connection to ${url.host} within`);
+    await opening.catch((error) => this.fail("connect", asTransferError(error)));
   }
 
   private async open(url: URL): Promise<void> {
@@ -1070,42 +976,36 @@ export class Connection {
       hostname,
       port: Number(url.port || (isSecure ? 443 : 80)),
       allowHalfOpen: true, // the server's FIN must not stop us from sending, nor hide what it sent before
-      socket: isSecure ? { data: (_, bytes) => this.records?.take(bytes) } : this.handlers,
+      socket: isSecure ? { data: (_, bytes) => this.records.take(bytes) } : this.handlers,
     }).catch(({ syscall, code, message }: SystemError) => {
       if (syscall === "getaddrinfo") throw new TransferError("resolve", `cannot resolve ${hostname}`);
       throw new TransferError("connect", `cannot connect to ${url.host}: ${code ?? message}`);
     });
     if (this.isClosed) return void socket.close(); // the step that waited for it has ended
-    const { remoteAddress, remotePort } = socket;
-    this.trace?.step("connect", `${remoteAddress.includes(":") ? `[${remoteAddress}]` : remoteAddress}:${remotePort}`);
-    if (isSecure) await this.secure(socket, hostname);
+    this.job.trace?.step("connect", `${socket.remoteAddress.replace(/.*:.*/, "[$&]")}:${socket.remotePort}`);
+    if (isSecure) await this.startTls(socket, hostname);
   }
 
-  /** Starts TLS. @throws TransferError "tls" or "certificate" */
-  private async secure(socket: Bun.Socket, hostname: string): Promise<void> {
-    const { promise, resolve, reject } = Promise.withResolvers<void>();
-    const fail = (...failure: ConstructorParameters<typeof TransferError>) => reject(new TransferError(...failure));
-    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => {
-      // A fault: the peer speaks no TLS, or not ours. Otherwise only its certificate is not trusted.
-      const isFault = error === null || /^(EPROTO|ECONN|ERR_SSL)/.test(error.code ?? "");
-      if (isTrusted || (this.job.isInsecure && !isFault)) return resolve();
-      if (!isFault) return fail("certificate", `the certificate of ${hostname} is not trusted: ${error.message}`);
-      // A refusal will not change; a lost connection may be transient.
-      const isFinal = !error?.code?.startsWith("ECONN");
-      fail("tls", `no TLS with ${hostname}: ${error?.message ?? "refused"}`, { isFinal });
-    };
-    const close = (socket: Bun.Socket, error?: SystemError) => {
-      fail("tls", `the connection to ${hostname} was closed before there was TLS`);
-      this.handlers.close(socket, error);
-    };
+  private async startTls(socket: Bun.Socket, hostname: string): Promise<void> {
     // RFC 6066 §3: a name goes without the root's dot, an address not at all: then the certificate must name that.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
     const tls = { serverName, ca: authorities ?? [], rejectUnauthorized: !this.job.isInsecure };
-    this.records = new RecordWatch();
+    const { promise, resolve, reject } = Promise.withResolvers<Partial<SystemError>>();
+    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) =>
+      resolve(isTrusted ? {} : (error ?? { code: "EPROTO", message: "refused" }));
+    const close = (socket: Bun.Socket, error?: SystemError) => {
+      reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
+      this.handlers.close(socket, error);
+    };
     const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
     this.stopWatching = () => encrypted.reload({ socket: { drain() {} } });
-    await promise;
-    this.trace?.step("TLS", `with ${hostname}`);
+    const { code = "", message } = await promise;
+    // The peer speaks no TLS, or not ours: this will not change. But a lost connection may be transient.
+    if (/^(EPROTO|ECONN|ERR_SSL)/.test(code))
+      throw new TransferError("tls", `no TLS with ${hostname}: ${message}`, { isFinal: !code.startsWith("ECONN") });
+    if (message !== undefined && !this.job.isInsecure)
+      throw new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${message}`);
+    this.job.trace?.step("TLS", `with ${hostname}`);
   }
 
   /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
@@ -1114,7 +1014,7 @@ export class Connection {
       const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
       if (written < 0 && this.end !== undefined)
         throw new TransferError("send", "the connection was lost while the request was sent");
-      this.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
+      this.job.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
       sent += Math.max(0, written);
       // If the connection is lost, an answer may still be unread: its event comes before that of the loss.
       if (sent < bytes.length) await this.event();
@@ -1125,8 +1025,7 @@ export class Connection {
 
   /** More has come than interim responses, which may come at any time (RFC 9110 §15.2). */
   private get isAnswered(): boolean {
-    const text = () => latin1(Buffer.concat(this.received), 0, this.receivedBytes);
-    return this.receivedBytes > 0 && /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(text());
+    return /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(Buffer.concat(this.received).toString("latin1"));
   }
 
   /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
@@ -1134,34 +1033,33 @@ export class Connection {
     let bytes;
     while ((bytes = this.received.shift()) === undefined) {
       if (this.end instanceof TransferError) this.fail("reset", this.end);
-      if (this.end === "FIN") return void this.trace?.step("FIN", "received");
+      if (this.end === "FIN") return void this.job.trace?.step("FIN", "received");
       this.socket?.resume();
       await this.event();
     }
     this.receivedBytes -= bytes.length;
-    this.trace?.receive(bytes);
+    this.job.trace?.receive(bytes);
     return bytes;
   }
 
   private fail(event: string, failure: TransferError): never {
-    this.trace?.step(failure.outcome === "timeout" ? "deadline" : event, failure.message);
+    this.job.trace?.step(failure.outcome === "timeout" ? "deadline" : event, failure.message);
     throw failure;
   }
 
   /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
   close(): void {
     const isReset = this.end instanceof TransferError && this.end.outcome === "receive";
-    if (this.socket !== undefined) this.trace?.step("close", isReset ? "" : "FIN sent");
+    if (this.socket !== undefined) this.job.trace?.step("close", isReset ? "" : "FIN sent");
     this.isClosed = true;
     this.socket?.close();
   }
 
   /** Waits for the next event, but only as long as the peer may be silent. */
   private async event(): Promise<void> {
-    this.trace?.flush();
+    this.job.trace?.flush();
     const event = new Promise<void>((resolve) => (this.wake = resolve));
-    const { stallMs } = this.job;
-    await within(stallMs, event, `no byte for ${stallMs / 1000} s`).catch((late) => (this.end = late));
+    await within(this.job.stallMs, event, "no byte for").catch((late) => (this.end = late));
   }
 }
 
@@ -1177,21 +1075,20 @@ function readAuthorities(file: string | undefined): string[] {
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
 }
 
-/** Waits for a step, but only for so long. @throws TransferError "timeout" */
-async function within<T>(ms: number, step: T | Promise<T>, message: string, isFinal = false): Promise<T> {
+/** Waits for a step, but only for `ms`, of which `leftMs` are left. @throws TransferError "timeout" */
+async function within<T>(ms: number, step: T | Promise<T>, message: string, leftMs = ms, isFinal = false): Promise<T> {
   if (ms === Number.POSITIVE_INFINITY) return step;
   const { promise: late, reject } = Promise.withResolvers<never>();
-  const fail = () => reject(new TransferError("timeout", message, { isFinal }));
+  const fail = () => reject(new TransferError("timeout", `${message} ${ms / 1000} s`, { isFinal }));
   // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may be there already: first it looks.
-  let timer = setTimeout(() => (timer = setTimeout(fail, 1)), ms);
+  let timer = setTimeout(() => (timer = setTimeout(fail, 1)), leftMs);
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
 
 const elapsedMs = ({ startedAt }: Options) => performance.now() - startedAt;
-
 /** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
 const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promise<T> =>
-  within(Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, step, `not done within ${job.maxMs / 1000} s`, true);
+  within(job.maxMs, step, "not done within", Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, true);
 
 // ── shared: trace ──
 /**
@@ -1253,38 +1150,35 @@ class Trace {
 const ALERT_RECORD_LENGTH = 19; // in TLS 1.3: level, description, inner type, and a tag of 16 bytes (RFC 8446 §5.2, §6)
 const [ALERT, APPLICATION_DATA] = [21, 23];
 
-/**
- * Watches encrypted TLS records go by (RFC 8446 §5.1) to tell whether the peer closed in order: whether its last record
- * was an alert. In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
- */
+/** Watches TLS records go by (RFC 8446 §5.1): was the last one an alert, as it is if the peer closes in order? */
 export class RecordWatch {
-  private header: number[] = []; // of the last record: type, version, length
-  private length = 0; // of that record
-  private left = 0; // bytes of it that are still to come
   room = 0; // plaintext bytes that the records of the last read could hold; the caller subtracts those that came of them
+  private type: number | undefined; // of the last record
+  private length = 0; // of that record, without its header
+  private seen = 0; // bytes of it, with its header; 0 again once it is whole
 
   /** Records, or pieces of them, before they are decrypted: a copy of their bytes, which is given back. */
   take(bytes: Uint8Array): void {
     this.room = 0;
     for (let at = 0; at < bytes.length;) {
-      if (this.left === 0) {
-        if (this.header.length === 5) this.header = [];
-        if (this.header.push(byteAt(bytes, at++)) === 5) this.length = Buffer.from(this.header).readUInt16BE(3);
-        if (this.header.length === 5) this.left = this.length;
-        continue;
-      }
-      const taken = Math.min(this.left, bytes.length - at);
+      const isHeader = this.seen < 5; // type, two bytes of version, two of length: one by one, as a read may end in it
+      if (this.seen === 0) this.type = byteAt(bytes, at);
+      if (isHeader) this.length = (this.length * 256 + byteAt(bytes, at)) % 65_536;
+      const taken = isHeader ? 1 : Math.min(5 + this.length - this.seen, bytes.length - at);
       at += taken;
-      this.left -= taken;
-      if (this.left === 0 && this.header[0] === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
+      this.seen += taken;
+      if (this.seen < 5 + this.length) continue;
+      if (this.type === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
+      this.seen = 0;
     }
     release(bytes);
   }
 
+  /** The peer has announced its end. Without TLS its FIN does that; over TLS, anyone on the path can send one. */
   get endsInOrder(): boolean {
-    if (this.left > 0 || this.header.length < 5) return false;
-    if (this.header[0] === ALERT) return true;
-    return this.header[0] === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
+    // In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
+    const isAlert13 = this.type === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
+    return this.type === undefined || (this.seen === 0 && (this.type === ALERT || isAlert13));
   }
 }
 
@@ -1308,7 +1202,7 @@ class Delivery {
 
   constructor(
     readonly sink: Sink,
-    private readonly job: Job,
+    private readonly job: Options,
   ) {
     this.held = sink.leftover?.label ?? NOTHING;
     this.before = this.held.bytes;
@@ -1773,27 +1667,24 @@ function check(isRight: boolean, message: string): asserts isRight {
   if (!isRight) throw new TransferError("usage", `${message} (see client-robust --help)`);
 }
 
-/** A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one. */
-const FLAG = /^ +(?:(-\w), |)(--[\w-]+)( [A-Z]+)? {2}/gm;
-
 /**
- * Reads flags as getopt_long does: --name value, --name=value, -n value, -nvalue, -abc for switches; "--" ends them.
- * To load parseArgs of node:util would take a tenth of the time of a small transfer.
- * @returns the values of each flag, by its name; under "", what is no flag
+ * Reads flags as getopt_long does: --name value, --name=value, -n value, -nvalue, -abc for switches; "--" ends them. To
+ * load parseArgs takes a tenth of a small transfer's time. @returns the values of each flag; under "", what is no flag
  */
 function parseFlags(args: readonly string[]): Map<string, string[]> {
+  // A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one.
+  const definition = /^ +(?:(-\w), |)(--[\w-]+)( [A-Z]+)? {2}/gm;
   const values = new Map<string, string[]>();
   const add = (name: string, ...more: string[]) => values.set(name, [...(values.get(name) ?? []), ...more]);
   const rest = [...args];
-  for (let arg = rest.shift(); arg !== undefined; arg = rest.shift()) {
-    if (arg === "--") return add("", ...rest);
+  for (let arg; (arg = rest.shift()) !== undefined;) {
     const [, long, longValue, short, following] = /^(?:(--[^=]*)(?:=(.*))?|(-.)(.+)?)$/s.exec(arg) ?? [];
     const typed = long ?? short;
-    if (typed === undefined) {
-      add("", arg);
+    if (typed === undefined || arg === "--") {
+      add("", ...(typed === undefined ? [arg] : rest.splice(0)));
       continue;
     }
-    const [, , flag, metavariable] = HELP.matchAll(FLAG).find((names) => names.includes(typed)) ?? [];
+    const [, , flag, metavariable] = HELP.matchAll(definition).find((names) => names.includes(typed)) ?? [];
     check(flag !== undefined, `no such option: ${typed}`);
     const takesValue = metavariable !== undefined;
     check(takesValue || longValue === undefined, `${flag} takes no value`);
@@ -1828,20 +1719,26 @@ export function parseCommandLine(args: readonly string[]) {
   check(!isHead || method === "HEAD", "--head asks with HEAD, and --request with another method");
   const sha256 = last("sha256")?.toLowerCase() ?? "";
   check(!values.has("sha256") || /^[0-9a-f]{64}$/.test(sha256), "--sha256 takes 64 hexadecimal digits");
-  const timeFile = last("time-cond");
-  const since = timeFile === undefined ? undefined : timeOf(timeFile, timeFile === output || values.has("silent"));
+  const timeFile = last("time-cond"); // it may be missing, as in a mirror's first run: then no condition is sent
+  const since = timeFile === undefined ? undefined : ignoreErrors(() => fs().statSync(timeFile).mtime);
+  if (timeFile !== undefined && since === undefined && timeFile !== output && !values.has("silent"))
+    tell(`No condition is sent: there is no file ${timeFile}`);
   const fields = all("header").map(parseField);
   if (since !== undefined) fields.push(["If-Modified-Since", since.toUTCString()]); // RFC 9110 §13.1.3
   const request: Request = { method, url, fields, content: [] };
-  const options = {
+  return {
+    show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", // and do nothing else
     startedAt: performance.now(), // the limits of time count from here
     request,
+    data, // DATA, of which the content of the request is made
     output, // undefined: print the whole response
     keepsOnlyContent: output !== undefined, // the page of an error or of a redirect must not pass for content
+    sha256, // that the content must have, in lower-case hex; "" if any will do
     hasSha256: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
     followsRedirects: values.has("location"),
     // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
+    sinceMs: since?.getTime(), // content that is not newer is not wanted
     retries: count("retry", DEFAULTS.retries),
     retryDelayMs: milliseconds("retry-delay", undefined), // before each; undefined for a wait that grows
     retryMaxMs: milliseconds("retry-max-time", Number.POSITIVE_INFINITY),
@@ -1851,14 +1748,11 @@ export function parseCommandLine(args: readonly string[]) {
     maxMs: milliseconds("max-time", Number.POSITIVE_INFINITY), // for everything
     authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
     isInsecure: values.has("insecure"), // certificates are not verified
-    sha256, // that the content must have, in lower-case hex; "" if any will do
-    sinceMs: since?.getTime(), // content that is not newer is not wanted
     keepsTime: values.has("remote-time"), // FILE gets the time of Last-Modified
     isSilent: values.has("silent"),
     isVerbose: values.has("verbose"),
-    isTraced: values.has("trace"),
+    trace: values.has("trace") ? new Trace(tell) : undefined,
   };
-  return { show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", options, data };
 }
 
 /** As in curl, the last segment of the path as it was typed. */
@@ -1869,19 +1763,10 @@ function remoteName(text: string, url: URL): string {
   return name === "-" ? "./-" : name;
 }
 
-/** The time of the FILE of -z. There may be none, as in a mirror's first run: then there is no condition. */
-function timeOf(file: string, mayBeMissing: boolean): Date | undefined {
-  const found = ignoreErrors(() => fs().statSync(file));
-  if (found === undefined && !mayBeMissing) tell(`No condition is sent: there is no file ${file}`);
-  return found?.mtime;
-}
-
-/** @returns milliseconds */
 function parseSeconds(flag: string, text = ""): number {
   const seconds = /^\d*\.?\d+$/.test(text) ? Number(text) : 0;
-  // A timer takes 2^31 ms at the most, and would fire at once for more.
   check(seconds > 0 && seconds <= 2_000_000, `--${flag} takes seconds, from above 0 to 2000000`);
-  return seconds * 1000;
+  return seconds * 1000; // a timer takes 2^31 ms at the most, and would fire at once for more
 }
 
 function parseCount(flag: string, text = ""): number {
@@ -1889,15 +1774,13 @@ function parseCount(flag: string, text = ""): number {
   return Number(text);
 }
 
-/** Only the program itself sets the fields that frame the message, or say which part is asked for. */
-const OWN_FIELD = /^(connection|content-length|if-range|range|transfer-encoding)$/i;
-
 /** @returns name and value; an empty value means that no such field is to be sent */
 function parseField(line: string): [name: string, value: string] {
   const bytes = Buffer.from(line).toString("latin1");
   const name = FIELD_LINE.exec(bytes)?.[1];
   check(name !== undefined, `--header takes "Name: value", not ${JSON.stringify(line)}`);
-  check(!OWN_FIELD.test(name), `--header cannot set ${name}`);
+  // Only the program itself sets the fields that frame the message, or say which part is asked for.
+  check(!/^(connection|content-length|if-range|range|transfer-encoding)$/i.test(name), `--header cannot set ${name}`);
   return [name, trimOws(bytes.slice(name.length + 1))];
 }
 
@@ -1915,14 +1798,9 @@ export function parseUrl(text: string): URL {
 /** The content to send. Several -d are joined with "&", as in forms. */
 async function readData(data: readonly string[]): Promise<Blob[]> {
   const blobs: Blob[] = [];
-  let text = ""; // up to the next file: it is sent in one write
-  for (const [i, item] of data.entries()) {
-    text += (i > 0 ? "&" : "") + (item.startsWith("@") ? "" : item);
-    if (!item.startsWith("@")) continue;
-    blobs.push(new Blob([text]), await openData(item.slice(1)));
-    text = "";
-  }
-  return data.length === 0 ? [] : [...blobs, new Blob([text])];
+  for (const [i, item] of data.entries())
+    blobs.push(new Blob([i > 0 ? "&" : ""]), item.startsWith("@") ? await openData(item.slice(1)) : new Blob([item]));
+  return blobs;
 }
 
 /** A file is read while it is sent, again for each attempt. A pipe can be read only once, and is held in memory. */
@@ -1930,9 +1808,8 @@ async function openData(path: string): Promise<Blob> {
   try {
     const found = path === "-" ? undefined : fs().statSync(path);
     if (found?.isFile() && found.size > 0) return Bun.file(path).slice(0, found.size); // in /proc, files tell no size
-    const pieces: Uint8Array<ArrayBuffer>[] = [];
+    const pieces: Uint8Array<ArrayBuffer>[] = []; // of a device, too, which Bun.file cannot read
     let left = LIMITS.heldDataBytesMax;
-    // Bun.file reads no device.
     for await (const piece of found === undefined ? Bun.stdin.stream() : fs().createReadStream(path)) {
       pieces.push(piece);
       left -= piece.length;
@@ -1945,16 +1822,15 @@ async function openData(path: string): Promise<Blob> {
   }
 }
 
-/** @returns the exit code */
 async function main(): Promise<number> {
   try {
-    const { show, options, data } = parseCommandLine(process.argv.slice(2));
-    if (show !== "") return await Bun.write(Bun.stdout, show).then(() => EXIT_CODES.ok);
-    const request = { ...options.request, content: await withinMaxTime(options, readData(data)) };
+    const options = parseCommandLine(process.argv.slice(2));
+    if (options.show !== "") return await Bun.write(Bun.stdout, options.show).then(() => EXIT_CODES.ok);
+    const request = { ...options.request, content: await withinMaxTime(options, readData(options.data)) };
     const sink = await withinMaxTime(options, openSink({ ...options, request }));
-    if (sink === undefined && options.isVerbose) tell(`${options.output} has this SHA-256 already`);
-    if (sink === undefined) return EXIT_CODES.ok;
-    return await download({ ...options, request, canStartOver: sink.discard !== undefined }, sink);
+    if (sink !== undefined) return await download({ ...options, request }, sink);
+    if (options.isVerbose) tell(`${options.output} has this SHA-256 already`);
+    return EXIT_CODES.ok;
   } catch (error) {
     return tellFailure(error);
   }

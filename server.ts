@@ -6,17 +6,15 @@
  *     bun server.ts --root .               # the same, but serves the files below this folder
  *     curl -v http://localhost:8888/data   # in a second terminal
  *
- * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for
- * one request. Here the bytes may come one at a time or a hundred requests at once, and every
- * message is checked against RFC 9112 before it is answered: what breaks a rule is refused, and the
- * connection is closed.
+ * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for one request. Here the
+ * bytes may come one at a time or a hundred requests at once, and every message is checked against RFC 9112 before it is
+ * answered: what breaks a rule is refused, and the connection is closed.
  *
  * Left out: uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
  *
- * Read it from top to bottom: `serve`, in section 3, is the tutorial's loop, and what follows is
- * what the loop calls, in the order in which a request meets it. Section 11, Files, is for `--root`
- * alone: a reader can stop before it. To give answers of your own, copy this file and change
- * `respond`, in section 7.
+ * Read it from top to bottom: `serve`, in section 3, is the tutorial's loop, and what follows is what the loop calls, in
+ * the order in which a request meets it. Section 11, Files, is for `--root` alone: a reader can stop before it. To give
+ * answers of your own, copy this file and change `respond`, in section 7.
  */
 import { isUtf8 } from "node:buffer";
 import * as fs from "node:fs";
@@ -57,12 +55,8 @@ const BOUNDS = {
 } as const satisfies Record<string, readonly [value: number, meaning: string]>;
 
 export type Limits = Readonly<Record<keyof typeof BOUNDS, number>>;
-const LIMIT_NAMES = Object.keys(BOUNDS) as (keyof Limits)[]; // Object.keys does not keep the type
-
-/** The defaults. */
-export const LIMITS = Object.freeze(
-  Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits, // nor does fromEntries
-);
+const LIMIT_NAMES = Object.keys(BOUNDS) as (keyof Limits)[]; // Neither Object.keys nor fromEntries keeps the type.
+export const LIMITS = Object.freeze(Object.fromEntries(LIMIT_NAMES.map((name) => [name, BOUNDS[name][0]])) as Limits);
 
 const REFUSED_CONNECTIONS_MAX = 256; // Connections above the limit that get a 503. More are dropped: it is a flood.
 const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is skipped. Old clients send one.
@@ -104,9 +98,8 @@ export abstract class Site {
   private readonly notAllowed: Response;
 
   constructor(private readonly methods: readonly Method[]) {
-    const Allow = methods.join(", ");
-    this.options = prepareResponse(204, { Allow });
-    this.notAllowed = prepareResponse(405, { ...TEXT_FIELDS, Allow }, "method not allowed\n");
+    this.options = prepareResponse(204, { Allow: methods.join(", ") });
+    this.notAllowed = prepareResponse(405, { ...TEXT_FIELDS, Allow: methods.join(", ") }, "method not allowed\n");
   }
 
   /** The response if the method is refused, whatever the content is. RFC 9110 §15.5.6: 405 says which methods there are. */
@@ -170,9 +163,7 @@ export type Rejection = keyof typeof REJECTIONS;
 class Refusal {
   constructor(readonly rejection: Rejection) {}
 }
-
-/** Thrown to end a conversation without an answer: the peer left, or asks nothing more, or its answer is cut off. */
-const GONE = Symbol("gone");
+const GONE = Symbol("gone"); // thrown to end it without one: the peer left, asks no more, or its answer is cut off
 
 /** Thrown before there is a connection: shown as one line, with its exit code. */
 class StartError extends Error {
@@ -181,7 +172,6 @@ class StartError extends Error {
 
 /** What ended a wait: bytes, FIN or a lost connection, room in the socket, a passed deadline, a stop of the server. */
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop";
-
 const NO_BYTES = new Uint8Array(0);
 
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
@@ -202,13 +192,11 @@ export async function serve(connection: Connection): Promise<void> {
     server.admit(connection);
     let deadline = server.now + limits.headTimeoutMs;
     for (let closes = false; !closes; deadline = server.now + server.limits.idleTimeoutMs) {
-      // Wait for a request until `deadline`. From its first byte on, its head has until `headDeadline`.
-      let headDeadline = server.now + limits.headTimeoutMs;
-      for (let outcome: Outcome = "bytes"; !readHead(connection, outcome);) {
-        outcome = await connection.receive(head.hasBegun ? headDeadline : deadline);
-        if (head.hasBegun) continue;
-        headDeadline = server.now + limits.headTimeoutMs;
-        if (outcome === "stop") deadline = server.now + server.limits.idleTimeoutMs;
+      // Wait for a request until `deadline`. From its first byte on, its head has `headTimeoutMs`.
+      for (let outcome: Outcome = "bytes", hadBegun = false; !readHead(connection, outcome); hadBegun = head.hasBegun) {
+        if (head.hasBegun && !hadBegun) deadline = server.now + limits.headTimeoutMs;
+        if (!head.hasBegun && outcome === "stop") deadline = server.now + server.limits.idleTimeoutMs;
+        outcome = await connection.receive(deadline);
       }
 
       // Read its content, if it has any.
@@ -223,9 +211,10 @@ export async function serve(connection: Connection): Promise<void> {
       closes = isLast(connection, response);
 
       // Send: a part now, a text in the next `receive`, when no whole request is left in what came.
-      const sent = output.appendResponse(head, response, closes);
-      if (response.part === undefined) log(connection, content, response.status, sent);
-      else await sendPart(connection, content, response, response.part);
+      let sent = output.appendResponse(head, response, closes);
+      if (response.part !== undefined) sent = await sendPart(connection, response.part);
+      log(connection, content, response.status, sent);
+      if (sent < (response.part?.length ?? 0)) throw GONE; // it is cut off
       content = undefined;
       head.content = NO_BYTES;
       if (output.length >= UNSENT_BYTES_MAX) await connection.flush();
@@ -234,8 +223,7 @@ export async function serve(connection: Connection): Promise<void> {
     if (reason === GONE || (reason instanceof Refusal && connection.isGone)) return;
     // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
     if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
-    const response =
-      reason instanceof Refusal ? (head.refusal ?? responseTo(reason.rejection)) : responseTo("internal");
+    const response = head.refusal ?? responseTo(reason instanceof Refusal ? reason.rejection : "internal");
     connection.trace?.step("refuse", `with ${response.status}`);
     // It closes: where a next request would start is not known, or the server is full or at fault.
     log(connection, content, response.status, output.appendResponse(head, response, true));
@@ -244,22 +232,14 @@ export async function serve(connection: Connection): Promise<void> {
   }
 }
 
-/** Does this outcome of a step mean that no more bytes will come, or not in time? */
-const endsReading = (outcome: Outcome) => outcome === "end" || outcome === "late";
-
-/**
- * Parses what has been received of a head. A long one is parsed again only when a line of it is complete, or much has
- * come, so that sending it a byte at a time does not cost a thousand parses.
- * @returns whether it is whole; if not, head.hasBegun says whether there is any of it
- * @throws Refusal; GONE if the connection ended before one began
- */
+/** Parses what has come of a head. @returns whether it is whole @throws Refusal; GONE if none of it will come */
 function readHead(connection: Connection, outcome: Outcome): boolean {
   const { head, bytes, at, to, parsedBytes } = connection;
-  const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || endsReading(outcome);
+  // A long head is parsed again only when a line of it or much has come: each byte of it could cost a parse otherwise.
+  const isDue = parsedBytes < LONG_HEAD_BYTES || to - at - parsedBytes >= LONG_HEAD_BYTES || outcome !== "bytes";
   if (at === to) head.hasBegun = false;
   else if (isDue || bytes.subarray(at + parsedBytes, to).includes(LF)) {
     const next = parseRequestHead(head, bytes, at, to);
-    if (typeof next === "string") throw new Refusal(next);
     connection.parsedBytes = next < 0 ? to - at : 0;
     if (next >= 0) {
       connection.at = next;
@@ -267,7 +247,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
       return true;
     }
   }
-  if (!endsReading(outcome)) return false;
+  if (outcome !== "end" && outcome !== "late") return false;
   if (!head.hasBegun) throw GONE;
   // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
   throw new Refusal(outcome === "late" ? "timeout" : "incomplete");
@@ -276,7 +256,7 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
 /** Does this answer end the conversation? */
 function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }: Response): boolean {
   // RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to.
-  if (head.hasClose || (head.minorVersion === 0 && !head.hasKeepAlive)) return true;
+  if (head.persistence === "close" || (head.minorVersion === 0 && head.persistence === "")) return true;
   // A site's 400 is for a peer that is not understood; 500 and 503 are of a server in trouble. 404 and 405 go on.
   if (status === 400 || status === 500 || status === 503) return true;
   if (at === to && (hasEnded || server.isStopping)) return true;
@@ -309,9 +289,8 @@ const HEXDIG = bytesLike(/[0-9A-Fa-f]/);
 
 const byteAt = (bytes: Uint8Array, index: number) => bytes[index] as number; // the caller knows it to be in range
 
-/** The index of the first byte of from..to that is not of the class; `to` if all are. */
-function skipWhile(members: Uint8Array, bytes: Uint8Array, from: number, to: number): number {
-  let at = from;
+/** The index of the first byte of at..to that is not of the class; `to` if all are. */
+function skipWhile(members: Uint8Array, bytes: Uint8Array, at: number, to: number): number {
   while (at < to && members[byteAt(bytes, at)] === 1) at++;
   return at;
 }
@@ -329,45 +308,41 @@ function trimOws(text: string): string {
 }
 // ── end shared ──
 
-/** tchar = "!" / "#" / "$" / "%" / "&" / "'" / "*" / "+" / "-" / "." / "^" / "_" / "`" / "|" / "~" / DIGIT / ALPHA */
-const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/);
+const TCHAR = bytesLike(/[!#$%&'*+\-.^_`|~0-9A-Za-z]/); // tchar, of which tokens are made (RFC 9110 §5.6.2)
 const TARGET = bytesLike(/[\x21-\x22\x24\x26-\x7e]/); // visible ASCII (RFC 9112 §3.2) but "%", and "#" of a fragment
 const DIGIT = bytesLike(/[0-9]/);
 const OWS = bytesLike(/[\t ]/);
 const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // reg-name (RFC 3986) without "%", and "," of a list
-/** uri-host [ ":" port ] (RFC 9110 §4.2): no userinfo, and no zone id, which means nothing to another machine. */
-const AUTHORITY = /^(?:\[([^\]%]+)\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::(\d*))?$/;
-/** IPvFuture = "v" 1*HEXDIG "." 1*( unreserved / sub-delims / ":" ) */
-const IP_FUTURE = /^v[0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+$/i;
+/** uri-host [ ":" port ] (RFC 9110 §4.2), "[v" for IPvFuture. No userinfo; no zone id: it means nothing to others. */
+const AUTHORITY =
+  /^(?:\[(?:v[\dA-F]+\.[\w\-.~!$&'()*+,;=:]+|([^\]%]+))\]|(?:[\w\-.~!$&'()*+;=]|%[\dA-F]{2})+)(?::(\d*))?$/i;
 /** absolute-form or origin-form: an authority, if there is one, a path, a query. */
 const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i;
 /** Codings that are not implemented, and after them chunked, last and once. */
 const OTHER_CODINGS = /^[\t ]*(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked[\t ]*\r\n$/i;
+const EXPECTATIONS = /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i; // RFC 9110 §10.1.1 defines no other
+const AFTER_TARGET = " HTTP/D.D\r\n"; // RFC 9112 §2.3: in upper case; D is any DIGIT
 const [SP, COLON, PERCENT, SLASH] = [0x20, 0x3a, 0x25, 0x2f];
 const CHUNKED = -1; // as a length of content: the chunked transfer coding marks its end
 
-/** A request head. Positions are indexes into `bytes`. Texts are made only when they are asked for. */
+/** A request head. Positions are indexes into `bytes`. Texts, a character a byte, are made when they are asked for. */
 export class RequestHead {
   bytes: Uint8Array = NO_BYTES;
   from = 0;
   to = 0; // behind the head; if it was refused or is incomplete, behind the part that is kept for the log
-  rejection: Rejection = "request-line"; // of the first byte that does not fit
   hasBegun = false; // a byte of the request has come; an empty line before it does not count
   method: Method = "";
   targetFrom = 0;
-  targetTo = 0;
   minorVersion = 0;
   host = 0; // where the value of Host starts: 0 for none, -1 for several lines
-  hasClose = false;
-  hasKeepAlive = false;
+  persistence: "" | "keep-alive" | "close" = ""; // what Connection asks for; of both, "close" counts
   // The values of rarer fields that decide about the message, each with its CRLF; "" for none.
   lengthField = "";
   codings = "";
   expect = "";
   contentLength = 0; // octets of content that follow, or CHUNKED
   refusal: Response | undefined; // of its method: it is told whatever the content is
-  /** The content, once it has been read, if {@link RESPOND_NEEDS_CONTENT}. */
-  content: Uint8Array = NO_BYTES;
+  content: Uint8Array = NO_BYTES; // once it has been read, if RESPOND_NEEDS_CONTENT
 
   constructor(readonly limits: Limits) {}
 
@@ -375,9 +350,9 @@ export class RequestHead {
     this.bytes = bytes;
     this.from = from;
     this.to = to;
-    this.method = this.lengthField = this.codings = this.expect = "";
-    this.targetFrom = this.targetTo = this.host = this.contentLength = 0;
-    this.hasBegun = this.hasClose = this.hasKeepAlive = false;
+    this.method = this.persistence = this.lengthField = this.codings = this.expect = "";
+    this.targetFrom = this.host = 0;
+    this.hasBegun = false;
     this.refusal = undefined;
   }
 
@@ -386,7 +361,6 @@ export class RequestHead {
     if (this.from === 0 && this.to === this.bytes.length) return;
     this.bytes = new Uint8Array(this.bytes.subarray(this.from, this.to)); // Buffer's own slice would not copy
     this.targetFrom -= this.from;
-    this.targetTo -= this.from;
     this.to -= this.from;
     this.from = 0;
   }
@@ -398,20 +372,17 @@ export class RequestHead {
   }
 
   get requestTarget(): string {
-    return latin1(this.bytes, this.targetFrom, this.targetTo);
+    return latin1(this.bytes, this.targetFrom, this.bytes.indexOf(SP, this.targetFrom));
   }
 
-  /** The path as it was sent, percent-encoded. */
   get path(): string {
     return TARGET_PARTS.exec(this.requestTarget)?.[2] || "/";
   }
 
-  /** What follows "?", percent-encoded. */
   get query(): string {
     return TARGET_PARTS.exec(this.requestTarget)?.[3] ?? "";
   }
 
-  /** The head as text, one character a byte. */
   get text(): string {
     return latin1(this.bytes, this.from, this.to);
   }
@@ -429,70 +400,46 @@ export class RequestHead {
 }
 
 /**
- * Parses a request head (RFC 9112 §2 to §5) that starts at bytes[from]; bytes[to], if there is one, must be 0. It keeps
- * nothing between two calls: a head is recognised whole, and its outcome is the same however the bytes were split.
- * @returns the index behind the head; -1 if more bytes are needed; or why it is refused
+ * Parses a request head that starts at bytes[from]; bytes[to], if there is one, must be 0. RFC 9112 §2.1:
+ * HTTP-message = request-line CRLF *( field-line CRLF ) CRLF [ message-body ]. It keeps nothing between two calls: a
+ * head is recognised whole, and its outcome is the same however the bytes were split.
+ * @returns the index behind the head; -1 if more bytes are needed @throws Refusal
  */
-export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number | Rejection {
+export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
   head.start(bytes, from, to);
-  const next = recogniseHead(head, bytes, from, to);
-  const { headBytesMax } = head.limits;
-  if (next >= 0 && next - from <= headBytesMax) {
-    head.to = next;
-    return checkRequestTarget(head) || checkHost(head) || decideFraming(head) || checkExpect(head) || next;
-  }
-  const misfit = next < 0 ? ~next : next;
-  const isTooLarge = misfit - from >= headBytesMax;
-  if (misfit === to && !isTooLarge) return -1;
-  head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  if (!isTooLarge) return head.rejection;
-  // RFC 9112 §3: a method longer than any that is implemented gets 501.
-  const isMethod = head.targetFrom === 0 || head.targetFrom - from > headBytesMax;
-  return isMethod ? "method-unknown" : "head-too-large";
-}
-
-const VERSION_LINE_END = "HTTP/D.D\r\n"; // RFC 9112 §2.3: in upper case; D is any DIGIT
-
-/**
- * HTTP-message = request-line CRLF *( field-line CRLF ) CRLF
- * @returns the index behind it, or ~index of the first byte that does not fit: `to` if more is needed
- */
-function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
   // RFC 9112 §2.2: a server should skip an empty line before the request-line.
   let at = from;
   for (let emptyLines = 1; bytes[at] === CR; emptyLines++, at += 2) {
-    if (bytes[at + 1] !== LF) return misfits(head, "bare-cr", at + 1);
-    if (emptyLines > EMPTY_LINES_MAX) return misfits(head, "empty-lines", at);
+    if (bytes[at + 1] !== LF) return misfit(head, "bare-cr", at + 1);
+    if (emptyLines > EMPTY_LINES_MAX) return misfit(head, "empty-lines", at);
   }
   head.hasBegun = at < to;
 
   // RFC 9112 §3: request-line = method SP request-target SP HTTP-version; exactly one SP, no other white space.
   const methodFrom = at;
   at = skipWhile(TCHAR, bytes, at, to);
-  if (at === methodFrom || bytes[at] !== SP) return breaksLine(head, "request-line", at);
+  if (at === methodFrom || bytes[at] !== SP) return misfit(head, "request-line", at);
   head.method = recogniseMethod(bytes, methodFrom, at);
   head.targetFrom = ++at;
-  for (;;) {
+  const targetToMax = at + head.limits.requestTargetBytesMax;
+  for (; ; at += 3) {
     at = skipWhile(TARGET, bytes, at, to);
     // RFC 9112 §3: a request-target longer than any that is served gets 414.
-    if (at - head.targetFrom > head.limits.requestTargetBytesMax)
-      return misfits(head, "request-target-too-long", head.targetFrom + head.limits.requestTargetBytesMax);
+    if (at > targetToMax) return misfit(head, "request-target-too-long", targetToMax);
     if (bytes[at] !== PERCENT) break;
     // RFC 3986 §2.1: pct-encoded = "%" HEXDIG HEXDIG. Decoders differ on anything else: refuse it.
-    if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return misfits(head, "request-target", at + 1);
-    if (HEXDIG[byteAt(bytes, at + 2)] !== 1) return misfits(head, "request-target", at + 2);
-    at += 3;
+    if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return misfit(head, "request-target", at + 1);
+    if (HEXDIG[byteAt(bytes, at + 2)] !== 1) return misfit(head, "request-target", at + 2);
   }
-  if (at === head.targetFrom || bytes[at] !== SP)
-    return breaksLine(head, byteAt(bytes, at) > 0x7e ? "request-target-byte" : "request-line", at);
-  head.targetTo = at++;
-  for (let i = 0; i < VERSION_LINE_END.length; i++, at++) {
-    const expected = VERSION_LINE_END.charCodeAt(i);
+  if (byteAt(bytes, at) > 0x7e) return misfit(head, "request-target-byte", at);
+  if (at === head.targetFrom) return misfit(head, "request-line", at);
+  for (let i = 0; i < AFTER_TARGET.length; i++, at++) {
+    const expected = AFTER_TARGET.charCodeAt(i);
     if (expected === 0x44 ? DIGIT[byteAt(bytes, at)] !== 1 : bytes[at] !== expected)
-      return expected === LF ? misfits(head, "bare-cr", at) : breaksLine(head, "request-line", at);
+      return misfit(head, expected === LF ? "bare-cr" : "request-line", at);
   }
   // RFC 9110 §2.5: a higher minor version is read as ours; another major one is another protocol.
-  if (bytes[at - 5] !== 0x31) return misfits(head, "http-version", at - 1);
+  if (bytes[at - 5] !== 0x31) return misfit(head, "http-version", at - 1);
   head.minorVersion = byteAt(bytes, at - 3) - 0x30;
 
   // RFC 9112 §5: field-line = field-name ":" OWS field-value OWS. White space before the colon can fool recipients.
@@ -500,29 +447,39 @@ function recogniseHead(head: RequestHead, bytes: Uint8Array, from: number, to: n
     const nameFrom = at;
     const nameTo = (at = skipWhile(TCHAR, bytes, at, to));
     // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
-    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfits(head, "obs-fold", at);
-    if (at === nameFrom || bytes[at] !== COLON) return breaksLine(head, "field-line", at);
-    if (fieldLines > head.limits.fieldLinesMax) return misfits(head, "too-many-fields", at);
+    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfit(head, "obs-fold", at);
+    if (at === nameFrom || bytes[at] !== COLON) return misfit(head, "field-line", at);
+    if (fieldLines > head.limits.fieldLinesMax) return misfit(head, "too-many-fields", at);
     at = skipWhile(FIELD_CONTENT, bytes, at + 1, to);
-    if (bytes[at] !== CR) return breaksLine(head, "field-value", at);
-    if (bytes[at + 1] !== LF) return misfits(head, "bare-cr", at + 1);
+    if (bytes[at] !== CR) return misfit(head, "field-value", at);
+    if (bytes[at + 1] !== LF) return misfit(head, "bare-cr", at + 1);
     noteField(head, bytes, nameFrom, nameTo, at);
   }
-  return bytes[at + 1] === LF ? at + 2 : misfits(head, "bare-cr", at + 1);
+  if (bytes[at + 1] !== LF) return misfit(head, "bare-cr", at + 1);
+  if (at + 2 - from > head.limits.headBytesMax) return misfit(head, "head-too-large", at + 1);
+  head.to = at + 2;
+  checkRequestTarget(head);
+  checkHost(head);
+  head.contentLength = decideFraming(head);
+  if (head.expect !== "" && !EXPECTATIONS.test(head.expect)) throw new Refusal("expectation");
+  return head.to;
 }
 
-function misfits(head: RequestHead, rejection: Rejection, at: number): number {
-  head.rejection = rejection;
-  return ~at;
+/** The byte at this index does not fit. @returns -1 if it has yet to come, within the limit @throws Refusal if not */
+function misfit(head: RequestHead, rejection: Rejection, at: number): number {
+  const { bytes, from, to, targetFrom, limits } = head;
+  const isTooLarge = at - from >= limits.headBytesMax;
+  if (at === to && !isTooLarge) return -1;
+  head.to = Math.min(to, from + LOGGED_BYTES_MAX);
+  // RFC 9112 §3: a method longer than any that is implemented gets 501.
+  const isMethod = targetFrom === 0 || targetFrom - from > limits.headBytesMax;
+  if (isTooLarge) throw new Refusal(isMethod ? "method-unknown" : "head-too-large");
+  // Inside a line, LF would end it without CR.
+  throw new Refusal(bytes[at] === LF && /^(?:request-line|field)/.test(rejection) ? "bare-lf" : rejection);
 }
 
-/** The same inside a line, where LF would end it without CR. */
-const breaksLine = (head: RequestHead, rejection: Rejection, at: number) =>
-  misfits(head, head.bytes[at] === LF ? "bare-lf" : rejection, at);
-
-/** Methods are case-sensitive (RFC 9110 §9.1). */
 function recogniseMethod(bytes: Uint8Array, from: number, to: number): Method {
-  for (const method of METHODS) if (isText(bytes, from, to, method, 0)) return method;
+  for (const method of METHODS) if (isText(bytes, from, to, method, 0)) return method; // case-sensitive (RFC 9110 §9.1)
   return "";
 }
 
@@ -544,64 +501,58 @@ function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: numbe
     for (let at = to + 1; at < lineTo; at++) {
       const tokenFrom = at;
       at = skipWhile(TCHAR, bytes, at, lineTo);
-      if (isText(bytes, tokenFrom, at, "close")) head.hasClose = true;
-      else if (isText(bytes, tokenFrom, at, "keep-alive")) head.hasKeepAlive = true;
+      if (isText(bytes, tokenFrom, at, "close")) head.persistence = "close";
+      else if (isText(bytes, tokenFrom, at, "keep-alive")) head.persistence ||= "keep-alive";
     }
 }
 
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
-function checkRequestTarget(head: RequestHead): Rejection | "" {
+function checkRequestTarget(head: RequestHead): void {
   const { bytes, method, targetFrom } = head;
   // §3.2.1: origin-form = absolute-path [ "?" query ]
-  if (bytes[targetFrom] === SLASH && method !== "CONNECT") return "";
+  if (bytes[targetFrom] === SLASH && method !== "CONNECT") return;
   const target = head.requestTarget;
   let fits = isAuthority(TARGET_PARTS.exec(target)?.[1] ?? ""); // §3.2.2: absolute-form, of the schemes served here
   if (method === "CONNECT") fits = isAuthority(target) && /:\d+$/.test(target); // §3.2.3: authority-form, only for it
   if (target === "*") fits = method === "OPTIONS"; // §3.2.4: asterisk-form, only for it
-  return fits ? "" : "request-target";
+  if (!fits) throw new Refusal("request-target");
 }
 
 /** RFC 9112 §3.2: HTTP/1.1 needs a Host, only one, and a valid one, even if the target has an authority. */
-function checkHost(head: RequestHead): Rejection | "" {
-  const { bytes, host, to } = head;
-  if (host <= 0) return host < 0 ? "host-repeated" : head.minorVersion > 0 ? "host-missing" : "";
+function checkHost({ bytes, host, minorVersion, to }: RequestHead): void {
+  if (host === 0 && minorVersion === 0) return;
+  if (host <= 0) throw new Refusal(host === 0 ? "host-missing" : "host-repeated");
   // Nearly every Host is a name, or a name and a port: no text is made of it.
   const from = skipWhile(OWS, bytes, host, to);
   let at = skipWhile(REG_NAME, bytes, from, to);
   let port = 0;
   if (at > from && bytes[at] === COLON)
     for (at++; DIGIT[byteAt(bytes, at)] === 1; at++) port = 10 * port + byteAt(bytes, at) - 0x30;
-  if (at > from && bytes[at] === CR && port <= 65_535) return "";
+  if (at > from && bytes[at] === CR && port <= 65_535) return;
   const value = latin1(bytes, from, skipWhile(FIELD_CONTENT, bytes, from, to));
-  return isAuthority(trimOws(value)) ? "" : "host-invalid";
+  if (!isAuthority(trimOws(value))) throw new Refusal("host-invalid");
 }
 
 function isAuthority(text: string): boolean {
   const [whole, literal, port = ""] = AUTHORITY.exec(text) ?? [];
-  if (literal !== undefined && !isIPv6(literal) && !IP_FUTURE.test(literal)) return false;
-  return whole !== undefined && Number(port) <= 65_535;
+  return whole !== undefined && (literal === undefined || isIPv6(literal)) && Number(port) <= 65_535;
 }
 
 /** RFC 9112 §6.3: where content ends. Nothing is guessed: parsers that disagree let requests be smuggled in content. */
-function decideFraming(head: RequestHead): Rejection | "" {
-  const { lengthField, codings, minorVersion } = head;
+function decideFraming({ lengthField, codings, minorVersion }: RequestHead): number {
   if (codings !== "") {
-    if (minorVersion === 0) return "transfer-encoding-1.0"; // §6.1: an HTTP/1.0 peer cannot know it
-    if (lengthField !== "") return "length-and-chunked"; // item 3: an attempt at smuggling or at splitting
+    if (minorVersion === 0) throw new Refusal("transfer-encoding-1.0"); // §6.1: an HTTP/1.0 peer cannot know it
+    if (lengthField !== "") throw new Refusal("length-and-chunked"); // item 3: an attempt at smuggling or at splitting
     // Item 4: chunked must be the final coding, once; and no other is implemented (§6.1: 501).
-    head.contentLength = CHUNKED;
-    if (/^[\t ]*chunked[\t ]*\r\n$/i.test(codings)) return "";
-    return OTHER_CODINGS.test(codings) ? "transfer-coding-unknown" : "transfer-encoding";
+    if (/^[\t ]*chunked[\t ]*\r\n$/i.test(codings)) return CHUNKED;
+    throw new Refusal(OTHER_CODINGS.test(codings) ? "transfer-coding-unknown" : "transfer-encoding");
   }
-  if (lengthField === "") return ""; // item 7: a request with neither has no content
+  if (lengthField === "") return 0; // item 7: a request with neither has no content
   // Item 5: repeated or listed values are refused even if they are equal; RFC 9110 §8.6: so are those that overflow.
-  head.contentLength = /^[\t ]*\d+[\t ]*\r\n$/.test(lengthField) ? Number(lengthField) : Number.NaN;
-  return Number.isSafeInteger(head.contentLength) ? "" : "content-length";
+  const length = /^[\t ]*\d+[\t ]*\r\n$/.test(lengthField) ? Number(lengthField) : Number.NaN;
+  if (!Number.isSafeInteger(length)) throw new Refusal("content-length");
+  return length;
 }
-
-/** RFC 9110 §10.1.1: Expect = #expectation, case-insensitive, and nothing but 100-continue is defined. */
-const checkExpect = ({ expect }: RequestHead): Rejection | "" =>
-  expect === "" || /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i.test(expect) ? "" : "expectation";
 
 // ═══ 5 Content ═══════════════════════════════════════════════════════════════════════════════════
 
@@ -1080,7 +1031,7 @@ export class Connection {
     // On a stop, nobody waits for an idle peer that does not notice.
     const isIdle = this.server.isStopping && !this.head.hasBegun;
     const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
-    for (let dropped = 0, outcome: Outcome = "bytes"; !endsReading(outcome);) {
+    for (let dropped = 0, outcome: Outcome = "bytes"; outcome !== "end" && outcome !== "late";) {
       dropped += this.to - this.at;
       if (dropped > LINGER_BYTES_MAX) return this.abort();
       this.at = this.to;
@@ -1506,16 +1457,8 @@ function main(): void {
 // ═══ 11 Files ════════════════════════════════════════════════════════════════════════════════════
 //
 // Only for --root. Without this section, and with `new TextSite(text)` in `run`, the rest serves a
-// text; the type checker names what else can go. A request meets these, one after the other:
-//
-//   parseTargetPath     its path, decoded, without dot segments
-//   FileSite.open       opens the path if it is a file or a folder below the root
-//   KnownFile           what a response says about this version of the file
-//   evaluateConditions  304 or 412
-//   decideRanges        the parts of the file that are asked for, or 416
-//   respondContent      a small file is read at once,
-//   sendPart            a large one is read while it is sent
-//   formatListing       the page of a folder that has no index.html
+// text; the type checker names what else can go. A request for a file is these calls, in this order:
+// parseTargetPath → open → evaluateConditions → decideRanges → prepareContent → respondContent → sendPart
 
 const PIECE_BYTES = 262_144; // A file is read, and written to a socket, in pieces of this size.
 const PIECES_PER_TURN = 16; // After so many pieces for one connection, the others have their turn.
@@ -1535,14 +1478,12 @@ const LISTING_ENTRIES_MAX = 10_000; // A page shows no more names, of 300 bytes 
 
 // ── what is requested ──
 
-/** Characters that no file name may have: on Windows a backslash is a slash too, and ":" names streams. */
-const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/;
+const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/; // Windows: "\" is a slash, ":" names streams.
 
 /**
  * Takes the path of a request-target (RFC 3986 §3.3) apart. It is decoded once. Then dot segments are resolved (§5.2.4),
  * by their text alone, and slashes in a row count as one.
- * @returns the names in the path; whether it ends as that of a folder does; "?" and the query, if there is one. Undefined
- * if no file can have this path, or if it leads above the root
+ * @returns undefined if no file can have this path, or if it leads above the root. `query` has the "?", if there is one
  */
 export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
@@ -1564,7 +1505,6 @@ export function parseTargetPath(requestTarget: string) {
 
 /** Names with a leading dot are hidden. In the path of a request, /.well-known/ is not (RFC 8615). */
 const isHidden = (name: string, depth = 1) => name.startsWith(".") && (depth > 0 || name !== ".well-known");
-
 const isFileOrFolder = (stats: fs.Stats | undefined) => stats?.isFile() || stats?.isDirectory();
 
 /** What a failed system call means for the request. If it is a fault of the disk, say, the operator is told. */
@@ -1577,12 +1517,8 @@ function rejectionFor(error: unknown): Rejection {
   return "internal";
 }
 
-/** Fields that decide what of a file is sent. Most heads have none, and need no map of their fields. */
-const HAS_CONDITIONS = /\n(?:if-|range|want-)/i;
-const NO_FIELDS: ReadonlyMap<string, string> = new Map();
-
-const isLinux = process.platform === "linux";
-const OPEN_DESCRIPTORS = "/proc/self/fd/"; // "self", since /proc may be that of an outer PID namespace
+/** On Linux, what was opened, wherever its path leads by now. ("self", since /proc may be of an outer PID namespace.) */
+const openedPath = (fd: number, path: string) => (process.platform === "linux" ? `/proc/self/fd/${fd}` : path);
 
 /** The files below a folder, as they are at this moment. Of their content nothing is remembered but digests. */
 export class FileSite extends Site {
@@ -1616,9 +1552,9 @@ export class FileSite extends Site {
     const index = isFolder ? this.open(`${path}index.html`) : "not-found";
     const file = index === "not-found" ? this.open(path) : index;
     if (typeof file === "string") return responseTo(file);
-    if (file.known.stats.isFile()) return this.respondFile(request, file);
+    if (file.known.stats.isFile()) return respondFile(request, file);
     fs.closeSync(file.fd);
-    if (isFolder) return this.list(segments, path); // its index.html may be a folder, too
+    if (isFolder) return this.listings.get(path) ?? this.list(segments, path); // its index.html may be a folder, too
     // Relative, so that it is right behind a proxy that puts the folder elsewhere.
     const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
     return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
@@ -1650,9 +1586,9 @@ export class FileSite extends Site {
   }
 
   /**
-   * What is known of an open file; undefined if it is of another kind, or not below the root. A link or a folder that is
-   * swapped now cannot show a file from elsewhere: the kernel says where the open file is, or this very version was found
-   * below this root within the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
+   * What is known of an open file; undefined if it is of another kind, or not below the root. A swapped link or folder
+   * shows no file from elsewhere: the kernel says where the open file is, or this very version was found below this root
+   * within the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
@@ -1662,11 +1598,11 @@ export class FileSite extends Site {
     if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
     this.knownFiles.delete(path);
     // Other systems resolve the path a second time: whoever can change links below the root may win that race.
-    const realPath = () => (isLinux ? fs.readlinkSync(OPEN_DESCRIPTORS + fd) : fs.realpathSync(path));
-    if (!isFileOrFolder(stats) || !this.hasBelow(realPath())) return undefined;
-    const known: KnownFile = isSame ? last : describeFile(path, stats, this.dateNow, this.realRoot);
+    const realPath = process.platform === "linux" ? fs.readlinkSync(openedPath(fd, path)) : fs.realpathSync(path);
+    if (!isFileOrFolder(stats) || !this.hasBelow(realPath)) return undefined;
+    const known: KnownFile = isSame ? last : describeFile(path, stats, this.dateNow);
     [known.foundAt, known.foundBelow] = [this.dateNow, this.realRoot];
-    if (known.isLasting) this.knownFiles.set(path, known);
+    if (known.isLasting) this.knownFiles.set(path, known); // another request may find the same version
     const [oldest = ""] = this.knownFiles.size > KNOWN_FILES_MAX ? this.knownFiles.keys() : [];
     this.knownFiles.delete(oldest);
     return known;
@@ -1690,34 +1626,13 @@ export class FileSite extends Site {
     }
   }
 
-  private respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
-    const { known } = file;
-    const fields = HAS_CONDITIONS.test(request.text) ? request.fields : NO_FIELDS;
-    const status = evaluateConditions(fields, known);
-    if (status === 412) return closeWith(file, responseTo("precondition"));
-    if (status === 304) return closeWith(file, prepareResponse(304, known.validators));
-    const ranges = decideRanges(request.method, fields, known, Date.now());
-    if (ranges === "unsatisfiable") {
-      const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
-      return closeWith(file, prepareResponse(416, about, "the file has none of these bytes\n"));
-    }
-    const answer = (digest?: string) => respondContent(request.method, file, ranges, digest);
-    if (!wantsSha256(fields.get("want-repr-digest") ?? "")) return answer();
-    if (known.digest !== undefined) return answer(known.digest);
-    return hash(file).then(() => answer(known.digest));
-  }
-
   /** A folder may be large: one listing is made at a time, and identical requests that wait for their turn share one. */
   private list(segments: readonly string[], path: string): Promise<Response> {
-    const known = this.listings.get(path);
-    if (known !== undefined) return known;
     const openAndList = async () => {
       this.listings.delete(path); // a later request may know of a change that this listing misses
       const folder = this.open(path); // not kept open: many may wait, and their peers may have gone
       if (typeof folder === "string") return responseTo(folder);
-      // The very folder that was opened, wherever its path leads by now.
-      const ownPath = isLinux ? OPEN_DESCRIPTORS + folder.fd : path;
-      return this.listFolder(segments, ownPath).finally(() => fs.closeSync(folder.fd));
+      return this.listFolder(segments, openedPath(folder.fd, path)).finally(() => fs.closeSync(folder.fd));
     };
     this.lastListing = this.lastListing.then(openAndList).catch((error: unknown) => responseTo(rejectionFor(error)));
     this.listings.set(path, this.lastListing);
@@ -1740,7 +1655,11 @@ export class FileSite extends Site {
       if (i % 256 === 255) await nextTurn();
     }
     const page = formatListing(segments, entries, served.length - LISTING_ENTRIES_MAX, names.length - readable.length);
-    return prepareResponse(200, listingFields(), page);
+    // Nothing on the page may be loaded, run or sent; its style is known by its digest.
+    const style = Bun.CryptoHasher.hash("sha256", LISTING_STYLE, "base64");
+    const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
+    const fields = { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFF };
+    return prepareResponse(200, fields, page);
   }
 }
 
@@ -1755,46 +1674,32 @@ const unused = new Uint8Array(PIECE_BYTES); // Filled by several threads at once
 const warm = (fd: number, position: number) =>
   new Promise<void>((resolve) => fs.read(fd, unused, 0, PIECE_BYTES, position, () => resolve()));
 
-/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
-function readFully(fd: number, into: Uint8Array, from: number, to: number, position: number): boolean {
-  const start = performance.now();
-  for (let at = from, more = 1; at < to; at += more) {
-    more = fs.readSync(fd, into, at, to - at, position + at - from);
-    if (more === 0) return false;
-  }
-  if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
-  return true;
-}
-
 /** A version of a file, and what responses say about it. Two with the same entity-tag are the same, byte by byte. */
 type KnownFile = ReturnType<typeof describeFile> & {
+  foundAt?: number; // when it was found below a root
+  foundBelow?: string; // that root
   usual?: Prepared; // what most requests get: all of the file, without a digest
   digest?: string; // SHA-256 in base64, once all of it has passed by: for Repr-Digest (RFC 9530 §3)
   hasher?: Bun.CryptoHasher; // once a digest was wanted
 };
 
-/** @param foundAt when it was found below the root: the time that answers have as their Date */
-function describeFile(path: string, stats: fs.Stats, foundAt: number, foundBelow: string) {
+function describeFile(path: string, stats: fs.Stats, dateNow: number) {
   const { size, ino, mtimeMs, ctimeMs } = stats;
-  // By the name's extension. All text is taken for UTF-8.
-  const [mediaType = ""] = Bun.file(path).type.split(";");
+  const [mediaType = ""] = Bun.file(path).type.split(";"); // By the name's extension. All text is taken for UTF-8.
   const type = mediaType.startsWith("text/") ? `${mediaType}; charset=utf-8` : mediaType;
-  const now = Date.now();
   // Changed within the resolution of its time: a second change might leave the same times, so this tag is used once.
-  const isFresh = Math.abs(now - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
-  const once = isFresh ? `-${now}.${Bun.nanoseconds()}` : "";
+  const isFresh = Math.abs(Date.now() - ctimeMs) <= (ctimeMs % 1000 === 0 ? COARSE_TICK_MS : CLOCK_TICK_MS);
+  const once = isFresh ? `-${crypto.randomUUID()}` : "";
   // Strong (RFC 9110 §8.8.3): anyone can set the time of the last modification, nobody that of the last change.
   const etag = `"${Math.round(mtimeMs * 1000)}-${size}-${ino}-${Math.round(ctimeMs * 1000)}${once}"`;
   // Times that cannot tell are no proof: such a file counts as one that has become longer. A small one is read at once.
   const expected = { size: isFresh && size > SMALL_FILE_BYTES_MAX ? -1 : size, mtimeMs };
   // Never later than Date (RFC 9110 §8.8.2.1). Nix and reproducible images give every version the time 0 or 1.
-  const modified = Math.floor(Math.min(mtimeMs, foundAt) / 1000) * 1000;
+  const modified = Math.floor(Math.min(mtimeMs, dateNow) / 1000) * 1000;
   const lastModified = modified > 1000 ? modified : Number.NaN; // in ms since 1970; unknown equals nothing
   const validators = { ETag: etag, ...(modified > 1000 && { "Last-Modified": new Date(modified).toUTCString() }) };
-  // Another request may find the same version.
   const isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
-  const about = { size, type, etag, lastModified, validators, expected, isLasting };
-  return { path, stats, foundAt, foundBelow, ...about, hashedTo: 0 };
+  return { path, stats, size, type, etag, lastModified, validators, expected, isLasting, hashedTo: 0 };
 }
 
 /** Are these of one version of one file? */
@@ -1803,14 +1708,22 @@ function areSame(one: fs.Stats, other: fs.Stats): boolean {
   return isOne && one.mtimeMs === other.mtimeMs && one.ctimeMs === other.ctimeMs;
 }
 
-/** Hashes bytes of the file if they are the next ones: all transfers of a version bring on the one digest. */
-function hashOn({ fd, known }: OpenFile, bytes: Uint8Array, position: number): void {
-  const from = known.hashedTo - position;
-  if (known.hasher === undefined || known.digest !== undefined || from < 0 || !(from <= bytes.length)) return;
-  known.hasher.update(bytes.subarray(from));
-  known.hashedTo = position + bytes.length;
-  if (known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd)))
-    known.digest = known.hasher.digest("base64");
+/** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
+function readFully({ fd, known }: OpenFile, into: Uint8Array, from: number, to: number, position: number): boolean {
+  const start = performance.now();
+  for (let at = from, more = 1; at < to; at += more) {
+    more = fs.readSync(fd, into, at, to - at, position + at - from);
+    if (more === 0) return false;
+  }
+  if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
+  // All transfers of a version bring on its one digest: of these bytes, those from `next` on are to be hashed next.
+  const next = from + known.hashedTo - position;
+  if (known.hasher === undefined || known.digest !== undefined || next < from || next > to) return true;
+  known.hasher.update(into.subarray(next, to));
+  known.hashedTo = position + to - from;
+  const isWhole = known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd));
+  if (isWhole) known.digest = known.hasher.digest("base64");
+  return true;
 }
 
 /** Hashes what is left of the file, for as long as a response waits: a piece at least. */
@@ -1821,42 +1734,34 @@ async function hash(file: OpenFile): Promise<void> {
   try {
     do {
       const bytes = piece.subarray(0, Math.min(PIECE_BYTES, known.size - known.hashedTo));
-      if (!readFully(fd, bytes, 0, bytes.length, known.hashedTo)) break;
-      hashOn(file, bytes, known.hashedTo);
+      if (!readFully(file, bytes, 0, bytes.length, known.hashedTo)) break;
       await (performance.now() < slowUntil ? warm(fd, known.hashedTo) : nextTurn());
     } while (known.hashedTo < known.size && performance.now() < deadline);
   } catch {} // the disk fails: sending will tell
   digestWaiters--;
 }
 
-// ── what is decided ──
+// ── what is answered ──
 
 export type FileVersion = Pick<KnownFile, "size" | "etag" | "lastModified">;
+type Fields = RequestHead["fields"];
 
-/** entity-tag (RFC 9110 §8.8.3) */
-const ENTITY_TAG = /(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g;
-
-/** Is the tag on the list? "*" lists every version. In a weak comparison `W/` does not count (§8.8.3.2). */
+/** Is this entity-tag (RFC 9110 §8.8.3) on the list? "*" is any version. In a weak comparison `W/` does not count. */
 function isListed(list: string, etag: string, isWeakly: boolean): boolean {
-  const tags: readonly string[] = list === "*" ? [etag] : (list.match(ENTITY_TAG) ?? []);
+  const tags: readonly string[] = list === "*" ? [etag] : (list.match(/(?:W\/)?"[\x21\x23-\x7e\x80-\xff]*"/g) ?? []);
   return tags.includes(etag) || (isWeakly && tags.includes(`W/${etag}`));
 }
 
-/**
- * Evaluates the conditional fields of a GET or HEAD in the order of RFC 9110 §13.2.2.
- * @returns 304: the client's copy is current; 412: a precondition failed; undefined: the request is to be answered
- */
-export function evaluateConditions(fields: ReadonlyMap<string, string>, version: FileVersion): 304 | 412 | undefined {
-  const date = (name: string) => (fields.has(name) ? parseHttpDate(fields.get(name) ?? "") : Number.NaN);
+/** RFC 9110 §13.2.2, for GET and HEAD. @returns 304: the client's copy is current; 412: a precondition failed */
+export function evaluateConditions(fields: Fields, { etag, lastModified }: FileVersion): 304 | 412 | undefined {
+  const date = (name: string) => parseHttpDate(fields.get(name) ?? ""); // NaN compares with nothing
   // Step 1, and step 2 only without it.
   const ifMatch = fields.get("if-match");
-  if (ifMatch !== undefined) {
-    if (!isListed(ifMatch, version.etag, false)) return 412;
-  } else if (version.lastModified > date("if-unmodified-since")) return 412;
+  if (ifMatch === undefined ? lastModified > date("if-unmodified-since") : !isListed(ifMatch, etag, false)) return 412;
   // Step 3, and step 4 only without it.
   const ifNoneMatch = fields.get("if-none-match");
-  if (ifNoneMatch !== undefined) return isListed(ifNoneMatch, version.etag, true) ? 304 : undefined;
-  return version.lastModified <= date("if-modified-since") ? 304 : undefined;
+  if (ifNoneMatch !== undefined) return isListed(ifNoneMatch, etag, true) ? 304 : undefined;
+  return lastModified <= date("if-modified-since") ? 304 : undefined;
 }
 
 // ── shared: http-date ──
@@ -1878,18 +1783,15 @@ export function parseHttpDate(text: string, now = Date.now()): number {
 }
 // ── end shared ──
 
-/** The bytes from `from` up to, but not including, `to`. */
-export type ByteRange = Readonly<{ from: number; to: number }>;
+export type ByteRange = Readonly<{ from: number; to: number }>; // the byte at `to` is the first behind it
 
 /** @returns "unsatisfiable" if the file has nothing of what is asked for */
-export function decideRanges(method: Method, fields: ReadonlyMap<string, string>, version: FileVersion, now: number) {
-  const [range, ifRange] = [fields.get("range"), fields.get("if-range")];
+export function decideRanges(method: Method, fields: Fields, { size, etag, lastModified }: FileVersion, now: number) {
+  const [range, ifRange = etag] = [fields.get("range"), fields.get("if-range")];
   if (method !== "GET" || range === undefined) return undefined; // RFC 9110 §14.2: it has a meaning only in a GET
   // Step 5: RFC 9110 §13.1.5. A date counts only if the file cannot have changed again within its second.
-  const { etag, lastModified } = version;
-  const isOld = now - lastModified >= 1000;
-  const isSame = ifRange === undefined || ifRange === etag || (isOld && parseHttpDate(ifRange) === lastModified);
-  return isSame ? parseRanges(range, version.size) : undefined;
+  const isSame = ifRange === etag || (now - lastModified >= 1000 && parseHttpDate(ifRange) === lastModified);
+  return isSame ? parseRanges(range, size) : undefined;
 }
 
 /**
@@ -1908,12 +1810,11 @@ export function parseRanges(value: string, size: number): readonly ByteRange[] |
     const from = first === "" ? Math.max(0, size - Number(last)) : Number(first);
     const to = first === "" || last === "" ? size : Math.min(size, Number(last) + 1);
     if (from >= to) continue;
-    // What it touches is joined with it, in the place of the first of these. No others can touch the result.
-    const others = ranges.filter((other) => other.to < from || to < other.from);
-    const touched = ranges.filter((other) => !others.includes(other));
-    const [place = ranges.length] = touched.map((other) => ranges.indexOf(other));
-    const [froms, tos] = [touched.map((other) => other.from), touched.map((other) => other.to)];
-    ranges = others.toSpliced(place, 0, { from: Math.min(from, ...froms), to: Math.max(to, ...tos) });
+    // It is joined with those that it touches, in the place of the first of these. No others can touch the result.
+    ranges.push({ from, to });
+    const touched = ranges.filter((other) => other.from <= to && from <= other.to);
+    const joined = { from: Math.min(...touched.map((one) => one.from)), to: Math.max(...touched.map((one) => one.to)) };
+    ranges = ranges.map((one) => (one === touched[0] ? joined : one)).filter((one) => !touched.includes(one));
   }
   return ranges.length === 0 ? "unsatisfiable" : ranges;
 }
@@ -1922,18 +1823,35 @@ export function parseRanges(value: string, size: number): readonly ByteRange[] |
 export const wantsSha256 = (wantReprDigest: string) =>
   Number(/^(?:.*,)?[ \t]*sha-256=(\d{1,2})(?=[ \t]*(?:[,;]|$))/.exec(wantReprDigest)?.[1]) > 0;
 
-// ── what is answered ──
+type OpenFile = Readonly<{ fd: number; known: KnownFile }>; // or folder, below the root; the holder must close it
+type Segment = ByteRange & { readonly text?: Uint8Array }; // of content: a range of the file, or a text between two
+/** A response before its content is read, if it consists of segments. `length` is that of all together. */
+type Prepared = Response & { readonly segments?: readonly Segment[]; readonly length?: number };
+export type Part = OpenFile & Required<Pick<Prepared, "segments" | "length">>; // content that is read while it is sent
 
-/** Content is ranges of the file, and texts between them. */
-type Segment = ByteRange & { readonly text?: Uint8Array };
-type Prepared = Readonly<{ status: number; head: Uint8Array; segments: readonly Segment[]; length: number }>;
-/** An open file or folder below the root. The holder must close it. */
-type OpenFile = Readonly<{ fd: number; known: KnownFile }>;
-/** Content that is read while it is sent. */
-export type Part = OpenFile & Pick<Prepared, "segments" | "length">;
+/** The response with a file or parts of it, or that says why there is none. Only a digest is waited for. */
+function respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
+  const { known } = file;
+  const answer = (prepared: Prepared) => respondContent(request.method, file, prepared);
+  // Most heads have no field that decides what of a file is sent, and need no map of their fields.
+  if (!/\n(?:if-|range|want-)/i.test(request.text)) return answer((known.usual ??= prepareContent(known)));
+  const { fields } = request;
+  const status = evaluateConditions(fields, known);
+  if (status === 412) return answer(responseTo("precondition"));
+  if (status === 304) return answer(prepareResponse(304, known.validators));
+  const ranges = decideRanges(request.method, fields, known, Date.now());
+  if (ranges === "unsatisfiable") {
+    const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
+    return answer(prepareResponse(416, about, "the file has none of these bytes\n"));
+  }
+  const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
+  if (ranges === undefined && !wantsDigest) return answer((known.usual ??= prepareContent(known)));
+  const answerContent = () => answer(prepareContent(known, ranges, wantsDigest));
+  return wantsDigest && known.digest === undefined ? hash(file).then(answerContent) : answerContent();
+}
 
 /** All that a response with content has before it is read. */
-function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], digest?: string): Prepared {
+function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], wantsDigest = false): Prepared {
   const { size, type, validators } = known;
   const contentRange = ({ from, to }: ByteRange) => `bytes ${from}-${to - 1}/${size}`;
   const fields: Record<string, string> = { "Content-Type": type, ...NO_SNIFF, "Accept-Ranges": "bytes", ...validators };
@@ -1942,56 +1860,49 @@ function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], digest?
   if (more.length > 0) {
     // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
     const boundary = crypto.randomUUID();
-    const text = (lines: string) => encoder.encode(`\r\n--${boundary}${lines}\r\n`);
-    const head = (one: ByteRange) => text(`\r\nContent-Type: ${type}\r\nContent-Range: ${contentRange(one)}\r\n`);
-    const asSegment = (text: Uint8Array) => ({ from: 0, to: text.length, text });
-    segments = [...[range, ...more].flatMap((one) => [asSegment(head(one)), one]), asSegment(text("--"))];
+    const asSegment = (text: string) => ({ from: 0, to: text.length, text: encoder.encode(text) }); // it is ASCII
+    const head = `\r\n--${boundary}\r\nContent-Type: ${type}\r\nContent-Range: `;
+    const parts = [range, ...more].flatMap((one) => [asSegment(`${head}${contentRange(one)}\r\n\r\n`), one]);
+    segments = [...parts, asSegment(`\r\n--${boundary}--\r\n`)];
     fields["Content-Type"] = `multipart/byteranges; boundary=${boundary}`;
   } else if (ranges !== undefined) fields["Content-Range"] = contentRange(range);
-  if (digest !== undefined) fields["Repr-Digest"] = `sha-256=:${digest}:`;
+  if (wantsDigest && known.digest !== undefined) fields["Repr-Digest"] = `sha-256=:${known.digest}:`;
   const length = segments.reduce((sum, { from, to }) => sum + to - from, 0);
   fields["Content-Length"] = String(length);
   const status = ranges === undefined ? 200 : 206;
-  return { status, head: formatHead(status, fields), segments, length };
+  return { status, head: formatHead(status, fields), content: NO_BYTES, segments, length };
 }
 
-/** The response with a file or parts of it. What is small is read now, what is large while it is sent. */
-function respondContent(method: Method, file: OpenFile, ranges?: readonly ByteRange[], digest?: string): Response {
-  const { known } = file;
-  const isUsual = ranges === undefined && digest === undefined;
-  const prepared = isUsual ? (known.usual ??= prepareContent(known)) : prepareContent(known, ranges, digest);
-  const { status, head, segments, length } = prepared;
-  if (method === "HEAD") return closeWith(file, { status, head, content: NO_BYTES });
-  const part = { fd: file.fd, known, segments, length };
-  if (length <= SMALL_FILE_BYTES_MAX) {
-    const content = new Uint8Array(length);
-    if (readPart(part, 0, content, known.expected) === "same") return closeWith(file, { status, head, content });
+/** Reads what is small, and closes the file. What is large is read while it is sent. */
+function respondContent(method: Method, { fd, known }: OpenFile, prepared: Prepared): Response {
+  const { status, head, segments, length = 0 } = prepared;
+  let { content } = prepared;
+  if (segments !== undefined && method !== "HEAD") {
+    const part = { fd, known, segments, length };
+    const isSmall = length <= SMALL_FILE_BYTES_MAX;
+    if (isSmall) content = new Uint8Array(length);
+    // A file that has just changed is sent as a large one: sendPart finds out whether it can be.
+    if (!isSmall || readPart(part, 0, content) !== "same") return { status, head, content: NO_BYTES, part };
   }
-  // A file that has just changed comes here too: sendPart finds out whether it can be sent.
-  return { status, head, content: NO_BYTES, part };
-}
-
-/** Closes a file: nothing of it is sent, or all has been read. */
-function closeWith(file: OpenFile, response: Response): Response {
-  fs.closeSync(file.fd);
-  return response;
+  fs.closeSync(fd);
+  return { status, head, content };
 }
 
 // ── what is sent ──
 
 /** Reads what stands at a position of the content, and says what has become of the file. */
-function readPart({ fd, segments }: Part, position: number, into: Uint8Array, expected: KnownFile["expected"]) {
+function readPart(part: Part, position: number, into: Uint8Array, expected = part.known.expected) {
   try {
     let start = -position; // of a segment, in `into`
-    for (const { from, to, text } of segments) {
+    for (const { from, to, text } of part.segments) {
       const at = Math.max(0, start);
       const end = Math.min(into.length, start + to - from);
       const source = from + at - start;
-      if (text === undefined && !readFully(fd, into, at, end, source)) return "gone";
+      if (text === undefined && !readFully(part, into, at, end, source)) return "gone";
       if (text !== undefined && at < end) into.set(text.subarray(source, source + end - at), at);
       start += to - from;
     }
-    const { size, mtimeMs } = fs.fstatSync(fd);
+    const { size, mtimeMs } = fs.fstatSync(part.fd);
     // Not the time of the last change: moving, replacing or deleting a file changes that too.
     if (size === expected.size && mtimeMs === expected.mtimeMs) return "same";
     return size > expected.size ? "longer" : "changed";
@@ -2006,7 +1917,7 @@ async function checksumOf(part: Part, length: number): Promise<number | undefine
   let checksum = 0;
   for (let at = 0; at < length; at += PIECE_BYTES) {
     const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - at));
-    if (readPart(part, at, bytes, part.known.expected) === "gone") return undefined;
+    if (readPart(part, at, bytes) === "gone") return undefined;
     checksum = Bun.hash.crc32(bytes, checksum);
     await nextTurn();
   }
@@ -2016,9 +1927,9 @@ async function checksumOf(part: Part, length: number): Promise<number | undefine
 /**
  * Sends a part behind its head: reads a piece, sends it, and reads again what the kernel did not take. All of it must be
  * one version: of a file that has become longer, the last piece waits until a checksum tells that the rest is as it was.
- * If it cannot be completed it ends with FIN: the peer keeps what it has got, and Content-Length tells that it is short.
+ * @returns the octets sent; if not all, FIN follows: the peer keeps what it got, and Content-Length tells of the rest
  */
-async function sendPart(connection: Connection, content: Content | undefined, { status }: Response, part: Part) {
+async function sendPart(connection: Connection, part: Part): Promise<number> {
   const { fd, known, segments, length } = part;
   const start = segments.length === 1 ? (segments[0]?.from ?? 0) : Number.NaN; // in the file, of a single range
   // A checksum takes time: a file that was the same for LIVELY_MS goes without, and is cut off if it grows.
@@ -2026,15 +1937,13 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
   let [sent, checksum, expected] = [0, 0, known.expected];
   try {
     await connection.flush();
-    for (let pieces = 1, warmTo = 0; sent < length; pieces++) {
-      if (connection.isGone) throw GONE;
+    for (let pieces = 1, warmTo = 0; sent < length && !connection.isGone; pieces++) {
       const position = start + sent;
-      if (position >= warmTo && performance.now() < slowUntil) {
-        await warm(fd, position);
-        warmTo = position + PIECE_BYTES;
+      if (warmTo < position + PIECE_BYTES && performance.now() < slowUntil) {
+        warmTo = Math.max(warmTo, position) + PIECE_BYTES;
+        await warm(fd, warmTo - PIECE_BYTES);
       }
-      const room = position < warmTo ? warmTo - position : PIECE_BYTES;
-      const bytes = piece.subarray(0, Math.min(room, length - sent));
+      const bytes = piece.subarray(0, Math.min(PIECE_BYTES, length - sent));
       let found = readPart(part, sent, bytes, expected);
       if (found === "changed") {
         await Bun.sleep(CLOCK_TICK_MS); // An append may show in the file's time before it shows in its length.
@@ -2048,55 +1957,34 @@ async function sendPart(connection: Connection, content: Content | undefined, { 
       }
       if (found === "changed" || found === "gone") throw new Error(`${known.path} has changed or cannot be read`);
       const taken = bytes.subarray(0, connection.write(bytes, bytes.length));
-      hashOn(part, taken, position);
       if (isLively) checksum = Bun.hash.crc32(taken, checksum);
       sent += taken.length;
       if (taken.length < bytes.length) await connection.waitForRoom();
       else if (pieces % PIECES_PER_TURN === 0) await nextTurn();
     }
   } catch (error) {
-    if (error !== GONE) report(`Error: ${(error as Error).message}: the connection is cut off`); // all that is thrown here
-    throw GONE;
-  } finally {
-    log(connection, content, status, sent);
-    fs.closeSync(fd);
+    report(`Error: ${(error as Error).message}: the connection is cut off`); // nothing but Errors is thrown here
   }
+  fs.closeSync(fd);
+  return sent;
 }
 
 // ── what a page shows ──
 
-/** A line of a listing. */
 export type ListingEntry = Readonly<{ name: string; isFolder: boolean; size: number; modified: Date }>;
 
-/** Nothing on the page may be loaded, run or sent; its style is known by its digest. */
-function listingFields(): Record<string, string> {
-  const style = Bun.CryptoHasher.hash("sha256", LISTING_STYLE, "base64");
-  const policy = `default-src 'none'; style-src 'sha256-${style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
-  return { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, ...NO_SNIFF };
-}
-
 // ── shared: sizes ──
-const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
-
 /** "1.2 MiB" */
 function formatBytes(bytes: number): string {
-  const power = Math.min(UNITS.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${UNITS[power]}`;
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
 }
 // ── end shared ──
 
-/** Text from a peer or a file name, as content of an HTML page. */
-const escapeText = (text: string) => Bun.escapeHTML(printable(text));
-
-/** "" for none, so that it can be left out of a sentence. */
-const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
-const joined = (parts: readonly string[], by: string) => parts.filter(Boolean).join(by);
-
 /**
- * The page that lists a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere.
- * @param path the names in the path of the folder
- * @param unlisted how many more names there are than the page may have
- * @param unreadable how many names are not UTF-8
+ * The page of a folder with these names in its path. Links are relative, so that it works behind a proxy that puts the
+ * folder elsewhere. `unlisted` is how many more names there are than it may have, `unreadable` how many are not UTF-8.
  */
 export function formatListing(path: readonly string[], entries: readonly ListingEntry[], unlisted = 0, unreadable = 0) {
   // Folders first; then "file9" before "file10".
@@ -2104,12 +1992,14 @@ export function formatListing(path: readonly string[], entries: readonly Listing
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
   if (path.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
-  const heading = escapeText(["", ...path, ""].join("/"));
+  const heading = Bun.escapeHTML(printable(["", ...path, ""].join("/")));
+  const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
   const folders = entries.filter(({ isFolder }) => isFolder).length;
   const more = unlisted > 0 ? `and ${unlisted} more that the page leaves out` : "";
-  const shown = joined([counted(folders, "folder"), counted(entries.length - folders, "file"), more], ", ");
+  const counts = [counted(folders, "folder"), counted(entries.length - folders, "file"), more];
+  const shown = counts.filter(Boolean).join(", ");
   const left = counted(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
-  const sentences = shown + left === "" ? ["This folder is empty"] : [shown, left, "Times are in UTC"];
+  const about = shown + left === "" ? "This folder is empty" : "Times are in UTC";
   return `<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -2121,7 +2011,7 @@ export function formatListing(path: readonly string[], entries: readonly Listing
 <ul role="list">
 ${items.join("\n")}
 </ul>
-<p>${joined(sentences, ". ")}.</p>
+<p>${[shown, left, about].filter(Boolean).join(". ")}.</p>
 </main>
 </html>
 `;
@@ -2129,16 +2019,15 @@ ${items.join("\n")}
 
 function formatListingEntry({ name, isFolder, size, modified }: ListingEntry): string {
   const slash = isFolder ? "/" : "";
-  const link = `<a href="${encodeURIComponent(name).replaceAll("'", "%27")}${slash}"><bdi>${escapeText(name)}</bdi>${slash}</a>`;
+  const href = encodeURIComponent(name).replaceAll("'", "%27") + slash;
+  const link = `<a href="${href}"><bdi>${Bun.escapeHTML(printable(name))}</bdi>${slash}</a>`;
   const time = Number.isNaN(modified.getTime()) ? "" : modified.toISOString(); // a date that no calendar has
   const length = isFolder ? "" : `<span title="${size} bytes">${formatBytes(size)}</span>`;
   return `<li>${link} ${length} <time datetime="${time}">${time.slice(0, 16).replace("T", " ")}</time></li>`;
 }
 
-/**
- * Browsers that do not know "light-dark" use their own colours. Icons are clipped boxes: a link that ends in a slash is a
- * folder. A link covers its whole row, as a target for a thumb. On a phone, time and size stand below the name.
- */
+// Browsers that do not know "light-dark" use their own colours. Icons are clipped boxes: a link that ends in a slash is
+// a folder. A link covers its whole row, as a target for a thumb. On a phone, time and size stand below the name.
 const LISTING_STYLE = `
 :root { color-scheme: light dark; }
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 58rem; margin: auto; padding: 1rem .5rem;

@@ -14,6 +14,7 @@ import {
   type Outcome,
   receiveContent,
   receiveHead,
+  RecordWatch,
   type ResponseHead,
   type Source,
   TransferError,
@@ -80,7 +81,7 @@ const READ_MS_MAX = 2000;
 
 /** Gives pieces as a connection would. Where the peer does not close, it would go on waiting after the last one. */
 class Pieces implements Source {
-  readonly endsInOrder = true;
+  readonly records = new RecordWatch(); // has seen none: without TLS, each end is in order
   isWaiting = false;
   private readonly left: Uint8Array[];
 

@@ -1366,11 +1366,11 @@ test.concurrent(
     await using folder = await temporaryFolder();
     const path = join(folder.path, "file");
     const whole = "(stats) => Object.assign(stats, { ctimeMs: floor(stats.ctimeMs), mtimeMs: floor(stats.mtimeMs) })";
-    const anchor = "const NO_FIELDS: ReadonlyMap<string, string> = new Map();";
+    const anchor = "let digestWaiters = 0;";
     const changes = {
       [anchor]: `${anchor}\nconst floor = (ms) => Math.floor(ms / 1000) * 1000;\nconst whole = ${whole};`,
       "const stats = fs.fstatSync(fd);": "const stats = whole(fs.fstatSync(fd));",
-      "mtimeMs } = fs.fstatSync(fd);": "mtimeMs } = whole(fs.fstatSync(fd));",
+      "mtimeMs } = fs.fstatSync(part.fd);": "mtimeMs } = whole(fs.fstatSync(part.fd));",
       "expected = fs.fstatSync(fd);": "expected = whole(fs.fstatSync(fd));",
     };
     await using server = await startCopy(changes, ["--root", folder.path, "--log", "off", ...PATIENCE]);

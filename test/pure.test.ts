@@ -278,7 +278,7 @@ test("text mode has an answer for every method", () => {
   const site = new TextSite("Hi");
   const statusOf = (method: string) => {
     const head = new RequestHead(LIMITS);
-    const bytes = Buffer.from(`${method} * HTTP/1.0\r\n\r\n`);
+    const bytes = Buffer.from(`${method} / HTTP/1.0\r\n\r\n`);
     parseRequestHead(head, bytes, 0, bytes.length);
     return (site.refuse(head) ?? site.respond(head)).status;
   };
@@ -345,7 +345,7 @@ describe("client-robust.ts", () => {
   });
 
   test("a request that cannot be sent is the failure of the send, exit 55", async () => {
-    const connection = new robust.Connection(robust.parseCommandLine(["--stall-timeout", "1"]).options);
+    const connection = new robust.Connection(robust.parseCommandLine(["--stall-timeout", "1"]));
     const gone = {
       write() {
         setImmediate(() => connection.handlers.close(gone));
@@ -360,7 +360,7 @@ describe("client-robust.ts", () => {
   });
 
   test("what was received before a reset is delivered before the failure", async () => {
-    const connection = new robust.Connection(robust.parseCommandLine(["--stall-timeout", "1"]).options);
+    const connection = new robust.Connection(robust.parseCommandLine(["--stall-timeout", "1"]));
     const socket = {} as Bun.Socket; // nothing is called of it
     connection.handlers.data(socket, Buffer.from("a"));
     connection.handlers.close(socket, Object.assign(new Error("reset"), { code: "ECONNRESET" }));

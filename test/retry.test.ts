@@ -16,9 +16,9 @@ import {
   decideNext,
   EXIT_CODES,
   type Held,
-  type Job,
   judgeHead,
   NOTHING,
+  type Options,
   type Outcome,
   parseCommandLine,
   parseHttpDate,
@@ -37,7 +37,7 @@ setDefaultTimeout(60_000);
 
 // ── the policy ──
 
-const JOB: Job = { ...parseCommandLine(["-o", "FILE"]).options, canStartOver: true };
+const JOB: Options = parseCommandLine(["-o", "FILE"]);
 const RESOURCE = resourceOf(JOB.request.url);
 const HELD: Held = { ...NOTHING, bytes: 40, validator: '"a"', etag: '"a"', resource: RESOURCE, total: 100 };
 
@@ -51,15 +51,27 @@ function head(status: number, fields: Record<string, string> = {}): ResponseHead
   return { ...start, framing: decideFraming(start, false, "GET") };
 }
 
+type Policy = Options & Pick<Attempt, "canStartOver">;
+
+/** An attempt, as the policy sees it: by default a GET of the default URL, the first of several. */
+function attemptOf(
+  { canStartOver = true, ...policy }: Partial<Policy> = {},
+  { method = "GET", path = "/data", hasRange = false, isLastTry = false, wasSent = true, failures = 0 } = {},
+): Attempt {
+  const job = { ...JOB, ...policy };
+  const request = { ...job.request, method, url: new URL(path, job.request.url) };
+  return { job, canStartOver, request, hasRange, wasSent, failures: isLastTry ? job.retries : failures };
+}
+
 /** A verdict in a word or two. */
 function judge(
   response: ResponseHead,
   held: Held = NOTHING,
-  policy: Partial<Job> = {},
-  request: { method?: string; resource?: string; isLastTry?: boolean; hasRange?: boolean } = {},
+  policy: Partial<Policy> = {},
+  request: { method?: string; path?: string; isLastTry?: boolean; hasRange?: boolean } = {},
 ): string {
-  const asked = { method: "GET", resource: RESOURCE, hasRange: held.bytes > 0, isLastTry: false, ...request };
-  const verdict = verdictOf(() => judgeHead(response, held, { ...JOB, ...policy }, asked));
+  const attempt = attemptOf(policy, { hasRange: held.bytes > 0, ...request });
+  const verdict = verdictOf(() => judgeHead(response, held, attempt));
   if (verdict instanceof TransferError) return `${verdict.isFinal ? "final " : ""}${verdict.outcome}`;
   if (verdict.action !== "deliver") return verdict.action;
   return held.bytes > 0 && verdict.held.bytes === 0 ? "start over" : `deliver from ${verdict.from}`;
@@ -116,12 +128,11 @@ describe("judgeHead", () => {
     expect(judge(head(206, PART))).toBe("range");
     expect(judge(head(206, PART), HELD, {}, { hasRange: false })).toBe("range");
     expect(judge(head(206, PART), NOTHING, { keepsOnlyContent: false })).toBe("deliver from 0"); // printed as it is
-    const printed = { method: "GET", resource: RESOURCE, hasRange: false, isLastTry: false };
-    const slice = judgeHead(head(206, PART), NOTHING, { ...JOB, keepsOnlyContent: false }, printed);
+    const slice = judgeHead(head(206, PART), NOTHING, attemptOf({ keepsOnlyContent: false }));
     expect(slice).toMatchObject({ held: { validator: "" } }); // the rest of a slice cannot be asked for
     const whole = { ...PART, "Content-Range": "bytes 0-59/60" };
     expect(judge(head(206, whole))).toBe("deliver from 0");
-    expect(judgeHead(head(206, whole), NOTHING, JOB, printed)).toMatchObject({ held: { validator: '"a"' } });
+    expect(judgeHead(head(206, whole), NOTHING, attemptOf())).toMatchObject({ held: { validator: '"a"' } });
     expect(judge(head(206, whole), HELD, {}, { hasRange: false })).toBe("start over");
     expect(judge(head(206, { ...whole, "Content-Length": "59" }))).toBe("range");
     expect(judge(head(206, { ...whole, "Content-Range": "bytes 0-59/*" }))).toBe("range");
@@ -185,15 +196,12 @@ describe("judgeHead", () => {
   });
 
   test("joins nothing of another resource, whatever its tag is", () => {
-    const elsewhere = { resource: "another" };
+    const elsewhere = { path: "/another" };
     expect(judge(head(200, { ETag: '"a"', "Content-Length": "100" }), HELD, {}, elsewhere)).toBe("start over");
     expect(judge(head(200, { ETag: '"a"' }), HELD, { canStartOver: false }, elsewhere)).toBe("final partial");
     expect(judge(head(200, { ETag: '"a"' }), HELD, { hasSha256: true }, elsewhere)).toBe("deliver from 0");
-    const fresh = judgeHead(head(200, { ETag: '"a"' }), HELD, JOB, {
-      ...{ method: "GET", isLastTry: false, hasRange: false },
-      ...elsewhere,
-    });
-    expect(fresh).toMatchObject({ held: { bytes: 0, resource: "another", total: undefined } });
+    const fresh = judgeHead(head(200, { ETag: '"a"' }), HELD, attemptOf({}, elsewhere));
+    expect(fresh).toMatchObject({ held: { bytes: 0, resource: "/another?", total: undefined } });
   });
 
   test("joins nothing of another coding", () => {
@@ -209,19 +217,18 @@ describe("judgeHead", () => {
     expect(judge(head(200, { ETag: '"a"', ...gzip }), encoded)).toBe("deliver from 0");
     expect(judge(head(206, { ...PART, ...gzip }), HELD, { hasSha256: true })).toBe("deliver from 40");
     for (const fields of [{ ETag: '"a"' }, { "Last-Modified": "Wed, 01 Jan 2020 12:00:01 GMT" }]) {
-      const asked = { method: "GET", resource: RESOURCE, hasRange: false, isLastTry: false };
-      expect(judgeHead(head(200, { ...fields, ...gzip }), NOTHING, JOB, asked)).toMatchObject({
+      expect(judgeHead(head(200, { ...fields, ...gzip }), NOTHING, attemptOf())).toMatchObject({
         held: { coding: "gzip" },
       });
     }
   });
 
   test("remembers what an earlier response said of the same version", () => {
-    const asked = { method: "GET", resource: RESOURCE, hasRange: true, isLastTry: false };
-    const verdict = judgeHead(head(200, { ETag: '"a"' }), HELD, JOB, asked);
+    const attempt = attemptOf({}, { hasRange: true });
+    const verdict = judgeHead(head(200, { ETag: '"a"' }), HELD, attempt);
     expect(verdict).toMatchObject({ action: "deliver", held: { total: 100, bytes: 40 } });
     const other = { ...HELD, bytes: 0, validator: '"b"', etag: '"b"' };
-    const fresh = judgeHead(head(200, { ETag: '"a"' }), other, JOB, asked);
+    const fresh = judgeHead(head(200, { ETag: '"a"' }), other, attempt);
     expect(fresh).toMatchObject({ action: "deliver", held: { total: undefined, validator: '"a"' } });
   });
 
@@ -285,13 +292,13 @@ describe("judgeHead", () => {
 function decide(
   outcome: Outcome,
   held: Held = NOTHING,
-  attempt: Partial<Attempt> & { failure?: TransferError } = {},
-  policy: Partial<Job> = {},
+  attempt: { failure?: TransferError; method?: string; wasSent?: boolean; failures?: number; elapsedMs?: number } = {},
+  policy: Partial<Policy> = {},
 ): string {
-  const failure = attempt.failure ?? new TransferError(outcome, "");
-  const all: Attempt = { method: "GET", wasSent: true, failures: 1, elapsedMs: 0, ...attempt };
-  const decision = decideNext(failure, all, held, { ...JOB, ...policy }, () => 1);
-  if (decision.action === "give-up") return "give up";
+  const { failure = new TransferError(outcome, ""), elapsedMs = 0 } = attempt;
+  const all = attemptOf(policy, { failures: 1, ...attempt });
+  const decision = decideNext(failure, held, all, all.job.retryMaxMs - elapsedMs, 1);
+  if (typeof decision === "string") return "give up";
   return `${decision.asksForWhole ? "ask for the whole" : "go on"} within ${decision.afterMs}`;
 }
 
@@ -307,8 +314,7 @@ describe("decideNext", () => {
     const failure = new TransferError("range", "", { refusesRest: true });
     expect(decide("range", HELD, { failure, failures: 0 }, { retries: 0 })).toBe("ask for the whole within 0");
     const refusing = (status: number, isLastTry = true, hasRange = true) => {
-      const asked = { method: "GET", resource: RESOURCE, hasRange, isLastTry };
-      const verdict = verdictOf(() => judgeHead(head(status), HELD, JOB, asked));
+      const verdict = verdictOf(() => judgeHead(head(status), HELD, attemptOf({}, { hasRange, isLastTry })));
       return verdict instanceof TransferError && verdict.refusesRest;
     };
     expect([206, 400, 403, 404, 416, 500, 501].map((status) => refusing(status))).not.toContain(false);
@@ -319,8 +325,9 @@ describe("decideNext", () => {
   test("waits a second, then two, four …, and a minute at the most: half of it fixed, half random", () => {
     const waits = [1, 2, 3, 4, 20].map((failures) => decide("receive", NOTHING, { failures }, { retries: 99 }));
     expect(waits).toEqual([1000, 2000, 4000, 8000, 60_000].map((wait) => `go on within ${wait}`));
-    const attempt = { method: "GET", wasSent: true, failures: 1, elapsedMs: 0 };
-    expect(decideNext(new TransferError("receive", ""), attempt, NOTHING, JOB, () => 0)).toMatchObject({
+    expect(
+      decideNext(new TransferError("receive", ""), NOTHING, attemptOf({}, { failures: 1 }), 9999, 0),
+    ).toMatchObject({
       afterMs: 500,
     });
     for (const failures of [1, 5])
@@ -361,7 +368,7 @@ describe("decideNext", () => {
   });
 
   test("takes Retry-After for a floor, and gives up at once where it goes too far", () => {
-    const after = (seconds: number, policy: Partial<Job> = {}) => {
+    const after = (seconds: number, policy: Partial<Policy> = {}) => {
       const failure = new TransferError("status", "", { retryAfterMs: seconds * 1000 });
       return decide("status", NOTHING, { failure }, policy);
     };
