@@ -82,11 +82,11 @@ export const NOTHING: Held = { bytes: 0, validator: "", etag: "", lastModified: 
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
-  readonly found: Held; // what an earlier run has left, to be continued
+  readonly leftover?: { readonly label: Held } | undefined; // what an earlier run has left, to be continued
   write(content: Uint8Array, held: Held): Promise<void>;
   finish(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
   close(held: Held): string | Promise<string>; // called last, whatever happened. Returns how to continue, or ""
-  start?(head: ResponseHead): void; // the content of this response follows, from its first byte on
+  head?: string; // still to be printed: with the first content, when no other response can replace it
   digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   readonly isTerminal?: boolean;
@@ -300,8 +300,8 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
   const { job, delivery, progress, failures } = session;
-  if (failure.spoils) delivery.discard();
-  session.failures = delivery.takeProgress() ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
+  const hasMore = delivery.endAttempt(failure.spoils);
+  session.failures = hasMore ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
   const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
   progress.clear();
   delivery.sink.endLine?.();
@@ -902,11 +902,11 @@ class ProgressLine {
     ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
   }
 
-  finish({ job, delivery: { held, sink, isToVerify, isUnchanged, note } }: Session): void {
+  finish({ job, delivery: { held, sink, isVerified, isUnchanged, note } }: Session): void {
     if (!isUnchanged && (this.isOnScreen || job.isVerbose)) {
       this.clear();
       sink.endLine?.();
-      const verified = isToVerify ? "SHA-256 verified" : "not verified";
+      const verified = isVerified ? "SHA-256 verified" : "not verified";
       tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
     }
     if (note !== "" && !job.isSilent) tell(note);
@@ -1186,10 +1186,11 @@ class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
   isUnchanged = false; // the user has the content already
-  private best: number; // the most ever held of this version: only what goes beyond it is progress, no new start
+  isVerified = false; // its SHA-256 is what the user or the server has said
+  private before: number; // bytes held when the attempt began: more is progress. Infinity: it has started over
   private isJoined = true; // the content held came in several responses, or in an earlier run
   private hash: Bun.CryptoHasher | undefined;
-  private skip = 0; // bytes of the response under way that are held already
+  private at = Number.POSITIVE_INFINITY; // the place in the whole that the response under way has reached
   private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
   private expectedDigest = "";
 
@@ -1197,36 +1198,37 @@ class Delivery {
     readonly sink: Sink,
     private readonly job: Options,
   ) {
-    this.held = sink.found;
-    this.best = this.held.bytes;
+    this.held = sink.leftover?.label ?? NOTHING;
+    this.before = this.held.bytes;
   }
 
-  /** A response has ended. @returns true once if more is held than ever before */
-  takeProgress(): boolean {
-    const { best, held } = this;
-    this.skip = 0;
-    this.best = best === Number.POSITIVE_INFINITY ? held.bytes : Math.max(best, held.bytes);
-    return held.bytes > best;
+  /** An attempt has ended. @param spoils what is held is deleted. @returns true if more is held than before */
+  endAttempt(spoils: boolean): boolean {
+    if (spoils) this.sink.discard?.();
+    if (spoils) this.held = NOTHING;
+    const isMore = this.held.bytes > this.before;
+    this.before = this.held.bytes;
+    this.at = Number.POSITIVE_INFINITY;
+    return isMore;
   }
 
   start(head: ResponseHead, { held, from, end }: Extract<Verdict, { action: "deliver" }>): void {
-    if (held.bytes === 0 && this.held.bytes > 0) this.best = Number.POSITIVE_INFINITY;
+    if (held.bytes === 0 && this.held.bytes > 0) this.before = Number.POSITIVE_INFINITY;
     this.held = held;
-    this.skip = held.bytes - from;
+    this.at = from;
     this.end = end;
     this.isJoined = held.bytes > 0;
     // RFC 9530 §3: of the whole representation, in a 206 too. What an earlier response said of this version holds.
     const digest = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(","))?.[1];
     this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
     if (this.isJoined) return;
-    this.hash = this.isToVerify ? new Bun.CryptoHasher("sha256") : undefined;
-    this.sink.start?.(head);
+    this.hash = this.job.sha256 + this.expectedDigest === "" ? undefined : new Bun.CryptoHasher("sha256");
+    if (!this.job.keepsOnlyContent) this.sink.head = head.text;
   }
 
   async write(bytes: Uint8Array): Promise<void> {
-    const skipped = Math.min(this.skip, bytes.length);
-    this.skip -= skipped;
-    const content = bytes.subarray(skipped);
+    const content = bytes.subarray(Math.max(0, this.held.bytes - this.at)); // what is held already is passed over
+    this.at += bytes.length;
     const length = this.held.bytes + content.length;
     if (length > this.job.sizeMax) throw tooLarge(this.job);
     if (length > this.end) throw contradiction();
@@ -1241,39 +1243,29 @@ class Delivery {
     const { bytes, total } = this.held;
     // Content that only a close ends may have been cut. The last chunk ends it for sure.
     if (head.framing === "chunked" && Number.isFinite(this.end) && bytes < this.end) throw contradiction();
-    const cut = `the response is not complete: ${this.skip} of ${bytes} bytes held are missing`;
-    if (this.skip > 0) throw new TransferError("partial", cut);
+    const cut = `the response is not complete: ${bytes - this.at} of ${bytes} bytes held are missing`;
+    if (this.at < bytes) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
     if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: bytes === this.end });
-    if (this.isToVerify) await this.verify();
+    this.isVerified = await this.verify();
     this.note = await this.sink.finish(this.held);
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
     if (this.note === "" && this.job.keepsOnlyContent && this.held.coding !== "")
       this.note = `The content is saved as it comes, with Content-Encoding: ${this.held.coding}`;
   }
 
-  /** The user or the server has said what the SHA-256 of the content is. */
-  get isToVerify(): boolean {
-    return this.job.sha256 !== "" || this.expectedDigest !== "";
-  }
-
-  private async verify(): Promise<void> {
+  /** @returns false if nobody has said what the SHA-256 of the content is. @throws TransferError "digest" */
+  private async verify(): Promise<boolean> {
+    if (this.job.sha256 + this.expectedDigest === "") return false;
     const found = this.hash?.digest("hex") ?? (await this.sink.digest?.(this.held));
     const message = "the first part of the content is not at hand to be verified";
     if (found === undefined) throw new TransferError("digest", message, { isFinal: true });
     const told = Buffer.from(this.expectedDigest, "base64").toString("hex");
-    if (found === (this.job.sha256 || told)) return;
+    if (found === (this.job.sha256 || told)) return true;
     // Another attempt helps if pieces were joined that do not fit, or if the server says that bytes were damaged.
     const isFinal = found === told || (told === "" && !this.isJoined);
     const mismatch = `the content is not what its digest says: its SHA-256 is ${found}`;
     throw new TransferError("digest", mismatch, { isFinal, spoils: true });
-  }
-
-  /** Deletes the content held, as it is wrong. */
-  discard(): void {
-    this.sink.discard?.();
-    this.held = NOTHING;
-    this.best = Number.POSITIVE_INFINITY;
   }
 }
 
@@ -1285,9 +1277,7 @@ const fs = (): typeof import("node:fs") => require("node:fs");
 const paths = (): typeof import("node:path") => require("node:path");
 const tty = (): typeof import("node:tty") => require("node:tty");
 
-/** @returns undefined if it does not exist, or cannot be reached */
-const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path));
-/** @param mode what this user wants to do with it, as for access(2) */
+const statOf = (path: string) => ignoreErrors(() => fs().lstatSync(path)); // undefined if it cannot be reached
 const canUse = (path: string, mode: number) => ignoreErrors(() => (fs().accessSync(path, mode), true)) ?? false;
 
 /** For a step that may block for any time: another thread takes it, and deadlines go on here. */
@@ -1314,77 +1304,62 @@ async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, positi
 const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && found.rdev >> 8 !== 1 && tty().isatty(fd);
 
 /** Pipes, devices and terminals: output cannot be taken back. Without -o, it has the head, and a terminal safe text. */
-class StreamSink implements Sink {
-  readonly found = NOTHING;
-  readonly isTerminal: boolean;
-  private readonly mayBlock: boolean;
-  private head = ""; // still to be printed: with the first content, when no other response can replace it
-  private isInLine = false;
-  private readonly textDecoder = new TextDecoder();
-  private left: number; // bytes to print before node:fs is loaded
+async function openStream(fd: number, job: Options): Promise<Sink> {
+  const found = await Bun.file(fd).stat();
+  // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
+  // program is started with do not have O_CLOEXEC; those that Bun opens do.
+  const isSuspect = fd === 1 && found.isCharacterDevice() && process.platform === "linux";
+  if (isSuspect && /^flags:\s*\d*[2367]\d{6}$/m.test(await Bun.file("/proc/self/fdinfo/1").text()))
+    throw new TransferError("write", "stdout is closed");
+  const isOnTerminal = isTerminal(fd, found);
+  const mayBlock = isOnTerminal || !(found.isFile() || found.isCharacterDevice());
+  // Bun.write needs no module. But if a non-blocking descriptor takes a part, it writes that part again, and if a pipe
+  // is full, it blocks and no timer can end it. node:fs, once it is loaded, takes less time for each write.
+  const isTakenWhole = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY);
+  let left = isTakenWhole ? LIMITS.printedBytesMax : 0; // bytes to print before node:fs is loaded
+  let isInLine = false;
+  const decoder = new TextDecoder();
 
-  constructor(
-    private readonly fd: number,
-    private readonly job: Options,
-    found: Stats,
-  ) {
-    this.isTerminal = isTerminal(fd, found);
-    this.mayBlock = this.isTerminal || !(found.isFile() || found.isCharacterDevice());
-    // Bun.write blocks if a pipe is full already, and then no timer could end it.
-    const isTimed = job.maxMs < Number.POSITIVE_INFINITY;
-    this.left = !this.mayBlock || (found.isFIFO() && !isTimed) ? LIMITS.printedBytesMax : 0;
-  }
-
-  start(head: ResponseHead): void {
-    this.head = this.job.keepsOnlyContent ? "" : head.text;
-  }
-
-  async write(content: Uint8Array): Promise<void> {
-    await this.finish();
-    await this.print(content);
-    this.isInLine = this.isTerminal && content.at(-1) !== LF;
-  }
-
-  /** Prints the head, if it is still to be printed. */
-  async finish(): Promise<string> {
-    const { head } = this;
-    this.head = "";
-    if (head !== "") await this.print(toBytes(head));
-    return "";
-  }
-
-  endLine(): void {
-    if (this.isInLine) ignoreErrors(() => fs().writeSync(this.fd, "\n"));
-    this.isInLine = false;
-  }
-
-  /** No other attempt will follow: prints a head whose content never came, if the output is still open. */
-  close(): Promise<string> {
-    return this.finish().catch(() => "");
-  }
-
-  private print(content: Uint8Array): Promise<unknown> {
-    const isText = this.isTerminal && !this.job.keepsOnlyContent;
+  async function print(content: Uint8Array): Promise<void> {
+    const isText = isOnTerminal && !job.keepsOnlyContent;
     if (isText && content.includes(0))
       throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
-    const text = () => printable(this.textDecoder.decode(content, { stream: true }));
-    const bytes = isText ? new TextEncoder().encode(text()) : content;
-    // Bun.write needs no module, but if a non-blocking descriptor takes a part, it writes that part again: it is only
-    // for output that is taken whole. node:fs, once it is loaded, takes less time for each write.
-    this.left -= bytes.length;
-    return this.left < 0 ? writeAll(this.fd, bytes, this.mayBlock, null) : Bun.write(Bun.file(this.fd), bytes);
+    const bytes = isText ? new TextEncoder().encode(printable(decoder.decode(content, { stream: true }))) : content;
+    left -= bytes.length;
+    await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
   }
+
+  const sink = {
+    head: "",
+    isTerminal: isOnTerminal,
+    async write(content: Uint8Array) {
+      await sink.finish();
+      await print(content);
+      isInLine = isOnTerminal && content.at(-1) !== LF;
+    },
+    async finish() {
+      const { head } = sink;
+      sink.head = "";
+      if (head !== "") await print(toBytes(head));
+      return "";
+    },
+    close: () => sink.finish(), // no other attempt follows: a head whose content never came is printed, too
+    endLine() {
+      if (isInLine) ignoreErrors(() => fs().writeSync(fd, "\n"));
+      isInLine = false;
+    },
+  };
+  return sink;
 }
 
 /** What a part is a part of: written once, before the part's first byte, into a file of the part's name and ".json". */
-interface Label extends Omit<Held, "bytes"> {
+interface Label extends Held {
   readonly file: string; // the name of FILE; the name of a part has only the start of it
-  readonly request: string; // the URL and the fields that the user gave; of what may be a secret, a digest
-  readonly sha256: string; // the --sha256 of the run, which joins pieces whatever their validators say
+  readonly request: string; // --sha256, which joins any pieces, or else URL and fields; of what may be a secret, a digest
 }
 
-/** A part that lies beside FILE. `bytes` is 0 if there is only its label, or if it is not ours. */
-type FoundPart = { readonly path: string; readonly label: Label; readonly bytes: number; readonly labelledAt: number };
+/** A part that lies beside FILE. Its `bytes` are 0 if there is only its label, or if it is not ours. */
+type FoundPart = Readonly<{ path: string; inode: number | undefined; label: Label; labelledAt: number }>;
 
 const LABEL_END = /^\.[0-9a-f]{12}\.part\.json$/; // FILE.0123456789ab.part has the label FILE.0123456789ab.part.json
 const STEM_BYTES = 100; // of FILE's name stand in that of a part: a name may have 255 bytes, on some file systems fewer
@@ -1393,10 +1368,10 @@ const STEM_BYTES = 100; // of FILE's name stand in that of a part: a name may ha
 const stemOf = (file: string) =>
   Buffer.from(paths().basename(file)).subarray(0, STEM_BYTES).toString().replaceAll("\ufffd", "");
 
-/** The parts of this very FILE. */
-function* findParts(file: string, folder: string): Generator<FoundPart> {
+/** The parts of this very FILE, which is `target`. */
+function* findParts(target: string): Generator<FoundPart> {
   const { R_OK, W_OK } = fs().constants;
-  const stem = stemOf(file);
+  const [folder, file, stem] = [paths().dirname(target), paths().basename(target), stemOf(target)];
   // If others may write to the folder, a part of theirs is not to be trusted; nor is a link. The folder's owner could
   // replace FILE itself, and owns the parts on disks that are mounted for another user.
   const owners = [process.geteuid?.(), ignoreErrors(() => fs().statSync(folder).uid)];
@@ -1405,37 +1380,21 @@ function* findParts(file: string, folder: string): Generator<FoundPart> {
     const path = paths().join(folder, name.slice(0, -".json".length));
     const [found, part] = [statOf(`${path}.json`), statOf(path)];
     if (!found?.isFile() || found.size > LIMITS.headBytesMax) continue;
-    const label = ignoreErrors(() => readLabel(`${path}.json`, paths().basename(file)));
     const isOurs = part?.nlink === 1 && part.isFile() && owners.includes(part.uid) && canUse(path, R_OK | W_OK);
-    if (label !== undefined) yield { path, label, bytes: isOurs ? part.size : 0, labelledAt: found.mtimeMs };
+    const label = ignoreErrors(() => readLabel(`${path}.json`, file, isOurs ? part.size : 0));
+    if (label?.file === file) yield { path, inode: part?.ino, label, labelledAt: found.mtimeMs };
   }
 }
 
-/** @returns undefined if it is of another file. An empty label is of a run that was killed before it could write it. */
-function readLabel(path: string, file: string): Label | undefined {
+function readLabel(path: string, file: string, bytes: number): Label {
   const text = fs().readFileSync(path, "utf8");
-  // With other values than strings it fits nothing.
-  const label: Label = { ...NOTHING, request: "", sha256: "", ...(text === "" ? { file } : JSON.parse(text)) };
-  const isValidator = STRONG_ETAG.test(label.validator) || Boolean(parseHttpDate(label.validator));
-  return label.file === file ? { ...label, validator: isValidator ? label.validator : "" } : undefined;
+  // With other values than strings it fits nothing. An empty label is of a run that was killed before it could write it.
+  const label: Label = { ...NOTHING, request: "", ...(text === "" ? { file } : JSON.parse(text)), bytes };
+  return STRONG_ETAG.test(label.validator) || parseHttpDate(label.validator) ? label : { ...label, validator: "" };
 }
 
-/** The part of an earlier run that is worth most: of the version that was seen last, the longest. */
-function findLeftover(parts: readonly FoundPart[], request: string, sha256: string): FoundPart | undefined {
-  const usable = parts.filter(({ label, bytes }) => {
-    // The same digest is the same content, whatever the request was.
-    const isNamed = label.request === request && (sha256 === "" ? label.validator !== "" : label.sha256 === "");
-    const isVouched = isNamed || (sha256 !== "" && label.sha256 === sha256);
-    return isVouched && bytes > 0 && bytes <= (label.total ?? bytes);
-  });
-  const newest = usable.toSorted((a, b) => b.labelledAt - a.labelledAt)[0]?.label;
-  const isSame = ({ label }: FoundPart) => label.validator === newest?.validator && label.resource === newest.resource;
-  return usable.filter(isSame).toSorted((a, b) => b.bytes - a.bytes)[0];
-}
-
-function removePart(path: string): void {
-  for (const name of [path, `${path}.json`]) ignoreErrors(() => fs().unlinkSync(name));
-}
+const removePart = (path: string) =>
+  [path, `${path}.json`].forEach((name) => ignoreErrors(() => fs().unlinkSync(name)));
 
 const takenOver = (path: string) =>
   new TransferError("write", `${path} is gone: another run has taken it over, or something has removed it`);
@@ -1443,52 +1402,52 @@ const changed = (path: string) => new TransferError("write", `${path} has been c
 
 /**
  * Saves the content: it grows in a part beside FILE, which is renamed to FILE when it is whole, verified and synced.
- *
- * One inode holds bytes of one version. A part has a random name, only grows, and is never written to for another
- * version: starting over makes a new part. A run that continues a part of an earlier run first renames it to a name
- * of its own, which only one run can do; a run that finds its part gone ends. So there is no lock, and nothing is
- * updated in place. A crash between any two calls leaves a part that can be continued, or a label without a part.
+ * One inode holds bytes of one version: a part has a random name and only grows; starting over makes a new part. A run
+ * that continues an older part first renames it to a name of its own, which only one run can do. So there is no lock,
+ * and nothing is updated in place. A crash between any two calls leaves a part that can be continued, or only a label.
  */
 class FileSink implements Sink {
-  readonly found: Held = NOTHING;
+  private readonly folder: string; // of the part
+  private readonly request: string; // for the label; "" if the content cannot be continued
   private readonly older: readonly FoundPart[]; // of earlier runs
-  private readonly leftover: FoundPart | undefined; // the one of them that is continued
-  private readonly request: string;
-  /** The part that this run writes. Its inode tells whether the name is still its own. */
-  private part: { path: string; fd: number; inode: number; canBeContinued: boolean } | undefined;
+  readonly leftover: FoundPart | undefined; // the one of them that is continued
+  private part: { path: string; fd: number; inode: number } | undefined; // the inode tells if the path is still ours
 
   constructor(
     private readonly path: string,
     private readonly old: Stats | undefined, // FILE as it is, if it exists
-    private readonly folder: string, // of the parts
-    private readonly canContinue: boolean,
     private readonly job: Options,
   ) {
-    const { url, fields } = job.request;
-    this.request = url.origin + resourceOf(url) + digestOf(fields.join("\n"));
-    this.older = folder === paths().dirname(path) ? [...findParts(path, folder)] : [];
-    if (canContinue) this.leftover = findLeftover(this.older, this.request, job.sha256);
-    if (this.leftover !== undefined) this.found = { ...this.leftover.label, bytes: this.leftover.bytes };
+    const [folder, { method, url, fields, content }] = [paths().dirname(path), job.request];
+    const isBeside = canUse(folder, fs().constants.W_OK | fs().constants.X_OK);
+    this.folder = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
+    // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
+    const canContinue = isBeside && method === "GET" && content.length === 0;
+    this.request = canContinue ? url.origin + resourceOf(url) + digestOf(fields.join("\n")) : "";
+    this.older = [...findParts(path)];
+    // Of the version that was seen last, the longest part is worth most.
+    const usable = this.older.filter((part) => this.canContinue(part)).sort((a, b) => b.labelledAt - a.labelledAt);
+    const { validator, resource } = usable[0]?.label ?? NOTHING;
+    const same = usable.filter(({ label }) => label.validator === validator && label.resource === resource);
+    [this.leftover] = same.sort((a, b) => b.label.bytes - a.label.bytes);
   }
 
   async write(content: Uint8Array, held: Held): Promise<void> {
     const { fd } = await this.ready(held);
     await writeAll(fd, content, false, held.bytes);
-    // The disk begins to write while the network goes on: all of it at the end would take as long again. If this
-    // fails, the sync at the end will too.
+    // The disk begins now: all of it at the end would take as long again. If this fails, the sync at the end will, too.
     const left = LIMITS.syncEveryBytes - (held.bytes % LIMITS.syncEveryBytes);
     if (content.length >= left) fs().fdatasync(fd, () => {});
   }
 
   async digest(held: Held): Promise<string> {
-    return sha256Of((await this.ready(held)).fd);
+    return sha256HexOf(Bun.file((await this.ready(held)).fd));
   }
 
   async finish(held: Held): Promise<string> {
     const { path, fd } = await this.ready(held);
     if (fs().fstatSync(fd).size !== held.bytes) throw changed(path);
-    // Meanwhile FILE may have got another mode, or have become a link.
-    const old = fs().statSync(this.path, { throwIfNoEntry: false });
+    const old = fs().statSync(this.path, { throwIfNoEntry: false }); // meanwhile its mode or kind may have changed
     const file = followLinks(this.path);
     if (old?.isFile() === false) throw changed(file);
     if (old !== undefined) keepOwnerAndMode(fd, old);
@@ -1508,60 +1467,61 @@ class FileSink implements Sink {
     this.part = undefined;
   }
 
-  /** Keeps a part that a later run can continue, and nothing else. */
+  /** Keeps a part that a later run can continue, and nothing else. What a full disk has taken of a piece counts, too. */
   close(held: Held): string {
     if (this.part === undefined) return "";
-    const { path, fd, inode, canBeContinued } = this.part;
-    const { ino, size = 0 } = statOf(path) ?? {}; // what a full disk has taken of a piece counts, too
-    const isWhole = ino === inode && size > 0 && size >= held.bytes && statOf(`${path}.json`) !== undefined;
-    const isTooLong = held.bytes > 0 && size > (held.total ?? size);
-    const isKept = canBeContinued && isWhole && !isTooLong;
-    if (isKept) fs().closeSync(fd);
-    else this.discard();
-    return isKept ? `Kept ${size} bytes in ${path}: the same command continues from there` : "";
+    const { path, inode } = this.part;
+    const part = findParts(this.path).find((part) => part.path === path && part.inode === inode);
+    if (part !== undefined && this.canContinue(part) && part.label.bytes >= held.bytes)
+      return `Kept ${part.label.bytes} bytes in ${path}: the same command continues from there`;
+    this.discard();
+    return "";
+  }
+
+  /** May this run continue the part? The same digest is the same content, whatever the request was. */
+  private canContinue({ label: { request, validator, bytes, total = bytes } }: FoundPart): boolean {
+    const isWanted = request !== "" && this.request !== "" && [this.request, this.job.sha256].includes(request);
+    return isWanted && validator + this.job.sha256 !== "" && bytes > 0 && bytes <= total;
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
   private async ready(held: Held): Promise<NonNullable<FileSink["part"]>> {
-    let { part } = this;
-    if (part === undefined || held.bytes === 0) part = this.begin(held, held.bytes === 0 ? undefined : this.leftover);
+    let part = held.bytes === 0 ? this.begin(held) : (this.part ?? this.begin(held, this.leftover));
     if (statOf(part.path)?.ino !== part.inode) part = this.begin(held, await this.findAgain(part));
-    if ((statOf(part.path)?.size ?? 0) < held.bytes) throw changed(part.path);
+    if (fs().fstatSync(part.fd).size < held.bytes) throw changed(part.path);
     return part;
   }
 
   /** Another run has taken the part over. @throws TransferError if that run goes on or the part is gone */
   private async findAgain({ path, fd, inode }: NonNullable<FileSink["part"]>): Promise<FoundPart> {
-    // If that run has died, nobody writes to the part any more. With --sha256 it may have joined other bytes.
     for (let waitedMs = 0; waitedMs < this.job.stallMs; waitedMs += LIMITS.idlePartMs) {
       const { mtimeMs } = fs().fstatSync(fd);
       await Bun.sleep(LIMITS.idlePartMs);
       if (fs().fstatSync(fd).mtimeMs !== mtimeMs) continue;
-      for (const part of findParts(this.path, this.folder))
-        if (statOf(part.path)?.ino === inode && part.label.sha256 + this.job.sha256 === "") return part;
-      break;
+      // That run has died, and nobody writes to the part any more. With --sha256 it may have joined other bytes.
+      const part = findParts(this.path).find((part) => part.inode === inode && part.label.request === this.request);
+      if (part === undefined || this.job.sha256 !== "") break;
+      return part;
     }
     throw takenOver(path);
   }
 
   /** Gives a part a name of its own, be it new or of an earlier run. The label comes first. */
-  private begin({ bytes: _, ...version }: Held, leftover: FoundPart | undefined): NonNullable<FileSink["part"]> {
+  private begin(held: Held, leftover?: FoundPart): NonNullable<FileSink["part"]> {
     const { O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW } = fs().constants;
     const path = paths().join(this.folder, `${stemOf(this.path)}.${crypto.randomUUID().slice(-12)}.part`);
-    const { sha256 } = this.job;
-    const validator = sha256 === "" ? version.validator : "";
-    const label: Label = { ...version, file: paths().basename(this.path), request: this.request, sha256, validator };
+    const [request, validator] = this.job.sha256 === "" ? [this.request, held.validator] : [this.job.sha256, ""];
+    const label: Label = { ...held, file: paths().basename(this.path), request, validator };
     const flags = O_RDWR | O_NOFOLLOW | (leftover === undefined ? O_CREAT | O_EXCL : 0);
     try {
       fs().writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
-      // A file that replaces a private FILE is private from its first byte on.
-      const mode = 0o600 | (forAnyGroup(this.old?.mode ?? 0o666) & 0o066);
+      const mode = 0o600 | (forAnyGroup(this.old?.mode ?? 0o666) & 0o066); // as private as FILE from its first byte on
       const fd = fs().openSync(leftover?.path ?? path, flags, mode);
       const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
       this.discard();
-      return (this.part = { path, fd, inode, canBeContinued: this.canContinue && validator + sha256 !== "" });
+      return (this.part = { path, fd, inode });
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
@@ -1577,8 +1537,7 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
   } catch (error) {
     const { code = "" } = error as SystemError; // node:fs throws SystemErrors
     // A mount point, a folder in which nothing may be renamed, a part on another disk, a disk that replaces no file.
-    const isRefused = /^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code);
-    if (!exists || !isRefused) throw error;
+    if (!exists || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code)) throw error;
     // Nothing below waits for an event: a signal or a deadline comes before the first byte is changed, or after the last.
     const target = fs().openSync(file, fs().constants.O_WRONLY);
     using _ = { [Symbol.dispose]: () => fs().closeSync(target) };
@@ -1602,68 +1561,41 @@ function keepOwnerAndMode(fd: number, { mode, uid, gid }: Stats): void {
   ignoreErrors(() => fs().fchownSync(fd, -1, gid)); // as a member of the group may
   ignoreErrors(() => fs().fchownSync(fd, uid, -1));
   const now = fs().fstatSync(fd);
-  const kept = now.gid === gid ? mode : forAnyGroup(mode);
-  // Not set-user-ID for another owner.
-  ignoreErrors(() => fs().fchmodSync(fd, kept & (now.uid === uid ? 0o7777 : 0o777)));
+  const bits = now.uid === uid ? 0o7777 : 0o777; // not set-user-ID for another owner
+  ignoreErrors(() => fs().fchmodSync(fd, bits & (now.gid === gid ? mode : forAnyGroup(mode))));
 }
 
 /** @returns undefined if FILE has the SHA-256 already */
 async function openSink(job: Options): Promise<Sink | undefined> {
   const { output = "-", sha256 } = job;
-  if (output === "-") return openDescriptor(1, job);
+  if (output === "-") return openStream(1, job);
   const { O_WRONLY, O_APPEND, W_OK, X_OK } = fs().constants;
   const old = fs().statSync(output, { throwIfNoEntry: false }); // the kernel may refuse links of other users
   const path = followLinks(output);
   // A descriptor that is open already, and anything but a regular file, is written to and never replaced.
   const [, owner, descriptor] = /^\/proc\/(self|\d+)\/fd\/(\d+)$/.exec(path) ?? [];
-  if (owner === "self") return openDescriptor(Number(descriptor), job);
+  if (owner === "self") return openStream(Number(descriptor), job);
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
-    return openDescriptor(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
-  const folder = paths().dirname(path);
-  fs().accessSync(old === undefined ? folder : path, old === undefined ? W_OK | X_OK : W_OK);
-  const hasDigest = async () => {
-    await using file = await fs().promises.open(path);
-    return sha256Of(file.fd) === sha256;
-  };
-  if (old !== undefined && sha256 !== "" && (await hasDigest().catch(() => false))) return undefined;
-  const isBeside = canUse(folder, W_OK | X_OK);
-  const parts = isBeside ? folder : process.getBuiltinModule("node:os").tmpdir();
-  // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
-  const { method, content } = job.request;
-  return new FileSink(path, old, parts, isBeside && method === "GET" && content.length === 0, job);
-}
-
-/** @throws TransferError "write" */
-async function openDescriptor(fd: number, job: Options): Promise<Sink> {
-  const found = await Bun.file(fd).stat();
-  // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
-  // program is started with do not have O_CLOEXEC; those that Bun opens do.
-  const isSuspect = fd === 1 && found.isCharacterDevice() && process.platform === "linux";
-  if (isSuspect && /^flags:\s*\d*[2367]\d{6}$/m.test(await Bun.file("/proc/self/fdinfo/1").text()))
-    throw new TransferError("write", "stdout is closed");
-  return new StreamSink(fd, job, found);
+    return openStream(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
+  fs().accessSync(old === undefined ? paths().dirname(path) : path, old === undefined ? W_OK | X_OK : W_OK);
+  if (sha256 !== "" && (await sha256HexOf(Bun.file(path)).catch(() => "")) === sha256) return undefined;
+  return new FileSink(path, old, job);
 }
 
 /** Where a path leads in the end, whether that exists or not. /dev/stdout leads to /proc/self/fd/1. */
-function followLinks(path: string): string {
+function followLinks(path: string, linksMax = 40): string {
+  if (linksMax === 0 || !statOf(path)?.isSymbolicLink()) return path;
   const { basename, dirname, join, resolve } = paths();
-  for (let links = 0; links < 40 && statOf(path)?.isSymbolicLink(); links++) {
-    const folder = fs().realpathSync(dirname(path));
-    if (/^\/proc\/\d+\/fd$/.test(folder)) return join(folder.replace(`/${process.pid}/`, "/self/"), basename(path));
-    path = resolve(folder, fs().readlinkSync(path));
-  }
-  return path;
-}
-
-function* piecesOf(fd: number, from = 0): Generator<[piece: Uint8Array, at: number]> {
-  const buffer = new Uint8Array(1_048_576);
-  for (let at = from, length = 0; (length = fs().readSync(fd, buffer, 0, buffer.length, at)) > 0; at += length)
-    yield [buffer.subarray(0, length), at];
+  const folder = fs().realpathSync(dirname(path));
+  if (/^\/proc\/\d+\/fd$/.test(folder)) return join(folder.replace(`/${process.pid}/`, "/self/"), basename(path));
+  return followLinks(resolve(folder, fs().readlinkSync(path)), linksMax - 1);
 }
 
 /** Copies all that follows a byte to the same place in another file, and onto its disk. */
 async function copy(source: number, target: number, from: number): Promise<void> {
-  for (const [piece, at] of piecesOf(source, from)) await writeAll(target, piece, false, at);
+  const buffer = new Uint8Array(1_048_576);
+  for (let at = from, length = 0; (length = fs().readSync(source, buffer, 0, buffer.length, at)) > 0; at += length)
+    await writeAll(target, buffer.subarray(0, length), false, at);
   sync(target);
 }
 
@@ -1676,10 +1608,9 @@ function sync(fd: number): void {
   }
 }
 
-/** SHA-256 in hex of all that a descriptor reads. */
-function sha256Of(fd: number): string {
+async function sha256HexOf(file: Blob): Promise<string> {
   const hash = new Bun.CryptoHasher("sha256");
-  for (const [piece] of piecesOf(fd)) hash.update(piece);
+  for await (const piece of file.stream()) hash.update(piece);
   return hash.digest("hex");
 }
 

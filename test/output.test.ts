@@ -199,7 +199,7 @@ describe.each(VARIANTS)("-o FILE (%s)", (variant) => {
         ]);
         const argv = [...(await command("client-robust", variant)), "-o", place.file, origin.url];
         await using child = Bun.spawn(argv, { stdio: ["ignore", "ignore", "ignore"] });
-        await until(() => place.beside().some((path) => lstatSync(path).size === 5000));
+        await until(() => place.beside().some((path) => lstatSync(path, { throwIfNoEntry: false })?.size === 5000));
         child.kill("SIGKILL");
         await child.exited;
         origin.answerAnew(now);
@@ -2018,6 +2018,9 @@ describe("--sha256", () => {
     expect(await last(...SHA256)).toMatch(/^(?!.*not).*verified/);
     origin.answerAnew(serving({ fields: reprDigest(CONTENT) }));
     expect(await last()).toMatch(/^(?!.*not).*verified/);
+    // A digest that comes with the head alone is that of content that nobody has seen.
+    const { stderr } = await run([...(await command("client-robust", "binary")), "-v", "-I", origin.url]);
+    expect(stderr).toMatch(/Repr-Digest[^]*, not verified\n$/);
   });
 
   test.concurrent("on a terminal one line is left, and it says so too", async () => {
