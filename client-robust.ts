@@ -1308,8 +1308,15 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
   const found = await Bun.file(fd).stat();
   // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
   // program is started with do not have O_CLOEXEC; those that Bun opens do.
-  const isSuspect = fd === 1 && found.isCharacterDevice() && process.platform === "linux";
-  if (isSuspect && /^flags:\s*\d*[2367]\d{6}$/m.test(await Bun.file("/proc/self/fdinfo/1").text()))
+  const isSuspect = fd === 1 && found.isCharacterDevice();
+  if (
+    isSuspect &&
+    /^flags:\s*\d*[2367]\d{6}$/m.test(
+      await Bun.file("/proc/self/fdinfo/1")
+        .text()
+        .catch(() => ""),
+    )
+  )
     throw new TransferError("write", "stdout is closed");
   const isOnTerminal = isTerminal(fd, found);
   const mayBlock = isOnTerminal || !(found.isFile() || found.isCharacterDevice());
