@@ -1698,7 +1698,7 @@ function describeFile(path: string, stats: fs.Stats, dateNow: number) {
   const lastModified = modified > 1000 ? modified : Number.NaN; // in ms since 1970; unknown equals nothing
   const validators = { ETag: etag, ...(modified > 1000 && { "Last-Modified": new Date(modified).toUTCString() }) };
   const isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
-  return { path, stats, size, type, etag, lastModified, validators, expected, isLasting, hashedTo: 0 };
+  return { path, stats, size, type, etag, lastModified, validators, expected, isFresh, isLasting, hashedTo: 0 };
 }
 
 /** Are these of one version of one file? */
@@ -1843,7 +1843,7 @@ function respondFile(request: RequestHead, file: OpenFile): Response | Promise<R
     const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
     return answer(prepareResponse(416, about, "the file has none of these bytes\n"));
   }
-  const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
+  const wantsDigest = !known.isFresh && wantsSha256(fields.get("want-repr-digest") ?? ""); // a fresh one may change yet
   if (ranges === undefined && !wantsDigest) return answer((known.usual ??= prepareContent(known)));
   const answerContent = () => answer(prepareContent(known, ranges, wantsDigest));
   return wantsDigest && known.digest === undefined ? hash(file).then(answerContent) : answerContent();
