@@ -189,11 +189,11 @@ export async function serve(connection: Connection): Promise<void> {
   try {
     server.admit(connection);
     let deadline = server.now + limits.headTimeoutMs;
-    for (let closes = false; !closes; deadline = server.now + server.limits.idleTimeoutMs) {
+    for (let closes = false; !closes; deadline = server.now + limits.idleTimeoutMs) {
       // Wait for a request until `deadline`. From its first byte on, its head has `headTimeoutMs`.
       for (let outcome: Outcome = "bytes", hadBegun = false; !readHead(connection, outcome); hadBegun = head.hasBegun) {
         if (head.hasBegun && !hadBegun) deadline = server.now + limits.headTimeoutMs;
-        if (!head.hasBegun && outcome === "stop") deadline = server.now + server.limits.idleTimeoutMs;
+        if (!head.hasBegun && server.isStopping) deadline = Math.min(deadline, server.now + STOP_IDLE_MS);
         outcome = await connection.receive(deadline);
       }
 
@@ -1068,7 +1068,7 @@ export class Server {
     readonly site: Site,
     readonly logFormat: LogFormat,
     readonly log: (text: string) => void,
-    public limits: Limits = LIMITS,
+    readonly limits: Limits = LIMITS,
     private readonly refusedConnectionsMax = REFUSED_CONNECTIONS_MAX,
   ) {}
 
@@ -1095,7 +1095,6 @@ export class Server {
   stop(): void {
     this.isStopping = true;
     this.stoppedAt = performance.now();
-    this.limits = { ...this.limits, idleTimeoutMs: STOP_IDLE_MS }; // a request may be on its way
     for (const connection of this.connections) connection.wake("stop");
     if (this.connections.size === 0) this.onEmpty();
   }
@@ -1661,7 +1660,7 @@ function describeFile(path: string, stats: fs.Stats, dateNow: number) {
   const lastModified = modified > 1000 ? modified : Number.NaN; // in ms since 1970; unknown equals nothing
   const validators = { ETag: etag, ...(modified > 1000 && { "Last-Modified": new Date(modified).toUTCString() }) };
   const isLasting = !isFresh && modified === Math.floor(mtimeMs / 1000) * 1000 && stats.isFile();
-  return { path, stats, size, type, etag, lastModified, validators, expected, isLasting, hashedTo: 0 };
+  return { path, stats, size, type, etag, lastModified, validators, expected, isFresh, isLasting, hashedTo: 0 };
 }
 
 /** Are these of one version of one file? */
@@ -1806,7 +1805,7 @@ function respondFile(request: RequestHead, file: OpenFile): Response | Promise<R
     const about = { ...TEXT_FIELDS, "Content-Range": `bytes */${known.size}`, ...known.validators };
     return answer(prepareResponse(416, about, "the file has none of these bytes\n"));
   }
-  const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
+  const wantsDigest = !known.isFresh && wantsSha256(fields.get("want-repr-digest") ?? ""); // a fresh one may change yet
   if (ranges === undefined && !wantsDigest) return answer((known.usual ??= prepareContent(known)));
   const answerContent = () => answer(prepareContent(known, ranges, wantsDigest));
   return wantsDigest && known.digest === undefined ? hash(file).then(answerContent) : answerContent();
