@@ -151,13 +151,6 @@ export function asTransferError(error: unknown): TransferError {
   return new TransferError("write", code === "EPIPE" ? "" : `${doing}: ${code}`); // `| head` has what it wanted
 }
 
-/** Prints one line on stderr. @returns the exit code */
-function tellFailure(error: unknown): number {
-  const failure = asTransferError(error);
-  if (failure.message !== "") tell(`Error: ${failure.message}`);
-  return EXIT_CODES[failure.outcome];
-}
-
 // ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
 
 /** The heart: one request, one response. @returns nothing once it is delivered, where it redirects to, or a failure */
@@ -240,27 +233,39 @@ const beginSession = (job: Options, sink: Sink) => ({
 });
 type Session = ReturnType<typeof beginSession>;
 
-/** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
-async function download(job: Options, sink: Sink): Promise<number> {
-  const session = beginSession(job, sink);
-  const { delivery, progress } = session;
-  if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
-  if (session.canStartOver) keepPartOnSignals(session);
+/** The whole run around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
+async function download(args: readonly string[]): Promise<number> {
+  let session: Session | undefined;
   try {
+    const options = parseCommandLine(args);
+    if (options.show !== "") return await Bun.write(Bun.stdout, options.show).then(() => EXIT_CODES.ok);
+    const request = { ...options.request, content: await withinMaxTime(options, readData(options.data)) };
+    const job = { ...options, request };
+    const sink = await withinMaxTime(job, openSink(job));
+    if (sink === undefined && job.isVerbose) tell(`${job.output} has this SHA-256 already`);
+    if (sink === undefined) return EXIT_CODES.ok;
+    session = beginSession(job, sink);
+    if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
+    if (session.canStartOver) keepPartOnSignals(session);
     await withinMaxTime(job, tryUntilDone(session));
-    progress.finish(session);
+    session.progress.finish(session);
     return EXIT_CODES.ok;
   } catch (error) {
-    progress.clear();
+    session?.progress.clear();
     const failure = asTransferError(error);
     if (failure.outcome === "timeout" && failure.isFinal) {
-      failure.message += session.before;
-      job.trace?.step("deadline", failure.message);
+      failure.message += session?.before ?? "";
+      session?.job.trace?.step("deadline", failure.message);
     }
-    return tellFailure(failure);
+    if (failure.message !== "") tell(`Error: ${failure.message}`);
+    return EXIT_CODES[failure.outcome];
   } finally {
-    const advice = await withinMaxTime(job, sink.close(delivery.held), LIMITS.lastWriteMs).catch(() => "");
-    if (advice !== "" && !job.isSilent) tell(advice);
+    if (session !== undefined) {
+      const { job, delivery } = session;
+      const closing = Promise.try(() => delivery.sink.close(delivery.held));
+      const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
+      if (advice !== "" && !job.isSilent) tell(advice);
+    }
   }
 }
 
@@ -1891,18 +1896,4 @@ async function openData(path: string): Promise<Blob> {
   }
 }
 
-async function main(): Promise<number> {
-  try {
-    const options = parseCommandLine(process.argv.slice(2));
-    if (options.show !== "") return await Bun.write(Bun.stdout, options.show).then(() => EXIT_CODES.ok);
-    const request = { ...options.request, content: await withinMaxTime(options, readData(options.data)) };
-    const sink = await withinMaxTime(options, openSink({ ...options, request }));
-    if (sink !== undefined) return await download({ ...options, request }, sink);
-    if (options.isVerbose) tell(`${options.output} has this SHA-256 already`);
-    return EXIT_CODES.ok;
-  } catch (error) {
-    return tellFailure(error);
-  }
-}
-
-if (import.meta.main) process.exit(await main());
+if (import.meta.main) process.exit(await download(process.argv.slice(2)));
