@@ -11,7 +11,6 @@
  * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
  *
  * It reads from top to bottom. **The transfer** is the tutorial's try { … } catch … finally { close }, in a loop.
- *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
 import type { Stats } from "node:fs";
@@ -19,8 +18,12 @@ import type { Stats } from "node:fs";
 // ═══ 1 Limits and defaults ═════════════════════════════════════════════════════════════════════
 
 export const VERSION = "0.1.0";
+const DEFAULT_URL = "http://localhost:8888/data";
 
 export const LIMITS = Object.freeze({
+  connectTimeoutMs: 10_000, // a SYN is sent again after 1, 3 and 7 s: this allows three lost ones
+  stallTimeoutMs: 60_000, // silence is a failure, a slow transfer is not; a report may take half a minute to begin
+  retriesMax: 5, // in a row without new data: with their waits, a server has some 20 s to restart
   headBytesMax: 307_200, // the head and all 1xx before it, as curl
   fieldLinesMax: 5000, // as curl
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
@@ -40,13 +43,6 @@ export const LIMITS = Object.freeze({
   progressEveryMs: 200, // … and it changes no more often than an eye can follow
 });
 
-export const DEFAULTS = Object.freeze({
-  url: "http://localhost:8888/data",
-  connectTimeoutS: 10, // a SYN is sent again after 1, 3 and 7 s: this allows three lost ones
-  stallTimeoutS: 60, // silence is a failure, a slow transfer is not; a report may take half a minute to begin
-  retries: 5, // in a row without new data: with their waits, a server has some 20 s to restart
-});
-
 // ═══ 2 Words ═══════════════════════════════════════════════════════════════════════════════════
 
 export interface Request {
@@ -56,8 +52,7 @@ export interface Request {
   readonly content: readonly Blob[]; // read again for each attempt; no Blob, no content
 }
 
-/** Where content ends (RFC 9112 §6.3): after this many octets, with the last chunk, with the connection. */
-export type Framing = number | "chunked" | "close";
+export type Framing = number | "chunked" | "close"; // where content ends (RFC 9112 §6.3): octets, last chunk, close
 
 export interface ResponseHead {
   readonly status: number;
@@ -93,8 +88,7 @@ interface Sink {
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
 
-/** What the command line says: parseCommandLine has the fields, and what they mean. */
-export type Options = Readonly<ReturnType<typeof parseCommandLine>>;
+export type Options = Readonly<ReturnType<typeof parseCommandLine>>; // which has the fields, and what they mean
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -1697,7 +1691,7 @@ function sha256Of(fd: number): string {
 // ═══ 12 Command line ═══════════════════════════════════════════════════════════════════════════
 
 export const HELP = `Usage: client-robust [options] [URL]
-Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
+Gets URL, by default ${DEFAULT_URL}, and prints the whole response.
 
   -X, --request METHOD     another method than GET
   -H, --header LINE        a field-line to send, as "Name: value"; "Name:" removes that field
@@ -1708,11 +1702,11 @@ Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
   -O, --remote-name        the same, to the last segment of the URL's path
   -R, --remote-time        FILE gets the time of Last-Modified
   -z, --time-cond FILE     only if the content has changed since FILE was
-      --retry N            retries in a row without new data (${DEFAULTS.retries})
+      --retry N            retries in a row without new data (${LIMITS.retriesMax})
       --retry-delay S      seconds before each (1, 2, 4 … 60, half of it random)
       --retry-max-time S   seconds after which no retry begins (no limit)
-      --connect-timeout S  seconds until connected (${DEFAULTS.connectTimeoutS})
-      --stall-timeout S    seconds without a byte (${DEFAULTS.stallTimeoutS})
+      --connect-timeout S  seconds until connected (${LIMITS.connectTimeoutMs / 1000})
+      --stall-timeout S    seconds without a byte (${LIMITS.stallTimeoutMs / 1000})
       --max-time S         seconds for everything (no limit)
       --max-size BYTES     of the content (no limit)
       --sha256 HEX         the SHA-256 that the content must have
@@ -1779,7 +1773,7 @@ export function parseCommandLine(args: readonly string[]) {
   const last = (flag: string) => all(flag).at(-1);
   const count = (flag: string, absent: number) => (values.has(flag) ? parseCount(flag, last(flag)) : absent);
   const milliseconds = <T>(flag: string, absent: T) => (values.has(flag) ? parseSeconds(flag, last(flag)) : absent);
-  const [text = DEFAULTS.url, extra] = all("");
+  const [text = DEFAULT_URL, extra] = all("");
   check(extra === undefined, `one argument too many: ${JSON.stringify(extra)}`);
   const url = parseUrl(text);
   const [isHead, isRemoteName, data] = [values.has("head"), values.has("remote-name"), all("data")];
@@ -1813,12 +1807,12 @@ export function parseCommandLine(args: readonly string[]) {
     // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
     sinceMs: since?.getTime(), // content that is not newer is not wanted
-    retries: count("retry", DEFAULTS.retries),
+    retries: count("retry", LIMITS.retriesMax),
     retryDelayMs: milliseconds("retry-delay", undefined), // before each; undefined for a wait that grows
     retryMaxMs: milliseconds("retry-max-time", Number.POSITIVE_INFINITY),
     sizeMax: count("max-size", Number.POSITIVE_INFINITY),
-    connectMs: milliseconds("connect-timeout", DEFAULTS.connectTimeoutS * 1000),
-    stallMs: milliseconds("stall-timeout", DEFAULTS.stallTimeoutS * 1000),
+    connectMs: milliseconds("connect-timeout", LIMITS.connectTimeoutMs),
+    stallMs: milliseconds("stall-timeout", LIMITS.stallTimeoutMs),
     maxMs: milliseconds("max-time", Number.POSITIVE_INFINITY), // for everything
     authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
     isInsecure: values.has("insecure"), // certificates are not verified
