@@ -502,8 +502,7 @@ export function formatRequest({ method, url, fields, content }: Request, held: H
     ["If-Range", held.bytes > 0 ? held.validator : ""], // §13.1.5: the whole instead, if the version has changed
   ] as const;
   const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
-  const target = url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, ""); // not pathname and search: they forget a "?" at the end
-  let head = `${method} ${target} HTTP/1.1\r\n`;
+  let head = `${method} ${url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, "")} HTTP/1.1\r\n`; // search lacks a "?" at the end
   for (const [name, value] of [...ours.filter(([name]) => !isReplaced(name)), ...fields])
     if (value !== "") head += `${name}: ${value}\r\n`;
   return toBytes(`${head}\r\n`); // values may be any bytes but CTL: the command line has made them ISO 8859-1
@@ -1735,21 +1734,18 @@ function check(isRight: boolean, message: string): asserts isRight {
   if (!isRight) throw new TransferError("usage", `${message} (see client-robust --help)`);
 }
 
-/**
- * Reads flags as getopt_long does: --name value, --name=value, -n value, -nvalue, -abc for switches; "--" ends them. To
- * load parseArgs takes a tenth of a small transfer's time. @returns the values of each flag; under "", what is no flag
- */
+/** Reads flags as getopt_long does. @returns the values of each; under "", the arguments that are no flags */
 function parseFlags(args: readonly string[]): Map<string, string[]> {
-  // A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one.
+  // A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one. (To
+  // load parseArgs would take a tenth of a small transfer's time.)
   const definition = /^ +(?:(-\w), |)(--[\w-]+)( [A-Z]+)? {2}/gm;
   const values = new Map<string, string[]>();
-  const add = (name: string, ...more: string[]) => values.set(name, [...(values.get(name) ?? []), ...more]);
   const rest = [...args];
   for (let arg; (arg = rest.shift()) !== undefined;) {
     const [, long, longValue, short, following] = /^(?:(--[^=]*)(?:=(.*))?|(-.)(.+)?)$/s.exec(arg) ?? [];
     const typed = long ?? short;
     if (typed === undefined || arg === "--") {
-      add("", ...(typed === undefined ? [arg] : rest.splice(0)));
+      values.getOrInsert("", []).push(...(typed === undefined ? [arg] : rest.splice(0)));
       continue;
     }
     const [, , flag, metavariable] = HELP.matchAll(definition).find((names) => names.includes(typed)) ?? [];
@@ -1761,7 +1757,7 @@ function parseFlags(args: readonly string[]): Map<string, string[]> {
     const next = () => (/^-./.test(rest[0] ?? "-?") ? undefined : rest.shift());
     const value = takesValue ? (longValue ?? following ?? next()) : "";
     check(value !== undefined, `${flag} takes a value`);
-    add(flag.slice(2), value);
+    values.getOrInsert(flag.slice(2), []).push(value);
   }
   return values;
 }
