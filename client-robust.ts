@@ -52,6 +52,8 @@ export interface Request {
   readonly content: readonly Blob[]; // read again for each attempt; no Blob, no content
 }
 
+export type Options = Readonly<ReturnType<typeof parseCommandLine>>; // which has the fields, and what they mean
+export type Source = Pick<Connection, "receive" | "records">; // where a response comes from
 export type Framing = number | "chunked" | "close"; // where content ends (RFC 9112 §6.3): octets, last chunk, close
 
 export interface ResponseHead {
@@ -87,8 +89,6 @@ interface Sink {
   readonly isTerminal?: boolean;
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
-
-export type Options = Readonly<ReturnType<typeof parseCommandLine>>; // which has the fields, and what they mean
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -226,6 +226,8 @@ const beginSession = (job: Options, sink: Sink) => ({
   before: "", // how the last attempt failed, as the end of a message
 });
 type Session = ReturnType<typeof beginSession>;
+/** The request that was sent last, and what has become of those before it. */
+export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** The whole run around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
 async function download(args: readonly string[]): Promise<number> {
@@ -322,9 +324,6 @@ export type Verdict =
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
   | { readonly action: "complete" | "unchanged" } // the bytes held are the whole content; the user has it already
   | { readonly action: "redirect"; readonly to: Request };
-
-/** The request that was sent last, and what has become of those before it. */
-export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
@@ -530,8 +529,6 @@ function redirect({ method, url: from, fields, content }: Request, status: numbe
 }
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
-
-export type Source = Pick<Connection, "receive" | "records">; // where a response comes from
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
