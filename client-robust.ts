@@ -188,10 +188,9 @@ async function sendRequest(connection: Connection, session: Session): Promise<vo
   const { held } = delivery;
   // A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another.
   session.hasRange = held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
-  const head = formatRequest(request, session.hasRange ? held : NOTHING);
-  if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
+  let [unsent, left] = [formatRequest(request, session.hasRange ? held : NOTHING), lengthOf(request.content)];
+  if (job.isVerbose) tellHead("> ", latin1(unsent, 0, unsent.length));
   session.wasSent = true;
-  let [unsent, left]: [Uint8Array, number] = [head, lengthOf(request.content)];
   for await (const piece of piecesOfData(request)) {
     [unsent, left] = [Buffer.concat([unsent, piece]), left - piece.length];
     if (unsent.length < 65_536) continue; // a small request is one write
@@ -461,23 +460,22 @@ const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unp
 /** What comes after a failure: the first line that applies decides. @returns the next attempt, or why there is none */
 export function decideNext(failure: TransferError, held: Held, attempt: Attempt, leftMs: number, random: number) {
   const { job, canStartOver, request, wasSent, failures } = attempt;
-  const { outcome, refusesRest, retryAfterMs } = failure;
   // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless the last one brought nothing.
-  if (refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: refusesRest };
+  if (failure.refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: failure.refusesRest };
   // Nothing to add: it is permanent (a certificate, 404, conflicting lengths, a full disk), or must not be sent twice.
-  if (!TRANSIENT_OUTCOMES.test(outcome) || failure.isFinal) return "";
+  if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return "";
   if (wasSent && !IDEMPOTENT_METHODS.includes(request.method)) return "";
   if (failures > job.retries) return job.retries > 0 ? `after ${failures} attempts` : "";
   if (leftMs <= 0) return "no time is left for another attempt";
-  if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
-    return `Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`;
+  if (failure.retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
+    return `Retry-After is too long: ${Math.ceil(failure.retryAfterMs / 1000)} s`;
   // Continue after the bytes held; ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
   if ((isNameless || failure.spoils) && !canStartOver) return "what is printed cannot be continued exactly";
   // Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once.
   const backoffMs = Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random / 2);
-  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs, leftMs));
-  return { afterMs, asksForWhole: isNameless || outcome === "range" };
+  const afterMs = Math.max(failure.retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs, leftMs));
+  return { afterMs, asksForWhole: isNameless || failure.outcome === "range" };
 }
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
@@ -1739,8 +1737,7 @@ function parseFlags(args: readonly string[]): Map<string, string[]> {
   const values = new Map<string, string[]>();
   const rest = [...args];
   for (let arg; (arg = rest.shift()) !== undefined;) {
-    const [, long, longValue, short, following] = /^(?:(--[^=]*)(?:=(.*))?|(-.)(.+)?)$/s.exec(arg) ?? [];
-    const typed = long ?? short;
+    const [, long, longValue, typed = long, following] = /^(?:(--[^=]*)(?:=(.*))?|(-.)(.+)?)$/s.exec(arg) ?? [];
     if (typed === undefined || arg === "--") {
       values.getOrInsert("", []).push(...(typed === undefined ? [arg] : rest.splice(0)));
       continue;
