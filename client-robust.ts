@@ -11,7 +11,6 @@
  * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
  *
  * It reads from top to bottom. **The transfer** is the tutorial's try { … } catch … finally { close }, in a loop.
- *
  * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
 import type { Stats } from "node:fs";
@@ -19,8 +18,12 @@ import type { Stats } from "node:fs";
 // ═══ 1 Limits and defaults ═════════════════════════════════════════════════════════════════════
 
 export const VERSION = "0.1.0";
+const DEFAULT_URL = "http://localhost:8888/data";
 
 export const LIMITS = Object.freeze({
+  connectTimeoutMs: 10_000, // a SYN is sent again after 1, 3 and 7 s: this allows three lost ones
+  stallTimeoutMs: 60_000, // silence is a failure, a slow transfer is not; a report may take half a minute to begin
+  retriesMax: 5, // in a row without new data: with their waits, a server has some 20 s to restart
   headBytesMax: 307_200, // the head and all 1xx before it, as curl
   fieldLinesMax: 5000, // as curl
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
@@ -40,13 +43,6 @@ export const LIMITS = Object.freeze({
   progressEveryMs: 200, // … and it changes no more often than an eye can follow
 });
 
-export const DEFAULTS = Object.freeze({
-  url: "http://localhost:8888/data",
-  connectTimeoutS: 10, // a SYN is sent again after 1, 3 and 7 s: this allows three lost ones
-  stallTimeoutS: 60, // silence is a failure, a slow transfer is not; a report may take half a minute to begin
-  retries: 5, // in a row without new data: with their waits, a server has some 20 s to restart
-});
-
 // ═══ 2 Words ═══════════════════════════════════════════════════════════════════════════════════
 
 export interface Request {
@@ -56,8 +52,9 @@ export interface Request {
   readonly content: readonly Blob[]; // read again for each attempt; no Blob, no content
 }
 
-/** Where content ends (RFC 9112 §6.3): after this many octets, with the last chunk, with the connection. */
-export type Framing = number | "chunked" | "close";
+export type Options = Readonly<ReturnType<typeof parseCommandLine>>; // which has the fields, and what they mean
+export type Source = Pick<Connection, "receive" | "records">; // where a response comes from
+export type Framing = number | "chunked" | "close"; // where content ends (RFC 9112 §6.3): octets, last chunk, close
 
 export interface ResponseHead {
   readonly status: number;
@@ -92,9 +89,6 @@ interface Sink {
   readonly isTerminal?: boolean;
   endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
-
-/** What the command line says: parseCommandLine has the fields, and what they mean. */
-export type Options = Readonly<ReturnType<typeof parseCommandLine>>;
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
 
@@ -151,13 +145,6 @@ export function asTransferError(error: unknown): TransferError {
   return new TransferError("write", code === "EPIPE" ? "" : `${doing}: ${code}`); // `| head` has what it wanted
 }
 
-/** Prints one line on stderr. @returns the exit code */
-function tellFailure(error: unknown): number {
-  const failure = asTransferError(error);
-  if (failure.message !== "") tell(`Error: ${failure.message}`);
-  return EXIT_CODES[failure.outcome];
-}
-
 // ═══ 4 The transfer ════════════════════════════════════════════════════════════════════════════
 
 /** The heart: one request, one response. @returns nothing once it is delivered, where it redirects to, or a failure */
@@ -201,10 +188,9 @@ async function sendRequest(connection: Connection, session: Session): Promise<vo
   const { held } = delivery;
   // A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another.
   session.hasRange = held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
-  const head = formatRequest(request, session.hasRange ? held : NOTHING);
-  if (job.isVerbose) tellHead("> ", latin1(head, 0, head.length));
+  let [unsent, left] = [formatRequest(request, session.hasRange ? held : NOTHING), lengthOf(request.content)];
+  if (job.isVerbose) tellHead("> ", latin1(unsent, 0, unsent.length));
   session.wasSent = true;
-  let [unsent, left]: [Uint8Array, number] = [head, lengthOf(request.content)];
   for await (const piece of piecesOfData(request)) {
     [unsent, left] = [Buffer.concat([unsent, piece]), left - piece.length];
     if (unsent.length < 65_536) continue; // a small request is one write
@@ -239,28 +225,42 @@ const beginSession = (job: Options, sink: Sink) => ({
   before: "", // how the last attempt failed, as the end of a message
 });
 type Session = ReturnType<typeof beginSession>;
+/** The request that was sent last, and what has become of those before it. */
+export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
-/** The loop around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
-async function download(job: Options, sink: Sink): Promise<number> {
-  const session = beginSession(job, sink);
-  const { delivery, progress } = session;
-  if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
-  if (session.canStartOver) keepPartOnSignals(session);
+/** The whole run around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
+async function download(args: readonly string[]): Promise<number> {
+  let session: Session | undefined;
   try {
+    const options = parseCommandLine(args);
+    if (options.show !== "") return await Bun.write(Bun.stdout, options.show).then(() => EXIT_CODES.ok);
+    const request = { ...options.request, content: await withinMaxTime(options, readData(options.data)) };
+    const job = { ...options, request };
+    const sink = await withinMaxTime(job, openSink(job));
+    if (sink === undefined && job.isVerbose) tell(`${job.output} has this SHA-256 already`);
+    if (sink === undefined) return EXIT_CODES.ok;
+    session = beginSession(job, sink);
+    if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
+    if (session.canStartOver) keepPartOnSignals(session);
     await withinMaxTime(job, tryUntilDone(session));
-    progress.finish(session);
+    session.progress.finish(session);
     return EXIT_CODES.ok;
   } catch (error) {
-    progress.clear();
+    session?.progress.clear();
     const failure = asTransferError(error);
     if (failure.outcome === "timeout" && failure.isFinal) {
-      failure.message += session.before;
-      job.trace?.step("deadline", failure.message);
+      failure.message += session?.before ?? "";
+      session?.job.trace?.step("deadline", failure.message);
     }
-    return tellFailure(failure);
+    if (failure.message !== "") tell(`Error: ${failure.message}`);
+    return EXIT_CODES[failure.outcome];
   } finally {
-    const advice = await withinMaxTime(job, sink.close(delivery.held), LIMITS.lastWriteMs).catch(() => "");
-    if (advice !== "" && !job.isSilent) tell(advice);
+    if (session !== undefined) {
+      const { job, delivery } = session;
+      const closing = Promise.try(() => delivery.sink.close(delivery.held));
+      const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
+      if (advice !== "" && !job.isSilent) tell(advice);
+    }
   }
 }
 
@@ -323,9 +323,6 @@ export type Verdict =
   | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
   | { readonly action: "complete" | "unchanged" } // the bytes held are the whole content; the user has it already
   | { readonly action: "redirect"; readonly to: Request };
-
-/** The request that was sent last, and what has become of those before it. */
-export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** Statuses that are often temporary: of RFC 9110 §15, 425 and 507, and those of large proxies. */
 const TRANSIENT_STATUSES = [408, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 530, 599];
@@ -463,23 +460,22 @@ const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unp
 /** What comes after a failure: the first line that applies decides. @returns the next attempt, or why there is none */
 export function decideNext(failure: TransferError, held: Held, attempt: Attempt, leftMs: number, random: number) {
   const { job, canStartOver, request, wasSent, failures } = attempt;
-  const { outcome, refusesRest, retryAfterMs } = failure;
   // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless the last one brought nothing.
-  if (refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: refusesRest };
+  if (failure.refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: failure.refusesRest };
   // Nothing to add: it is permanent (a certificate, 404, conflicting lengths, a full disk), or must not be sent twice.
-  if (!TRANSIENT_OUTCOMES.test(outcome) || failure.isFinal) return "";
+  if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return "";
   if (wasSent && !IDEMPOTENT_METHODS.includes(request.method)) return "";
   if (failures > job.retries) return job.retries > 0 ? `after ${failures} attempts` : "";
   if (leftMs <= 0) return "no time is left for another attempt";
-  if (retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
-    return `Retry-After is too long: ${Math.ceil(retryAfterMs / 1000)} s`;
+  if (failure.retryAfterMs > (Number.isFinite(leftMs) ? leftMs : LIMITS.retryAfterMaxMs))
+    return `Retry-After is too long: ${Math.ceil(failure.retryAfterMs / 1000)} s`;
   // Continue after the bytes held; ask for the whole if the content does not fit, or nothing names the version held.
   const isNameless = held.bytes > 0 && held.validator === "" && !job.hasSha256;
   if ((isNameless || failure.spoils) && !canStartOver) return "what is printed cannot be continued exactly";
   // Half of a wait is fixed, to give the server time; half is random, so that many clients do not return at once.
   const backoffMs = Math.min(LIMITS.backoffMaxMs, LIMITS.backoffFirstMs * 2 ** (failures - 1)) * (0.5 + random / 2);
-  const afterMs = Math.max(retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs, leftMs));
-  return { afterMs, asksForWhole: isNameless || outcome === "range" };
+  const afterMs = Math.max(failure.retryAfterMs, Math.min(job.retryDelayMs ?? backoffMs, leftMs));
+  return { afterMs, asksForWhole: isNameless || failure.outcome === "range" };
 }
 
 // ═══ 6 The request ═════════════════════════════════════════════════════════════════════════════
@@ -503,8 +499,7 @@ export function formatRequest({ method, url, fields, content }: Request, held: H
     ["If-Range", held.bytes > 0 ? held.validator : ""], // §13.1.5: the whole instead, if the version has changed
   ] as const;
   const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
-  const target = url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, ""); // not pathname and search: they forget a "?" at the end
-  let head = `${method} ${target} HTTP/1.1\r\n`;
+  let head = `${method} ${url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, "")} HTTP/1.1\r\n`; // search lacks a "?" at the end
   for (const [name, value] of [...ours.filter(([name]) => !isReplaced(name)), ...fields])
     if (value !== "") head += `${name}: ${value}\r\n`;
   return toBytes(`${head}\r\n`); // values may be any bytes but CTL: the command line has made them ISO 8859-1
@@ -532,8 +527,6 @@ function redirect({ method, url: from, fields, content }: Request, status: numbe
 }
 
 // ═══ 7 The response ════════════════════════════════════════════════════════════════════════════
-
-export type Source = Pick<Connection, "receive" | "records">; // where a response comes from
 
 // ── shared: byte classes ──
 const [LF, CR] = [0x0a, 0x0d];
@@ -1624,7 +1617,7 @@ async function sha256HexOf(file: Blob): Promise<string> {
 // ═══ 12 Command line ═══════════════════════════════════════════════════════════════════════════
 
 export const HELP = `Usage: client-robust [options] [URL]
-Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
+Gets URL, by default ${DEFAULT_URL}, and prints the whole response.
 
   -X, --request METHOD     another method than GET
   -H, --header LINE        a field-line to send, as "Name: value"; "Name:" removes that field
@@ -1635,11 +1628,11 @@ Gets URL, by default ${DEFAULTS.url}, and prints the whole response.
   -O, --remote-name        the same, to the last segment of the URL's path
   -R, --remote-time        FILE gets the time of Last-Modified
   -z, --time-cond FILE     only if the content has changed since FILE was
-      --retry N            retries in a row without new data (${DEFAULTS.retries})
+      --retry N            retries in a row without new data (${LIMITS.retriesMax})
       --retry-delay S      seconds before each (1, 2, 4 … 60, half of it random)
       --retry-max-time S   seconds after which no retry begins (no limit)
-      --connect-timeout S  seconds until connected (${DEFAULTS.connectTimeoutS})
-      --stall-timeout S    seconds without a byte (${DEFAULTS.stallTimeoutS})
+      --connect-timeout S  seconds until connected (${LIMITS.connectTimeoutMs / 1000})
+      --stall-timeout S    seconds without a byte (${LIMITS.stallTimeoutMs / 1000})
       --max-time S         seconds for everything (no limit)
       --max-size BYTES     of the content (no limit)
       --sha256 HEX         the SHA-256 that the content must have
@@ -1668,21 +1661,17 @@ function check(isRight: boolean, message: string): asserts isRight {
   if (!isRight) throw new TransferError("usage", `${message} (see client-robust --help)`);
 }
 
-/**
- * Reads flags as getopt_long does: --name value, --name=value, -n value, -nvalue, -abc for switches; "--" ends them. To
- * load parseArgs takes a tenth of a small transfer's time. @returns the values of each flag; under "", what is no flag
- */
+/** Reads flags as getopt_long does. @returns the values of each; under "", the arguments that are no flags */
 function parseFlags(args: readonly string[]): Map<string, string[]> {
-  // A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one.
+  // A line of the help text defines a flag: its letter, its name, and what its value is called if it takes one. (To
+  // load parseArgs would take a tenth of a small transfer's time.)
   const definition = /^ +(?:(-\w), |)(--[\w-]+)( [A-Z]+)? {2}/gm;
   const values = new Map<string, string[]>();
-  const add = (name: string, ...more: string[]) => values.set(name, [...(values.get(name) ?? []), ...more]);
   const rest = [...args];
   for (let arg; (arg = rest.shift()) !== undefined;) {
-    const [, long, longValue, short, following] = /^(?:(--[^=]*)(?:=(.*))?|(-.)(.+)?)$/s.exec(arg) ?? [];
-    const typed = long ?? short;
+    const [, long, longValue, typed = long, following] = /^(?:(--[^=]*)(?:=(.*))?|(-.)(.+)?)$/s.exec(arg) ?? [];
     if (typed === undefined || arg === "--") {
-      add("", ...(typed === undefined ? [arg] : rest.splice(0)));
+      values.getOrInsert("", []).push(...(typed === undefined ? [arg] : rest.splice(0)));
       continue;
     }
     const [, , flag, metavariable] = HELP.matchAll(definition).find((names) => names.includes(typed)) ?? [];
@@ -1694,7 +1683,7 @@ function parseFlags(args: readonly string[]): Map<string, string[]> {
     const next = () => (/^-./.test(rest[0] ?? "-?") ? undefined : rest.shift());
     const value = takesValue ? (longValue ?? following ?? next()) : "";
     check(value !== undefined, `${flag} takes a value`);
-    add(flag.slice(2), value);
+    values.getOrInsert(flag.slice(2), []).push(value);
   }
   return values;
 }
@@ -1706,7 +1695,7 @@ export function parseCommandLine(args: readonly string[]) {
   const last = (flag: string) => all(flag).at(-1);
   const count = (flag: string, absent: number) => (values.has(flag) ? parseCount(flag, last(flag)) : absent);
   const milliseconds = <T>(flag: string, absent: T) => (values.has(flag) ? parseSeconds(flag, last(flag)) : absent);
-  const [text = DEFAULTS.url, extra] = all("");
+  const [text = DEFAULT_URL, extra] = all("");
   check(extra === undefined, `one argument too many: ${JSON.stringify(extra)}`);
   const url = parseUrl(text);
   const [isHead, isRemoteName, data] = [values.has("head"), values.has("remote-name"), all("data")];
@@ -1740,12 +1729,12 @@ export function parseCommandLine(args: readonly string[]) {
     // The user has sent a condition: a 304 is an answer even to a request for the rest.
     isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)),
     sinceMs: since?.getTime(), // content that is not newer is not wanted
-    retries: count("retry", DEFAULTS.retries),
+    retries: count("retry", LIMITS.retriesMax),
     retryDelayMs: milliseconds("retry-delay", undefined), // before each; undefined for a wait that grows
     retryMaxMs: milliseconds("retry-max-time", Number.POSITIVE_INFINITY),
     sizeMax: count("max-size", Number.POSITIVE_INFINITY),
-    connectMs: milliseconds("connect-timeout", DEFAULTS.connectTimeoutS * 1000),
-    stallMs: milliseconds("stall-timeout", DEFAULTS.stallTimeoutS * 1000),
+    connectMs: milliseconds("connect-timeout", LIMITS.connectTimeoutMs),
+    stallMs: milliseconds("stall-timeout", LIMITS.stallTimeoutMs),
     maxMs: milliseconds("max-time", Number.POSITIVE_INFINITY), // for everything
     authoritiesFile: last("cacert"), // certificates in PEM that are trusted instead of the system's
     isInsecure: values.has("insecure"), // certificates are not verified
@@ -1823,18 +1812,4 @@ async function openData(path: string): Promise<Blob> {
   }
 }
 
-async function main(): Promise<number> {
-  try {
-    const options = parseCommandLine(process.argv.slice(2));
-    if (options.show !== "") return await Bun.write(Bun.stdout, options.show).then(() => EXIT_CODES.ok);
-    const request = { ...options.request, content: await withinMaxTime(options, readData(options.data)) };
-    const sink = await withinMaxTime(options, openSink({ ...options, request }));
-    if (sink !== undefined) return await download({ ...options, request }, sink);
-    if (options.isVerbose) tell(`${options.output} has this SHA-256 already`);
-    return EXIT_CODES.ok;
-  } catch (error) {
-    return tellFailure(error);
-  }
-}
-
-if (import.meta.main) process.exit(await main());
+if (import.meta.main) process.exit(await download(process.argv.slice(2)));
