@@ -219,8 +219,7 @@ export async function serve(connection: Connection): Promise<void> {
     }
   } catch (reason) {
     if (reason === GONE || (reason instanceof Refusal && connection.isGone)) return;
-    // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
-    if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
+    if (!(reason instanceof Refusal)) report(`Error: ${reason}`); // a fault of ours: it touches no other conversation
     const response = head.refusal ?? responseTo(reason instanceof Refusal ? reason.rejection : "internal");
     connection.trace?.step("refuse", `with ${response.status}`);
     // It closes: where a next request would start is not known, or the server is full or at fault.
@@ -314,8 +313,7 @@ const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // reg-name (RFC 3986)
 /** uri-host [ ":" port ] (RFC 9110 §4.2), "[v" for IPvFuture. No userinfo; no zone id: it means nothing to others. */
 const AUTHORITY =
   /^(?:\[(?:v[\dA-F]+\.[\w\-.~!$&'()*+,;=:]+|([^\]%]+))\]|(?:[\w\-.~!$&'()*+;=]|%[\dA-F]{2})+)(?::(\d*))?$/i;
-/** absolute-form or origin-form: an authority, if there is one, a path, a query. */
-const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i;
+const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i; // an authority, if there is one; path; query
 /** Codings that are not implemented, and after them chunked, last and once. */
 const OTHER_CODINGS = /^[\t ]*(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked[\t ]*\r\n$/i;
 const EXPECTATIONS = /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i; // RFC 9110 §10.1.1 defines no other
@@ -405,8 +403,7 @@ export class RequestHead {
  */
 export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
   head.start(bytes, from, to);
-  // RFC 9112 §2.2: a server should skip an empty line before the request-line.
-  let at = from;
+  let at = from; // behind empty lines, which a server should skip (RFC 9112 §2.2)
   for (let emptyLines = 1; bytes[at] === CR; emptyLines++, at += 2) {
     if (bytes[at + 1] !== LF) return misfit(head, "bare-cr", at + 1);
     if (emptyLines > EMPTY_LINES_MAX) return misfit(head, "empty-lines", at);
@@ -422,8 +419,7 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   const targetToMax = at + head.limits.requestTargetBytesMax;
   for (; ; at += 3) {
     at = skipWhile(TARGET, bytes, at, to);
-    // RFC 9112 §3: a request-target longer than any that is served gets 414.
-    if (at > targetToMax) return misfit(head, "request-target-too-long", targetToMax);
+    if (at > targetToMax) return misfit(head, "request-target-too-long", targetToMax); // RFC 9112 §3: 414
     if (bytes[at] !== PERCENT) break;
     // RFC 3986 §2.1: pct-encoded = "%" HEXDIG HEXDIG. Decoders differ on anything else: refuse it.
     if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return misfit(head, "request-target", at + 1);
@@ -444,8 +440,7 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   for (let fieldLines = 1; bytes[at] !== CR; fieldLines++, at += 2) {
     const nameFrom = at;
     const nameTo = (at = skipWhile(TCHAR, bytes, at, to));
-    // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
-    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfit(head, "obs-fold", at);
+    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfit(head, "obs-fold", at); // RFC 9112 §5.2, §2.2
     if (at === nameFrom || bytes[at] !== COLON) return misfit(head, "field-line", at);
     if (fieldLines > head.limits.fieldLinesMax) return misfit(head, "too-many-fields", at);
     at = skipWhile(FIELD_CONTENT, bytes, at + 1, to);
@@ -469,8 +464,7 @@ function misfit(head: RequestHead, rejection: Rejection, at: number): number {
   const isTooLarge = at - from >= limits.headBytesMax;
   if (at === to && !isTooLarge) return -1;
   head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  // RFC 9112 §3: a method longer than any that is implemented gets 501.
-  const isMethod = targetFrom === 0 || targetFrom - from > limits.headBytesMax;
+  const isMethod = targetFrom === 0 || targetFrom - from > limits.headBytesMax; // too long: 501 (RFC 9112 §3)
   if (isTooLarge) throw new Refusal(isMethod ? "method-unknown" : "head-too-large");
   // Inside a line, LF would end it without CR.
   throw new Refusal(bytes[at] === LF && /^(?:request-line|field)/.test(rejection) ? "bare-lf" : rejection);
@@ -507,8 +501,7 @@ function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: numbe
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
 function checkRequestTarget(head: RequestHead): void {
   const { bytes, method, targetFrom } = head;
-  // §3.2.1: origin-form = absolute-path [ "?" query ]
-  if (bytes[targetFrom] === SLASH && method !== "CONNECT") return;
+  if (bytes[targetFrom] === SLASH && method !== "CONNECT") return; // §3.2.1: origin-form = absolute-path [ "?" query ]
   const target = head.requestTarget;
   let fits = isAuthority(TARGET_PARTS.exec(target)?.[1] ?? ""); // §3.2.2: absolute-form, of the schemes served here
   if (method === "CONNECT") fits = isAuthority(target) && /:\d+$/.test(target); // §3.2.3: authority-form, only for it
@@ -988,8 +981,7 @@ export class Connection {
 
   /** Waits, after a write, until the kernel tells of room, or the deadline passes: then the next write decides. */
   waitForRoom(): Promise<Outcome> | Outcome {
-    // The kernel tells only when a third of its buffer is free: a slow peer may have taken some without that.
-    return this.wait(this.writeDeadline);
+    return this.wait(this.writeDeadline); // it tells only when a third of its buffer is free: a slow peer may take less
   }
 
   /** Writes what is left and sends FIN, then reads and drops until the peer's FIN (RFC 9112 §9.6). */
@@ -999,8 +991,7 @@ export class Connection {
     // A close with bytes unread would send a reset: the peer's kernel may then discard what it holds of our answer.
     this.socket.shutdown();
     this.trace?.step("close", "FIN sent");
-    // On a stop, nobody waits for an idle peer that does not notice.
-    const isIdle = this.server.isStopping && !this.head.hasBegun;
+    const isIdle = this.server.isStopping && !this.head.hasBegun; // nobody waits for a peer that does not notice
     const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
     for (let dropped = 0, outcome: Outcome = "bytes"; outcome !== "end" && outcome !== "late";) {
       dropped += this.to - this.at;
@@ -1008,8 +999,7 @@ export class Connection {
       this.at = this.to;
       outcome = await this.receive(Math.min(deadline, this.server.now + LINGER_TIMEOUT_MS));
     }
-    // No reset: a slow peer may still be reading what the kernel has taken.
-    if (!this.isGone) this.socket.end();
+    if (!this.isGone) this.socket.end(); // no reset: a slow peer may still be reading what the kernel has taken
     this.leave();
   }
 
@@ -1508,8 +1498,7 @@ export class FileSite extends Site {
     if (target === undefined) return responseTo("path");
     const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
-    // A path that ends in a slash is never that of a file: ENOTDIR.
-    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : "");
+    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : ""); // with a slash, no file: ENOTDIR
     // The index comes first: a folder that may be entered, but not read, can have one.
     const index = isFolder ? this.open(`${path}index.html`) : "not-found";
     const file = index === "not-found" ? this.open(path) : index;
@@ -1517,8 +1506,7 @@ export class FileSite extends Site {
     if (file.known.stats.isFile()) return respondFile(request, file);
     fs.closeSync(file.fd);
     if (isFolder) return this.listings.get(path) ?? this.list(segments, path); // its index.html may be a folder, too
-    // Relative, so that it is right behind a proxy that puts the folder elsewhere.
-    const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
+    const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`; // relative, as links on a page are
     return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
   }
 
@@ -1949,8 +1937,7 @@ function formatBytes(bytes: number): string {
  * folder elsewhere. `unlisted` is how many more names there are than it may have, `unreadable` how many are not UTF-8.
  */
 export function formatListing(path: readonly string[], entries: readonly ListingEntry[], unlisted = 0, unreadable = 0) {
-  // Folders first; then "file9" before "file10".
-  const { compare } = new Intl.Collator("en", { numeric: true });
+  const { compare } = new Intl.Collator("en", { numeric: true }); // "file9" before "file10", and folders first
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
   if (path.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
