@@ -32,26 +32,20 @@ const BOUNDS = {
   connectionsMax: [16_384, "connections at once, lowered to what ulimit -n allows; above it: 503"],
   /** The whole head, from the request-line to the empty line. nginx takes as much (4 buffers of 8 KiB). */
   headBytesMax: [32_768, "bytes of a request head, and of a trailer section"],
-  /** RFC 9112 §3 asks for at least 8,000. Browsers and proxies send less. */
-  requestTargetBytesMax: [8000, "bytes of a request-target"],
-  /** Browsers send some 20 field-lines, chains of proxies 50. Apache's limit is 100 too. */
-  fieldLinesMax: [100, "field-lines of a head, and of a trailer section"],
-  /** Text mode ignores content, so this only bounds wasted reading. nginx's default is the same. */
-  contentBytesMax: [1_048_576, "bytes of a request's content"],
+  requestTargetBytesMax: [8000, "bytes of a request-target"], // RFC 9112 §3: at least 8,000. Browsers send less.
+  fieldLinesMax: [100, "field-lines of a head, and of a trailer section"], // Proxy chains send 50; Apache allows 100.
+  contentBytesMax: [1_048_576, "bytes of a request's content"], // Text mode only drops it. nginx has the same default.
   /** RFC 9112 §7.1.1 asks for a limit on the total in a message. Hardly anyone sends any. */
   chunkExtensionBytesMax: [4096, "chunk-extension bytes allowed beyond the size of the content"],
   /** One read may bring 512 KiB, and each peer that does not read can leave that much buffered. */
   waitingBytesMax: [268_435_456, "bytes buffered for all peers together; a peer that exceeds it is disconnected"],
   /** For a whole head, not for each byte, so that sending it slowly gains nothing ("slowloris"). */
   headTimeoutMs: [10_000, "ms for a whole request head, and until the first byte of a connection"],
-  /** Between two requests. Browsers reuse a connection for about 15 s. */
-  idleTimeoutMs: [60_000, "ms between two requests"],
+  idleTimeoutMs: [60_000, "ms between two requests"], // Browsers reuse a connection for about 15 s.
   /** Each interval must deliver 5,000 bytes or complete the content: with the default, 500 bytes a second. */
   contentTimeoutMs: [10_000, "ms in which 5000 more bytes of the content, or its end, must arrive"],
-  /** A peer that takes no byte of its answer for so long has gone. */
-  writeTimeoutMs: [30_000, "ms in which a peer must take some of its answer"],
-  /** After SIGTERM, requests in flight get this long. */
-  graceMs: [10_000, "ms for requests in flight when told to stop"],
+  writeTimeoutMs: [30_000, "ms in which a peer must take some of its answer"], // One that takes none has gone.
+  graceMs: [10_000, "ms for requests in flight when told to stop"], // By SIGTERM or SIGINT. A second one ends them.
 } as const satisfies Record<string, readonly [value: number, meaning: string]>;
 
 export type Limits = Readonly<Record<keyof typeof BOUNDS, number>>;
@@ -63,10 +57,9 @@ const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is
 const LONG_HEAD_BYTES = 1024; // A longer head is parsed again only now and then: see readHead.
 const CONTENT_PART_BYTES_MIN = 5000; // The least that must arrive within each content timeout.
 const UNSENT_BYTES_MAX = 65_536; // Answers to pipelined requests are buffered up to this, then written.
-// After the last answer, what the peer still sends is read and dropped, so that it can send a refused upload to its end.
-const LINGER_TIMEOUT_MS = 5000; // without a byte
-const LINGER_MS_MAX = 30_000; // in all; both as nginx
-const LINGER_BYTES_MAX = 1_073_741_824;
+const LINGER_BYTES_MAX = 1_073_741_824; // Read and dropped after the last answer: a refused upload can come to its end.
+const LINGER_TIMEOUT_MS = 5000; // For this long at most without a byte, ...
+const LINGER_MS_MAX = 30_000; // ... and in all. Both as nginx.
 const SWEEP_MS = 250; // How often deadlines are checked: one sweep costs less than a timer for each connection.
 const STOP_IDLE_MS = 250; // On a stop, an idle connection stays open this long: a request may be on its way.
 const LOGGED_BYTES_MAX = 1024; // The request log shows so much content at most, as the tutorial's `recv(1024)` does.
