@@ -715,14 +715,11 @@ function appended(buffer: Uint8Array, length: number, more: Uint8Array): Uint8Ar
 
 // ═══ 6 Answers and log lines ═════════════════════════════════════════════════════════════════════
 
-const REASON_PHRASES = new Map(
-  `200 OK, 204 No Content, 206 Partial Content, 301 Moved Permanently, 304 Not Modified, 400 Bad Request, 403 Forbidden,
-  404 Not Found, 405 Method Not Allowed, 408 Request Timeout, 412 Precondition Failed, 413 Content Too Large,
-  414 URI Too Long, 416 Range Not Satisfiable, 417 Expectation Failed, 431 Request Header Fields Too Large,
-  500 Internal Server Error, 501 Not Implemented, 503 Service Unavailable, 505 HTTP Version Not Supported`
-    .split(/,\s+/)
-    .map((line) => [Number(line.slice(0, 3)), line] as const),
-);
+const STATUSES = `200 OK, 204 No Content, 206 Partial Content, 301 Moved Permanently, 304 Not Modified, 400 Bad Request,
+  403 Forbidden, 404 Not Found, 405 Method Not Allowed, 408 Request Timeout, 412 Precondition Failed,
+  413 Content Too Large, 414 URI Too Long, 416 Range Not Satisfiable, 417 Expectation Failed, 500 Internal Server Error,
+  431 Request Header Fields Too Large, 501 Not Implemented, 503 Service Unavailable, 505 HTTP Version Not Supported`;
+const REASON_PHRASES = new Map(STATUSES.split(/,\s+/).map((line) => [Number(line.slice(0, 3)), line] as const));
 
 const encoder = new TextEncoder();
 const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -1646,10 +1643,8 @@ function describeFile(path: string, stats: fs.Stats, dateNow: number) {
 }
 
 /** Are these of one version of one file? */
-function areSame(one: fs.Stats, other: fs.Stats): boolean {
-  const isOne = one.dev === other.dev && one.ino === other.ino && one.size === other.size;
-  return isOne && one.mtimeMs === other.mtimeMs && one.ctimeMs === other.ctimeMs;
-}
+const areSame = (a: fs.Stats, b: fs.Stats) =>
+  a.dev === b.dev && a.ino === b.ino && a.size === b.size && a.mtimeMs === b.mtimeMs && a.ctimeMs === b.ctimeMs;
 
 /** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
 function readFully({ fd, known }: OpenFile, into: Uint8Array, from: number, to: number, position: number): boolean {
@@ -1788,7 +1783,6 @@ function respondFile(request: RequestHead, file: OpenFile): Response | Promise<R
     return answer(prepareResponse(416, about, "the file has none of these bytes\n"));
   }
   const wantsDigest = wantsSha256(fields.get("want-repr-digest") ?? "");
-  if (ranges === undefined && !wantsDigest) return answer((known.usual ??= prepareContent(known)));
   const answerContent = () => answer(prepareContent(known, ranges, wantsDigest));
   return wantsDigest && known.digest === undefined ? hash(file).then(answerContent) : answerContent();
 }
