@@ -1322,11 +1322,8 @@ function readPem(path: string): string {
 
 /** How many files and sockets this process may have open; Infinity if that is not known. */
 function descriptorsMax(): number {
-  try {
-    return Number(/^Max open files +(\d+)/m.exec(fs.readFileSync("/proc/self/limits", "latin1"))?.[1] ?? Infinity);
-  } catch {
-    return Number.POSITIVE_INFINITY; // not Linux
-  }
+  const { userLimits } = process.report.getReport() as { userLimits?: { open_files: { soft: number | "unlimited" } } };
+  return Number(userLimits?.open_files.soft) || Number.POSITIVE_INFINITY; // Node's types leave the report open
 }
 
 /**
