@@ -7,10 +7,8 @@
  *     curl -v http://localhost:8888/data   # in a second terminal
  *
  * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for one request. Here the
- * bytes may come one at a time or a hundred requests at once, and every message is checked against RFC 9112 before it is
- * answered: what breaks a rule is refused, and the connection is closed.
- *
- * Left out: uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
+ * bytes may come one at a time or a hundred requests at once, and what breaks a rule of RFC 9112 is refused. Left out:
+ * uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
  *
  * Read it from top to bottom: `serve`, in section 3, is the tutorial's loop, and what follows is what the loop calls, in
  * the order in which a request meets it. Section 11, Files, is for `--root` alone: a reader can stop before it. To give
@@ -65,14 +63,12 @@ const STOP_IDLE_MS = 250; // On a stop, an idle connection stays open this long:
 const LOGGED_BYTES_MAX = 1024; // The request log shows so much content at most, as the tutorial's `recv(1024)` does.
 const LOG_BACKLOG_CHARS_MAX = 1_048_576; // Log text for a slow reader of stdout. More is dropped and counted.
 const LOG_FLUSH_MS = 1000; // At exit, the log gets this long to be read.
-const TIMER_MS_MAX = 2 ** 31 - 1; // A timer set for longer fires at once.
 const RUNTIME_DESCRIPTORS = 16; // Of the runtime itself: event loop, standard streams, listeners, threads.
 
 // ═══ 2 Words and refusals ════════════════════════════════════════════════════════════════════════
 
-/** The methods of RFC 9110 §9.3 and RFC 5789. Any other token is an unknown method: "". */
 const METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"] as const;
-export type Method = (typeof METHODS)[number] | "";
+export type Method = (typeof METHODS)[number] | ""; // of RFC 9110 §9.3 and RFC 5789; "" for any other token
 
 const LOG_FORMATS = ["request", "access", "wire", "off"] as const;
 export type LogFormat = (typeof LOG_FORMATS)[number];
@@ -104,8 +100,7 @@ export abstract class Site {
   /** The response to a request whose content has been read. Nothing is read from the peer until a promise settles. */
   abstract respond(request: RequestHead): Response | Promise<Response>;
 
-  /** Called every 250 ms to drop short-lived state. @param now the time that answers have as their Date */
-  sweep?(now: number): void;
+  sweep?(now: number): void; // called every 250 ms to drop short-lived state; answers have `now` as their Date
 }
 
 /** Every reason to refuse a request: its status, and the line that explains it to the peer. */
@@ -158,15 +153,12 @@ class Refusal {
 }
 const GONE = Symbol("gone"); // thrown to end it without one: the peer left, asks no more, or its answer is cut off
 
-/** Thrown before there is a connection: shown as one line. */
-class StartError extends Error {}
+class StartError extends Error {} // thrown before there is a connection: shown as one line
 
-/** What ended a wait: bytes, FIN or a lost connection, room in the socket, a passed deadline, a stop of the server. */
-export type Outcome = "bytes" | "end" | "room" | "late" | "stop";
+export type Outcome = "bytes" | "end" | "room" | "late" | "stop"; // of a wait; "end" is FIN, or a lost connection
 const NO_BYTES = new Uint8Array(0);
 
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
-//
 // On its usual path a request is these calls, one after the other:
 // receive → readHead → parseRequestHead → respond → isLast → appendResponse → log → receive → flush
 
@@ -239,11 +231,9 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
   }
   if (outcome !== "end" && outcome !== "late") return false;
   if (!head.hasBegun) throw GONE;
-  // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
-  throw new Refusal(outcome === "late" ? "timeout" : "incomplete");
+  throw new Refusal(outcome === "late" ? "timeout" : "incomplete"); // it was begun: 408 (RFC 9110 §15.5.9)
 }
 
-/** Does this answer end the conversation? */
 function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }: Response): boolean {
   // RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to.
   if (head.persistence === "close" || (head.minorVersion === 0 && head.persistence === "")) return true;
@@ -257,8 +247,7 @@ function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }
 /** Logs a request: as received, with the start of its content; or one access line, with status and octets sent. */
 function log({ server, head, address }: Connection, content: Content | undefined, status: number, sent: number): void {
   if (server.logFormat === "access") server.log(formatAccessLog(head, address, status, sent));
-  else if (server.logFormat === "request" && head.to > head.from)
-    server.log(formatRequestLog(head, content?.logged ?? NO_BYTES, content?.wireBytes ?? 0));
+  if (server.logFormat === "request" && head.to > head.from) server.log(formatRequestLog(head, content));
 }
 
 // ═══ 4 Request head ══════════════════════════════════════════════════════════════════════════════
@@ -389,10 +378,9 @@ export class RequestHead {
 }
 
 /**
- * Parses a request head that starts at bytes[from]; bytes[to], if there is one, must be 0. RFC 9112 §2.1:
- * HTTP-message = request-line CRLF *( field-line CRLF ) CRLF [ message-body ]. It keeps nothing between two calls: a
- * head is recognised whole, and its outcome is the same however the bytes were split.
- * @returns the index behind the head; -1 if more bytes are needed @throws Refusal
+ * Parses a request head that starts at bytes[from]; bytes[to], if there is one, must be 0. It keeps nothing between two
+ * calls, so the outcome is the same however the bytes were split. RFC 9112 §2.1: HTTP-message = request-line CRLF
+ * *( field-line CRLF ) CRLF [ message-body ]. @returns the index behind the head; -1 if more is needed @throws Refusal
  */
 export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
   head.start(bytes, from, to);
@@ -726,7 +714,6 @@ const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
 const CONTINUE = encoder.encode("HTTP/1.1 100 Continue\r\n\r\n");
 const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
 
-/** status-line and field-lines, up to the Date. */
 function formatHead(status: number, fields: Record<string, string>): Uint8Array {
   const lines = Object.entries(fields).map(([name, value]) => `${name}: ${value}\r\n`);
   return encoder.encode(`HTTP/1.1 ${REASON_PHRASES.get(status) ?? `${status} `}\r\n${lines.join("")}Date: `);
@@ -785,9 +772,9 @@ const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
 /** A request as it was received, with an empty line after it: what the tutorial's server prints. */
-function formatRequestLog({ bytes, from, to }: RequestHead, content: Uint8Array, contentLength: number): string {
-  const text = printable(utf8.decode(bytes.subarray(from, to))) + printable(utf8.decode(content));
-  const more = contentLength - content.length;
+function formatRequestLog({ bytes, from, to }: RequestHead, content: Content | undefined): string {
+  const text = printable(utf8.decode(bytes.subarray(from, to))) + printable(utf8.decode(content?.logged));
+  const more = content === undefined ? 0 : content.wireBytes - content.logged.length;
   return `${text}${text.endsWith("\n") ? "" : "\n"}${more > 0 ? `(${more} more bytes)\n` : ""}`;
 }
 
@@ -805,8 +792,7 @@ function formatAccessLog({ text }: RequestHead, address: string, status: number,
 
 // ═══ 7 Text mode ═════════════════════════════════════════════════════════════════════════════════
 
-/** In a copy whose `respond` looks at `request.content`, write true. */
-const RESPOND_NEEDS_CONTENT = false as boolean; // the compiler must not take it for a constant
+const RESPOND_NEEDS_CONTENT = false as boolean; // a copy that looks at `request.content` says true: not a literal type
 
 /**
  * Maps a request to its response. **In a copy of this file, this is the function to change**: look at `request.method`,
@@ -848,10 +834,7 @@ export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "p
   readonly remoteAddress: string | undefined; // undefined once the peer has left
 };
 
-/**
- * A socket turned into steps, for one conversation. The handlers (`on…`) store what happened and wake the step that
- * waits. Steps come after them, from `receive` on. One waits at a time. None throws: `isGone` tells of a lost peer.
- */
+/** A socket as steps: one waits at a time, and handlers (`on…`) wake it. None throws: `isGone` tells of a lost peer. */
 export class Connection {
   bytes: Uint8Array = NO_BYTES; // received and not used yet: bytes[at..to]; behind them is 0, or the end of the array
   at = 0;
@@ -1258,8 +1241,7 @@ are answered, then exit 0; a second signal exits at once. SIGHUP, with TLS: cert
 are read again for new connections. Exit 1: cannot listen. Exit 2: wrong usage.
 `;
 
-/** The flag of a limit: headBytesMax is --head-bytes-max. */
-const flagOf = (name: string) => name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+const flagOf = (name: string) => name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`); // "head-bytes-max"
 
 export const HELP_LIMITS = `Limits, each a flag that takes a number, with its default:
 
@@ -1320,26 +1302,19 @@ function readPem(path: string): string {
   }
 }
 
-/** How many files and sockets this process may have open; Infinity if that is not known. */
-function descriptorsMax(): number {
-  const { userLimits } = process.report.getReport() as { userLimits?: { open_files: { soft: number | "unlimited" } } };
-  return Number(userLimits?.open_files.soft) || Number.POSITIVE_INFINITY; // Node's types leave the report open
-}
-
-/**
- * Lowers the limit of connections, which need `each` descriptors, so that one stays free: else nobody is accepted
- * or told so, and the event loop spins. @returns `reserve`: so many may be refused at once; twice as many are for files
- */
+/** Lowers connectionsMax, `each` descriptors a connection: with none free, none is accepted and the event loop spins. */
 export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { limits: Limits; reserve: number } {
-  const reserve = Math.min(REFUSED_CONNECTIONS_MAX, Math.floor(descriptors / 8));
-  const left = Math.floor((descriptors - RUNTIME_DESCRIPTORS - 3 * reserve) / each);
+  const reserve = Math.min(REFUSED_CONNECTIONS_MAX, Math.floor(descriptors / 8)); // so many may be refused at once
+  const left = Math.floor((descriptors - RUNTIME_DESCRIPTORS - 3 * reserve) / each); // twice as many are for files
   return { limits: { ...limits, connectionsMax: Math.max(1, Math.min(limits.connectionsMax, left)) }, reserve };
 }
 
 /** Serves until SIGINT or SIGTERM; a second one exits at once. */
 function run(commandLine: CommandLine): void {
   const { host, text, root, log: logFormat, cert, key } = commandLine;
-  const { limits, reserve } = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
+  const { userLimits } = process.report.getReport() as { userLimits?: { open_files: { soft: unknown } } }; // as in Node
+  const descriptors = Number(userLimits?.open_files.soft) || Number.POSITIVE_INFINITY; // "unlimited", or on Windows
+  const { limits, reserve } = fitLimits(commandLine.limits, descriptors, root === undefined ? 1 : 2);
   const log = new Log(1);
   const site = root === undefined ? new TextSite(text) : new FileSite(root);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
@@ -1356,7 +1331,7 @@ function run(commandLine: CommandLine): void {
     // The conversation on the last connection goes on for a turn, and may still log its request.
     const isLogged = () => nextTurn().then(() => Promise.all([log.written, reports.written]));
     server.onEmpty = () => void Promise.race([isLogged(), Bun.sleep(LOG_FLUSH_MS)]).then(exit);
-    setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
+    setTimeout(exit, Math.min(limits.graceMs, 2 ** 31 - 1)); // a timer set for longer fires at once
     server.stop();
   };
   process.on("SIGINT", stop).on("SIGTERM", stop);
@@ -1394,7 +1369,6 @@ function main(): void {
 }
 
 // ═══ 11 Files ════════════════════════════════════════════════════════════════════════════════════
-//
 // Only for --root. Without this section, and with `new TextSite(text)` in `run`, the rest serves a
 // text; the type checker names what else can go. A request for a file is these calls, in this order:
 // parseTargetPath → open → evaluateConditions → decideRanges → prepareContent → respondContent → sendPart
