@@ -295,7 +295,7 @@ const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // reg-name (RFC 3986)
 /** uri-host [ ":" port ] (RFC 9110 §4.2), "[v" for IPvFuture. No userinfo; no zone id: it means nothing to others. */
 const AUTHORITY =
   /^(?:\[(?:v[\dA-F]+\.[\w\-.~!$&'()*+,;=:]+|([^\]%]+))\]|(?:[\w\-.~!$&'()*+;=]|%[\dA-F]{2})+)(?::(\d*))?$/i;
-const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i; // an authority, if there is one; path; query
+const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)(.*)$/i; // an authority, if there is one; path; "?" and query
 /** Codings that are not implemented, and after them chunked, last and once. */
 const OTHER_CODINGS = /^[\t ]*(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked[\t ]*\r\n$/i;
 const EXPECTATIONS = /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i; // RFC 9110 §10.1.1 defines no other
@@ -358,7 +358,7 @@ export class RequestHead {
   }
 
   get query(): string {
-    return TARGET_PARTS.exec(this.requestTarget)?.[3] ?? "";
+    return (TARGET_PARTS.exec(this.requestTarget)?.[3] ?? "").slice(1);
   }
 
   get text(): string {
@@ -1395,8 +1395,7 @@ const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/; // Win
 
 /**
  * Takes the path of a request-target (RFC 3986 §3.3) apart. It is decoded once. Then dot segments are resolved (§5.2.4),
- * by their text alone, and slashes in a row count as one.
- * @returns undefined if no file can have this path, or if it leads above the root. `query` has the "?", if there is one
+ * by their text alone. Slashes in a row count as one. @returns undefined if it leads above the root, or to no file's name
  */
 export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
@@ -1413,7 +1412,7 @@ export function parseTargetPath(requestTarget: string) {
   } catch {
     return undefined; // decodeURIComponent: not UTF-8
   }
-  return { segments, isFolder, query: requestTarget.includes("?") ? `?${query}` : "" };
+  return { segments, isFolder, query };
 }
 
 /** Names with a leading dot are hidden. In the path of a request, /.well-known/ is not (RFC 8615). */
@@ -1497,14 +1496,13 @@ export class FileSite extends Site {
   }
 
   /**
-   * What is known of an open file; undefined if it is of another kind, or not below the root. A swapped link or folder
-   * shows no file from elsewhere: the kernel says where the open file is, or this very version was found below this root
-   * within the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
+   * What is known of an open file; undefined if it is no file or folder below the root. Swapping links gains nothing: the
+   * kernel says where it is, or this very version was found there within 5 seconds. (Renaming a file changes its ctime.)
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
     const last = this.knownFiles.get(path);
-    const isSame = last !== undefined && areSame(last.stats, stats);
+    const isSame = last !== undefined && isOneVersion(last.stats, stats);
     const isRecent = Math.abs(this.dateNow - (last?.foundAt ?? 0)) < FOUND_BELOW_MS; // clocks may be set back
     if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
     this.knownFiles.delete(path);
@@ -1613,8 +1611,7 @@ function describeFile(path: string, stats: fs.Stats, dateNow: number) {
   return { path, stats, size, type, etag, lastModified, validators, expected, isLasting, hashedTo: 0 };
 }
 
-/** Are these of one version of one file? */
-const areSame = (a: fs.Stats, b: fs.Stats) =>
+const isOneVersion = (a: fs.Stats, b: fs.Stats) =>
   a.dev === b.dev && a.ino === b.ino && a.size === b.size && a.mtimeMs === b.mtimeMs && a.ctimeMs === b.ctimeMs;
 
 /** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
@@ -1630,7 +1627,7 @@ function readFully({ fd, known }: OpenFile, into: Uint8Array, from: number, to: 
   if (known.hasher === undefined || known.digest !== undefined || next < from || next > to) return true;
   known.hasher.update(into.subarray(next, to));
   known.hashedTo = position + to - from;
-  const isWhole = known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd));
+  const isWhole = known.hashedTo === known.size && isOneVersion(known.stats, fs.fstatSync(fd));
   if (isWhole) known.digest = known.hasher.digest("base64");
   return true;
 }
@@ -1664,11 +1661,9 @@ function isListed(list: string, etag: string, isWeakly: boolean): boolean {
 /** RFC 9110 §13.2.2, for GET and HEAD. @returns 304: the client's copy is current; 412: a precondition failed */
 export function evaluateConditions(fields: Fields, { etag, lastModified }: FileVersion): 304 | 412 | undefined {
   const date = (name: string) => parseHttpDate(fields.get(name) ?? ""); // NaN compares with nothing
-  // Step 1, and step 2 only without it.
-  const ifMatch = fields.get("if-match");
+  const ifMatch = fields.get("if-match"); // step 1, and step 2 only without it
   if (ifMatch === undefined ? lastModified > date("if-unmodified-since") : !isListed(ifMatch, etag, false)) return 412;
-  // Step 3, and step 4 only without it.
-  const ifNoneMatch = fields.get("if-none-match");
+  const ifNoneMatch = fields.get("if-none-match"); // step 3, and step 4 only without it
   if (ifNoneMatch !== undefined) return isListed(ifNoneMatch, etag, true) ? 304 : undefined;
   return lastModified <= date("if-modified-since") ? 304 : undefined;
 }
@@ -1734,9 +1729,8 @@ export const wantsSha256 = (wantReprDigest: string) =>
 
 type OpenFile = Readonly<{ fd: number; known: KnownFile }>; // or folder, below the root; the holder must close it
 type Segment = ByteRange & { readonly text?: Uint8Array }; // of content: a range of the file, or a text between two
-/** A response before its content is read, if it consists of segments. `length` is that of all together. */
-type Prepared = Response & { readonly segments?: readonly Segment[]; readonly length?: number };
-export type Part = OpenFile & Required<Pick<Prepared, "segments" | "length">>; // content that is read while it is sent
+export type Part = OpenFile & Readonly<{ segments: readonly Segment[]; length: number }>; // is read while it is sent
+type Prepared = Response & Partial<Pick<Part, "segments" | "length">>; // a response before its content is read
 
 /** The response with a file or parts of it, or that says why there is none. Only a digest is waited for. */
 function respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
@@ -1766,8 +1760,7 @@ function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], wantsDi
   const [range = { from: 0, to: size }, ...more] = ranges ?? [];
   let segments: readonly Segment[] = [range];
   if (more.length > 0) {
-    // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
-    const boundary = crypto.randomUUID();
+    const boundary = crypto.randomUUID(); // RFC 9110 §14.6: in multipart/byteranges each range has a head of its own
     const asSegment = (text: string) => ({ from: 0, to: text.length, text: encoder.encode(text) }); // it is ASCII
     const head = `\r\n--${boundary}\r\nContent-Type: ${type}\r\nContent-Range: `;
     const parts = [range, ...more].flatMap((one) => [asSegment(`${head}${contentRange(one)}\r\n\r\n`), one]);
@@ -1787,10 +1780,9 @@ function respondContent(method: Method, { fd, known }: OpenFile, prepared: Prepa
   let { content } = prepared;
   if (segments !== undefined && method !== "HEAD") {
     const part = { fd, known, segments, length };
-    const isSmall = length <= SMALL_FILE_BYTES_MAX;
-    if (isSmall) content = new Uint8Array(length);
+    if (length <= SMALL_FILE_BYTES_MAX) content = new Uint8Array(length);
     // A file that has just changed is sent as a large one: sendPart finds out whether it can be.
-    if (!isSmall || readPart(part, 0, content) !== "same") return { status, head, content: NO_BYTES, part };
+    if (content.length < length || readPart(part, 0, content) !== "same") return { ...prepared, part };
   }
   fs.closeSync(fd);
   return { status, head, content };
@@ -1890,22 +1882,18 @@ function formatBytes(bytes: number): string {
 }
 // ── end shared ──
 
-/**
- * The page of a folder with these names in its path. Links are relative, so that it works behind a proxy that puts the
- * folder elsewhere. `unlisted` is how many more names there are than it may have, `unreadable` how many are not UTF-8.
- */
+/** The page of a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere. */
 export function formatListing(path: readonly string[], entries: readonly ListingEntry[], unlisted = 0, unreadable = 0) {
   const { compare } = new Intl.Collator("en", { numeric: true }); // "file9" before "file10", and folders first
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
   if (path.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
   const heading = Bun.escapeHTML(printable(["", ...path, ""].join("/")));
-  const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
+  const plural = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
   const folders = entries.filter(({ isFolder }) => isFolder).length;
   const more = unlisted > 0 ? `and ${unlisted} more that the page leaves out` : "";
-  const counts = [counted(folders, "folder"), counted(entries.length - folders, "file"), more];
-  const shown = counts.filter(Boolean).join(", ");
-  const left = counted(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
+  const shown = [plural(folders, "folder"), plural(entries.length - folders, "file"), more].filter(Boolean).join(", ");
+  const left = plural(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
   const about = shown + left === "" ? "This folder is empty" : "Times are in UTC";
   return `<!DOCTYPE html>
 <html lang="en">
