@@ -152,7 +152,6 @@ class Refusal {
   constructor(readonly rejection: Rejection) {}
 }
 const GONE = Symbol("gone"); // thrown to end it without one: the peer left, asks no more, or its answer is cut off
-
 class StartError extends Error {} // thrown before there is a connection: shown as one line
 
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop"; // of a wait; "end" is FIN, or a lost connection
@@ -341,12 +340,6 @@ export class RequestHead {
     this.targetFrom -= this.from;
     this.to -= this.from;
     this.from = 0;
-  }
-
-  /** Keeps a part of the content behind the others, in a buffer with room for more. */
-  addContent(more: Uint8Array): void {
-    const { buffer, length } = this.content;
-    this.content = appended(new Uint8Array(buffer), length, more).subarray(0, length + more.length);
   }
 
   get requestTarget(): string {
@@ -676,7 +669,11 @@ class Content {
       if (decoder && decoder.announced > server.limits.contentBytesMax) throw new Refusal("content-too-large");
       if (decoder?.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) throw new Refusal("trailer-forbidden");
       if (decoder?.fault) throw new Refusal(decoder.fault);
-      if (RESPOND_NEEDS_CONTENT) head.addContent(bytes.subarray(from, decoder?.contentTo ?? next));
+      if (RESPOND_NEEDS_CONTENT) {
+        const { buffer, length } = head.content; // the buffer has room for more
+        const more = bytes.subarray(from, decoder?.contentTo ?? next);
+        head.content = appended(new Uint8Array(buffer), length, more).subarray(0, length + more.length);
+      }
       const isDone = this.wireBytes === head.contentLength || decoder?.state === "done";
       if (next > from) trace?.complete(isDone ? "content complete" : "content");
       if (isDone) return true;
