@@ -238,9 +238,9 @@ function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }
   if (head.persistence === "close" || (head.minorVersion === 0 && head.persistence === "")) return true;
   // A site's 400 is for a peer that is not understood; 500 and 503 are of a server in trouble. 404 and 405 go on.
   if (status === 400 || status === 500 || status === 503) return true;
-  if (at === to && (hasEnded || server.isStopping)) return true;
+  if (at === to && (hasEnded || server.stoppedAt > 0)) return true;
   // On a stop, requests that have already come are answered until STOP_IDLE_MS is over; server.now stands still meanwhile.
-  return server.isStopping && (part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
+  return server.stoppedAt > 0 && (part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
 }
 
 /** Logs a request: as received, with the start of its content; or one access line, with status and octets sent. */
@@ -961,7 +961,7 @@ export class Connection {
     // A close with bytes unread would send a reset: the peer's kernel may then discard what it holds of our answer.
     this.socket.shutdown();
     this.trace?.step("close", "FIN sent");
-    const isIdle = this.server.isStopping && !this.head.hasBegun; // nobody waits for a peer that does not notice
+    const isIdle = this.server.stoppedAt > 0 && !this.head.hasBegun; // nobody waits for a peer that does not notice
     const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
     for (let dropped = 0, outcome: Outcome = "bytes"; outcome !== "end" && outcome !== "late";) {
       dropped += this.to - this.at;
@@ -1018,8 +1018,7 @@ export class Server {
   readonly output = new Output();
   connectionsTraced = 0;
   waitingBytes = 0; // in the buffers of all connections
-  isStopping = false;
-  stoppedAt = 0;
+  stoppedAt = 0; // when it was told to stop; 0 until then
   onEmpty = () => {}; // called when the last connection has gone
   now = 0; // milliseconds, as of the last sweep
   private sweptAt = performance.now();
@@ -1053,7 +1052,6 @@ export class Server {
 
   /** Requests in flight are answered, idle connections closed. */
   stop(): void {
-    this.isStopping = true;
     this.stoppedAt = performance.now();
     this.limits = { ...this.limits, idleTimeoutMs: STOP_IDLE_MS }; // a request may be on its way
     for (const connection of this.connections) connection.wake("stop");
@@ -1323,7 +1321,7 @@ function run(commandLine: CommandLine): void {
 
   const exit = () => process.exit(0);
   const stop = () => {
-    if (server.isStopping) exit();
+    if (server.stoppedAt > 0) exit();
     for (const listener of listeners) listener.stop();
     // The conversation on the last connection goes on for a turn, and may still log its request.
     const isLogged = () => nextTurn().then(() => Promise.all([log.written, reports.written]));
@@ -1339,7 +1337,7 @@ function run(commandLine: CommandLine): void {
       // Certificate and key that do not fit fail here, on a free port, while the old listeners live.
       for (const listener of listen(server, { ...commandLine, port: 0, reusePort: false }, tls)) listener.stop();
       await Bun.sleep(1); // that took a while: peers that have connected meanwhile would be reset
-      if (server.isStopping) return;
+      if (server.stoppedAt > 0) return;
       for (const listener of listeners) listener.stop();
       listeners = listen(server, { ...commandLine, port }, tls);
       report("Certificate and key are read again");
