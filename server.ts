@@ -438,7 +438,7 @@ function misfit(head: RequestHead, rejection: Rejection, at: number): number {
   const isTooLarge = at - from >= limits.headBytesMax;
   if (at === to && !isTooLarge) return -1;
   head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  const isMethod = targetFrom === 0 || targetFrom - from > limits.headBytesMax; // too long: 501 (RFC 9112 §3)
+  const isMethod = targetFrom === 0 || targetFrom - from > limits.headBytesMax; // too long a one: 501 (RFC 9112 §3)
   if (isTooLarge) throw new Refusal(isMethod ? "method-unknown" : "head-too-large");
   // Inside a line, LF would end it without CR.
   throw new Refusal(bytes[at] === LF && /^(?:request-line|field)/.test(rejection) ? "bare-lf" : rejection);
@@ -789,7 +789,7 @@ function formatAccessLog({ text }: RequestHead, address: string, status: number,
 
 // ═══ 7 Text mode ═════════════════════════════════════════════════════════════════════════════════
 
-const RESPOND_NEEDS_CONTENT = false as boolean; // a copy that looks at `request.content` says true: not a literal type
+const RESPOND_NEEDS_CONTENT = false as boolean; // In a copy that looks at `request.content`, true. No constant to tsc.
 
 /**
  * Maps a request to its response. **In a copy of this file, this is the function to change**: look at `request.method`,
@@ -1297,7 +1297,7 @@ function readPem(path: string): string {
   }
 }
 
-/** Lowers connectionsMax, `each` descriptors a connection: with none free, none is accepted and the event loop spins. */
+/** Lowers connectionsMax, `each` descriptors a connection: if none is free, the event loop spins, and accepts none. */
 export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { limits: Limits; reserve: number } {
   const reserve = Math.min(REFUSED_CONNECTIONS_MAX, Math.floor(descriptors / 8)); // so many may be refused at once
   const left = Math.floor((descriptors - RUNTIME_DESCRIPTORS - 3 * reserve) / each); // twice as many are for files
@@ -1390,7 +1390,7 @@ const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/; // Win
 
 /**
  * Takes the path of a request-target (RFC 3986 §3.3) apart. It is decoded once. Then dot segments are resolved (§5.2.4),
- * by their text alone. Slashes in a row count as one. @returns undefined if it leads above the root, or to no file's name
+ * by their text alone. Slashes in a row are one. @returns undefined if it leads above the root or no file can have it
  */
 export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
@@ -1453,7 +1453,7 @@ export class FileSite extends Site {
     if (target === undefined) return responseTo("path");
     const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
-    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : ""); // with a slash, no file: ENOTDIR
+    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : ""); // with a slash it is no file's: ENOTDIR
     // The index comes first: a folder that may be entered, but not read, can have one.
     const index = isFolder ? this.open(`${path}index.html`) : "not-found";
     const file = index === "not-found" ? this.open(path) : index;
@@ -1491,8 +1491,8 @@ export class FileSite extends Site {
   }
 
   /**
-   * What is known of an open file; undefined if it is no file or folder below the root. Swapping links gains nothing: the
-   * kernel says where it is, or this very version was found there within 5 seconds. (Renaming a file changes its ctime.)
+   * What is known of an open file; undefined if it is no file or folder below the root. Swapping links gains nothing:
+   * the kernel says where it is, or this very version was found there within 5 s. (Renaming a file changes its ctime.)
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
