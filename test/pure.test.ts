@@ -228,6 +228,20 @@ describe("a connection", () => {
     expect(isEmpty).toBeTrue();
   });
 
+  test("is told to stop while its answer waits for room: once that is taken, it has a moment left, not an idle time", async () => {
+    const { server, transport, connection, receive, after } = connect({ room: 10 });
+    await receive(GET);
+    server.stop();
+    transport.room = 10_000;
+    await after(() => connection.wake("room"));
+    expect(connection.deadline).toBeLessThan(server.now + 1000);
+    await receive("\r\n");
+    expect(connection.deadline).toBeLessThan(server.now + 1000);
+    await after(() => connection.wake("late"));
+    expect(count(transport.written, "200 OK")).toBe(1);
+    expect(transport.calls).toEqual(["shutdown"]);
+  });
+
   test("logs a head from its own bytes, wherever those have moved", async () => {
     const { connection, log, receive, after } = connect();
     await receive("GET /first HTTP/1.1\r\nHo");
