@@ -173,7 +173,7 @@ export async function serve(connection: Connection): Promise<void> {
   try {
     server.admit(connection);
     let deadline = server.now + limits.headTimeoutMs;
-    for (let closes = false; !closes; deadline = server.now + server.limits.idleTimeoutMs) {
+    for (let closes = false; !closes; deadline = server.now + limits.idleTimeoutMs) {
       // Wait for a request until `deadline`. From its first byte on, its head has `headTimeoutMs`.
       for (let outcome: Outcome = "bytes", hadBegun = false; !readHead(connection, outcome); hadBegun = head.hasBegun) {
         if (head.hasBegun && !hadBegun) deadline = server.now + limits.headTimeoutMs;
@@ -1027,7 +1027,7 @@ export class Server {
     readonly site: Site,
     readonly logFormat: LogFormat,
     readonly log: (text: string) => void,
-    public limits: Limits = LIMITS,
+    readonly limits: Limits = LIMITS,
     private readonly refusedConnectionsMax = REFUSED_CONNECTIONS_MAX,
   ) {}
 
@@ -1053,7 +1053,6 @@ export class Server {
   /** Requests in flight are answered, idle connections closed. */
   stop(): void {
     this.stoppedAt = performance.now();
-    this.limits = { ...this.limits, idleTimeoutMs: STOP_IDLE_MS }; // a request may be on its way
     for (const connection of this.connections) connection.wake("stop");
     if (this.connections.size === 0) this.onEmpty();
   }
