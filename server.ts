@@ -177,7 +177,7 @@ export async function serve(connection: Connection): Promise<void> {
       // Wait for a request until `deadline`. From its first byte on, its head has `headTimeoutMs`.
       for (let outcome: Outcome = "bytes", hadBegun = false; !readHead(connection, outcome); hadBegun = head.hasBegun) {
         if (head.hasBegun && !hadBegun) deadline = server.now + limits.headTimeoutMs;
-        if (!head.hasBegun && server.isStopping) deadline = Math.min(deadline, server.now + STOP_IDLE_MS);
+        if (!head.hasBegun && server.stoppedAt > 0) deadline = Math.min(deadline, server.now + STOP_IDLE_MS);
         outcome = await connection.receive(deadline);
       }
 
