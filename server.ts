@@ -7,10 +7,8 @@
  *     curl -v http://localhost:8888/data   # in a second terminal
  *
  * It prints each request and answers `Hello, World!`. The tutorial's sketch takes one receive for one request. Here the
- * bytes may come one at a time or a hundred requests at once, and every message is checked against RFC 9112 before it is
- * answered: what breaks a rule is refused, and the connection is closed.
- *
- * Left out: uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
+ * bytes may come one at a time or a hundred requests at once, and what breaks a rule of RFC 9112 is refused. Left out:
+ * uploads, compression, virtual hosts, HTTP/2. It is no reverse proxy.
  *
  * Read it from top to bottom: `serve`, in section 3, is the tutorial's loop, and what follows is what the loop calls, in
  * the order in which a request meets it. Section 11, Files, is for `--root` alone: a reader can stop before it. To give
@@ -32,26 +30,20 @@ const BOUNDS = {
   connectionsMax: [16_384, "connections at once, lowered to what ulimit -n allows; above it: 503"],
   /** The whole head, from the request-line to the empty line. nginx takes as much (4 buffers of 8 KiB). */
   headBytesMax: [32_768, "bytes of a request head, and of a trailer section"],
-  /** RFC 9112 §3 asks for at least 8,000. Browsers and proxies send less. */
-  requestTargetBytesMax: [8000, "bytes of a request-target"],
-  /** Browsers send some 20 field-lines, chains of proxies 50. Apache's limit is 100 too. */
-  fieldLinesMax: [100, "field-lines of a head, and of a trailer section"],
-  /** Text mode ignores content, so this only bounds wasted reading. nginx's default is the same. */
-  contentBytesMax: [1_048_576, "bytes of a request's content"],
+  requestTargetBytesMax: [8000, "bytes of a request-target"], // RFC 9112 §3: at least 8,000. Browsers send less.
+  fieldLinesMax: [100, "field-lines of a head, and of a trailer section"], // Proxy chains send 50; Apache allows 100.
+  contentBytesMax: [1_048_576, "bytes of a request's content"], // Text mode only drops it. nginx has the same default.
   /** RFC 9112 §7.1.1 asks for a limit on the total in a message. Hardly anyone sends any. */
   chunkExtensionBytesMax: [4096, "chunk-extension bytes allowed beyond the size of the content"],
   /** One read may bring 512 KiB, and each peer that does not read can leave that much buffered. */
   waitingBytesMax: [268_435_456, "bytes buffered for all peers together; a peer that exceeds it is disconnected"],
   /** For a whole head, not for each byte, so that sending it slowly gains nothing ("slowloris"). */
   headTimeoutMs: [10_000, "ms for a whole request head, and until the first byte of a connection"],
-  /** Between two requests. Browsers reuse a connection for about 15 s. */
-  idleTimeoutMs: [60_000, "ms between two requests"],
+  idleTimeoutMs: [60_000, "ms between two requests"], // Browsers reuse a connection for about 15 s.
   /** Each interval must deliver 5,000 bytes or complete the content: with the default, 500 bytes a second. */
   contentTimeoutMs: [10_000, "ms in which 5000 more bytes of the content, or its end, must arrive"],
-  /** A peer that takes no byte of its answer for so long has gone. */
-  writeTimeoutMs: [30_000, "ms in which a peer must take some of its answer"],
-  /** After SIGTERM, requests in flight get this long. */
-  graceMs: [10_000, "ms for requests in flight when told to stop"],
+  writeTimeoutMs: [30_000, "ms in which a peer must take some of its answer"], // One that takes none has gone.
+  graceMs: [10_000, "ms for requests in flight when told to stop"], // By SIGTERM or SIGINT. A second one ends them.
 } as const satisfies Record<string, readonly [value: number, meaning: string]>;
 
 export type Limits = Readonly<Record<keyof typeof BOUNDS, number>>;
@@ -63,23 +55,20 @@ const EMPTY_LINES_MAX = 4; // RFC 9112 §2.2: "at least one" before a request is
 const LONG_HEAD_BYTES = 1024; // A longer head is parsed again only now and then: see readHead.
 const CONTENT_PART_BYTES_MIN = 5000; // The least that must arrive within each content timeout.
 const UNSENT_BYTES_MAX = 65_536; // Answers to pipelined requests are buffered up to this, then written.
-// After the last answer, what the peer still sends is read and dropped, so that it can send a refused upload to its end.
-const LINGER_TIMEOUT_MS = 5000; // without a byte
-const LINGER_MS_MAX = 30_000; // in all; both as nginx
-const LINGER_BYTES_MAX = 1_073_741_824;
+const LINGER_BYTES_MAX = 1_073_741_824; // Read and dropped after the last answer: a refused upload can come to its end.
+const LINGER_TIMEOUT_MS = 5000; // For this long at most without a byte, ...
+const LINGER_MS_MAX = 30_000; // ... and in all. Both as nginx.
 const SWEEP_MS = 250; // How often deadlines are checked: one sweep costs less than a timer for each connection.
 const STOP_IDLE_MS = 250; // On a stop, an idle connection stays open this long: a request may be on its way.
 const LOGGED_BYTES_MAX = 1024; // The request log shows so much content at most, as the tutorial's `recv(1024)` does.
 const LOG_BACKLOG_CHARS_MAX = 1_048_576; // Log text for a slow reader of stdout. More is dropped and counted.
 const LOG_FLUSH_MS = 1000; // At exit, the log gets this long to be read.
-const TIMER_MS_MAX = 2 ** 31 - 1; // A timer set for longer fires at once.
 const RUNTIME_DESCRIPTORS = 16; // Of the runtime itself: event loop, standard streams, listeners, threads.
 
 // ═══ 2 Words and refusals ════════════════════════════════════════════════════════════════════════
 
-/** The methods of RFC 9110 §9.3 and RFC 5789. Any other token is an unknown method: "". */
 const METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"] as const;
-export type Method = (typeof METHODS)[number] | "";
+export type Method = (typeof METHODS)[number] | ""; // of RFC 9110 §9.3 and RFC 5789; "" for any other token
 
 const LOG_FORMATS = ["request", "access", "wire", "off"] as const;
 export type LogFormat = (typeof LOG_FORMATS)[number];
@@ -111,8 +100,7 @@ export abstract class Site {
   /** The response to a request whose content has been read. Nothing is read from the peer until a promise settles. */
   abstract respond(request: RequestHead): Response | Promise<Response>;
 
-  /** Called every 250 ms to drop short-lived state. @param now the time that answers have as their Date */
-  sweep?(now: number): void;
+  sweep?(now: number): void; // called every 250 ms to drop short-lived state; answers have `now` as their Date
 }
 
 /** Every reason to refuse a request: its status, and the line that explains it to the peer. */
@@ -164,16 +152,12 @@ class Refusal {
   constructor(readonly rejection: Rejection) {}
 }
 const GONE = Symbol("gone"); // thrown to end it without one: the peer left, asks no more, or its answer is cut off
+class StartError extends Error {} // thrown before there is a connection: shown as one line
 
-/** Thrown before there is a connection: shown as one line. */
-class StartError extends Error {}
-
-/** What ended a wait: bytes, FIN or a lost connection, room in the socket, a passed deadline, a stop of the server. */
-export type Outcome = "bytes" | "end" | "room" | "late" | "stop";
+export type Outcome = "bytes" | "end" | "room" | "late" | "stop"; // of a wait; "end" is FIN, or a lost connection
 const NO_BYTES = new Uint8Array(0);
 
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
-//
 // On its usual path a request is these calls, one after the other:
 // receive → readHead → parseRequestHead → respond → isLast → appendResponse → log → receive → flush
 
@@ -193,7 +177,7 @@ export async function serve(connection: Connection): Promise<void> {
       // Wait for a request until `deadline`. From its first byte on, its head has `headTimeoutMs`.
       for (let outcome: Outcome = "bytes", hadBegun = false; !readHead(connection, outcome); hadBegun = head.hasBegun) {
         if (head.hasBegun && !hadBegun) deadline = server.now + limits.headTimeoutMs;
-        if (!head.hasBegun && server.isStopping) deadline = Math.min(deadline, server.now + STOP_IDLE_MS);
+        if (!head.hasBegun && server.stoppedAt > 0) deadline = Math.min(deadline, server.now + STOP_IDLE_MS);
         outcome = await connection.receive(deadline);
       }
 
@@ -219,8 +203,7 @@ export async function serve(connection: Connection): Promise<void> {
     }
   } catch (reason) {
     if (reason === GONE || (reason instanceof Refusal && connection.isGone)) return;
-    // Anything but a Refusal is a fault of ours. It ends this conversation and touches no other.
-    if (!(reason instanceof Refusal)) report(`Error: ${reason}`);
+    if (!(reason instanceof Refusal)) report(`Error: ${reason}`); // a fault of ours: it touches no other conversation
     const response = head.refusal ?? responseTo(reason instanceof Refusal ? reason.rejection : "internal");
     connection.trace?.step("refuse", `with ${response.status}`);
     // It closes: where a next request would start is not known, or the server is full or at fault.
@@ -247,26 +230,23 @@ function readHead(connection: Connection, outcome: Outcome): boolean {
   }
   if (outcome !== "end" && outcome !== "late") return false;
   if (!head.hasBegun) throw GONE;
-  // RFC 9110 §15.5.9: 408 for a request that was begun and did not arrive in time.
-  throw new Refusal(outcome === "late" ? "timeout" : "incomplete");
+  throw new Refusal(outcome === "late" ? "timeout" : "incomplete"); // it was begun: 408 (RFC 9110 §15.5.9)
 }
 
-/** Does this answer end the conversation? */
 function isLast({ server, head, hasEnded, at, to }: Connection, { status, part }: Response): boolean {
   // RFC 9112 §9.3: HTTP/1.1 goes on unless told to close; HTTP/1.0 only when asked to.
   if (head.persistence === "close" || (head.minorVersion === 0 && head.persistence === "")) return true;
   // A site's 400 is for a peer that is not understood; 500 and 503 are of a server in trouble. 404 and 405 go on.
   if (status === 400 || status === 500 || status === 503) return true;
-  if (at === to && (hasEnded || server.isStopping)) return true;
+  if (at === to && (hasEnded || server.stoppedAt > 0)) return true;
   // On a stop, requests that have already come are answered until STOP_IDLE_MS is over; server.now stands still meanwhile.
-  return server.isStopping && (part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
+  return server.stoppedAt > 0 && (part !== undefined || performance.now() > server.stoppedAt + STOP_IDLE_MS);
 }
 
 /** Logs a request: as received, with the start of its content; or one access line, with status and octets sent. */
 function log({ server, head, address }: Connection, content: Content | undefined, status: number, sent: number): void {
   if (server.logFormat === "access") server.log(formatAccessLog(head, address, status, sent));
-  else if (server.logFormat === "request" && head.to > head.from)
-    server.log(formatRequestLog(head, content?.logged ?? NO_BYTES, content?.wireBytes ?? 0));
+  if (server.logFormat === "request" && head.to > head.from) server.log(formatRequestLog(head, content));
 }
 
 // ═══ 4 Request head ══════════════════════════════════════════════════════════════════════════════
@@ -314,8 +294,7 @@ const REG_NAME = bytesLike(/[A-Za-z0-9\-._~!$&'()*+;=]/); // reg-name (RFC 3986)
 /** uri-host [ ":" port ] (RFC 9110 §4.2), "[v" for IPvFuture. No userinfo; no zone id: it means nothing to others. */
 const AUTHORITY =
   /^(?:\[(?:v[\dA-F]+\.[\w\-.~!$&'()*+,;=:]+|([^\]%]+))\]|(?:[\w\-.~!$&'()*+;=]|%[\dA-F]{2})+)(?::(\d*))?$/i;
-/** absolute-form or origin-form: an authority, if there is one, a path, a query. */
-const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)\??(.*)$/i;
+const TARGET_PARTS = /^(?:https?:\/\/([^/?]*))?([^?]*)(.*)$/i; // an authority, if there is one; path; "?" and query
 /** Codings that are not implemented, and after them chunked, last and once. */
 const OTHER_CODINGS = /^[\t ]*(?:(?!chunked[\t ]*,)[!#$%&'*+\-.^_`|~\w]+[\t ]*,[\t ]*)+chunked[\t ]*\r\n$/i;
 const EXPECTATIONS = /^[\t\r\n ,]*(?:100-continue[\t ]*[\r,][\t\r\n ,]*)*$/i; // RFC 9110 §10.1.1 defines no other
@@ -363,12 +342,6 @@ export class RequestHead {
     this.from = 0;
   }
 
-  /** Keeps a part of the content behind the others, in a buffer with room for more. */
-  addContent(more: Uint8Array): void {
-    const { buffer, length } = this.content;
-    this.content = appended(new Uint8Array(buffer), length, more).subarray(0, length + more.length);
-  }
-
   get requestTarget(): string {
     return latin1(this.bytes, this.targetFrom, this.bytes.indexOf(SP, this.targetFrom));
   }
@@ -378,7 +351,7 @@ export class RequestHead {
   }
 
   get query(): string {
-    return TARGET_PARTS.exec(this.requestTarget)?.[3] ?? "";
+    return (TARGET_PARTS.exec(this.requestTarget)?.[3] ?? "").slice(1);
   }
 
   get text(): string {
@@ -398,15 +371,13 @@ export class RequestHead {
 }
 
 /**
- * Parses a request head that starts at bytes[from]; bytes[to], if there is one, must be 0. RFC 9112 §2.1:
- * HTTP-message = request-line CRLF *( field-line CRLF ) CRLF [ message-body ]. It keeps nothing between two calls: a
- * head is recognised whole, and its outcome is the same however the bytes were split.
- * @returns the index behind the head; -1 if more bytes are needed @throws Refusal
+ * Parses a request head that starts at bytes[from]; bytes[to], if there is one, must be 0. It keeps nothing between two
+ * calls, so the outcome is the same however the bytes were split. RFC 9112 §2.1: HTTP-message = request-line CRLF
+ * *( field-line CRLF ) CRLF [ message-body ]. @returns the index behind the head; -1 if more is needed @throws Refusal
  */
 export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: number, to: number): number {
   head.start(bytes, from, to);
-  // RFC 9112 §2.2: a server should skip an empty line before the request-line.
-  let at = from;
+  let at = from; // behind empty lines, which a server should skip (RFC 9112 §2.2)
   for (let emptyLines = 1; bytes[at] === CR; emptyLines++, at += 2) {
     if (bytes[at + 1] !== LF) return misfit(head, "bare-cr", at + 1);
     if (emptyLines > EMPTY_LINES_MAX) return misfit(head, "empty-lines", at);
@@ -422,8 +393,7 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   const targetToMax = at + head.limits.requestTargetBytesMax;
   for (; ; at += 3) {
     at = skipWhile(TARGET, bytes, at, to);
-    // RFC 9112 §3: a request-target longer than any that is served gets 414.
-    if (at > targetToMax) return misfit(head, "request-target-too-long", targetToMax);
+    if (at > targetToMax) return misfit(head, "request-target-too-long", targetToMax); // RFC 9112 §3: 414
     if (bytes[at] !== PERCENT) break;
     // RFC 3986 §2.1: pct-encoded = "%" HEXDIG HEXDIG. Decoders differ on anything else: refuse it.
     if (HEXDIG[byteAt(bytes, at + 1)] !== 1) return misfit(head, "request-target", at + 1);
@@ -444,8 +414,7 @@ export function parseRequestHead(head: RequestHead, bytes: Uint8Array, from: num
   for (let fieldLines = 1; bytes[at] !== CR; fieldLines++, at += 2) {
     const nameFrom = at;
     const nameTo = (at = skipWhile(TCHAR, bytes, at, to));
-    // RFC 9112 §5.2 and §2.2: obs-fold, or white space before the first field-line.
-    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfit(head, "obs-fold", at);
+    if (at === nameFrom && OWS[byteAt(bytes, at)] === 1) return misfit(head, "obs-fold", at); // RFC 9112 §5.2, §2.2
     if (at === nameFrom || bytes[at] !== COLON) return misfit(head, "field-line", at);
     if (fieldLines > head.limits.fieldLinesMax) return misfit(head, "too-many-fields", at);
     at = skipWhile(FIELD_CONTENT, bytes, at + 1, to);
@@ -469,8 +438,7 @@ function misfit(head: RequestHead, rejection: Rejection, at: number): number {
   const isTooLarge = at - from >= limits.headBytesMax;
   if (at === to && !isTooLarge) return -1;
   head.to = Math.min(to, from + LOGGED_BYTES_MAX);
-  // RFC 9112 §3: a method longer than any that is implemented gets 501.
-  const isMethod = targetFrom === 0 || targetFrom - from > limits.headBytesMax;
+  const isMethod = targetFrom === 0 || targetFrom - from > limits.headBytesMax; // too long a one: 501 (RFC 9112 §3)
   if (isTooLarge) throw new Refusal(isMethod ? "method-unknown" : "head-too-large");
   // Inside a line, LF would end it without CR.
   throw new Refusal(bytes[at] === LF && /^(?:request-line|field)/.test(rejection) ? "bare-lf" : rejection);
@@ -507,8 +475,7 @@ function noteField(head: RequestHead, bytes: Uint8Array, from: number, to: numbe
 /** RFC 9112 §3.2: the four forms of a request-target, and which method may use which. */
 function checkRequestTarget(head: RequestHead): void {
   const { bytes, method, targetFrom } = head;
-  // §3.2.1: origin-form = absolute-path [ "?" query ]
-  if (bytes[targetFrom] === SLASH && method !== "CONNECT") return;
+  if (bytes[targetFrom] === SLASH && method !== "CONNECT") return; // §3.2.1: origin-form = absolute-path [ "?" query ]
   const target = head.requestTarget;
   let fits = isAuthority(TARGET_PARTS.exec(target)?.[1] ?? ""); // §3.2.2: absolute-form, of the schemes served here
   if (method === "CONNECT") fits = isAuthority(target) && /:\d+$/.test(target); // §3.2.3: authority-form, only for it
@@ -702,7 +669,11 @@ class Content {
       if (decoder && decoder.announced > server.limits.contentBytesMax) throw new Refusal("content-too-large");
       if (decoder?.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) throw new Refusal("trailer-forbidden");
       if (decoder?.fault) throw new Refusal(decoder.fault);
-      if (RESPOND_NEEDS_CONTENT) head.addContent(bytes.subarray(from, decoder?.contentTo ?? next));
+      if (RESPOND_NEEDS_CONTENT) {
+        const { buffer, length } = head.content; // the buffer has room for more
+        const more = bytes.subarray(from, decoder?.contentTo ?? next);
+        head.content = appended(new Uint8Array(buffer), length, more).subarray(0, length + more.length);
+      }
       const isDone = this.wireBytes === head.contentLength || decoder?.state === "done";
       if (next > from) trace?.complete(isDone ? "content complete" : "content");
       if (isDone) return true;
@@ -729,21 +700,17 @@ function appended(buffer: Uint8Array, length: number, more: Uint8Array): Uint8Ar
 
 // ═══ 6 Answers and log lines ═════════════════════════════════════════════════════════════════════
 
-const REASON_PHRASES = new Map(
-  `200 OK, 204 No Content, 206 Partial Content, 301 Moved Permanently, 304 Not Modified, 400 Bad Request, 403 Forbidden,
-  404 Not Found, 405 Method Not Allowed, 408 Request Timeout, 412 Precondition Failed, 413 Content Too Large,
-  414 URI Too Long, 416 Range Not Satisfiable, 417 Expectation Failed, 431 Request Header Fields Too Large,
-  500 Internal Server Error, 501 Not Implemented, 503 Service Unavailable, 505 HTTP Version Not Supported`
-    .split(/,\s+/)
-    .map((line) => [Number(line.slice(0, 3)), line] as const),
-);
+const STATUSES = `200 OK, 204 No Content, 206 Partial Content, 301 Moved Permanently, 304 Not Modified, 400 Bad Request,
+  403 Forbidden, 404 Not Found, 405 Method Not Allowed, 408 Request Timeout, 412 Precondition Failed,
+  413 Content Too Large, 414 URI Too Long, 416 Range Not Satisfiable, 417 Expectation Failed, 500 Internal Server Error,
+  431 Request Header Fields Too Large, 501 Not Implemented, 503 Service Unavailable, 505 HTTP Version Not Supported`;
+const REASON_PHRASES = new Map(STATUSES.split(/,\s+/).map((line) => [Number(line.slice(0, 3)), line] as const));
 
 const encoder = new TextEncoder();
 const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
 const CONTINUE = encoder.encode("HTTP/1.1 100 Continue\r\n\r\n");
 const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
 
-/** status-line and field-lines, up to the Date. */
 function formatHead(status: number, fields: Record<string, string>): Uint8Array {
   const lines = Object.entries(fields).map(([name, value]) => `${name}: ${value}\r\n`);
   return encoder.encode(`HTTP/1.1 ${REASON_PHRASES.get(status) ?? `${status} `}\r\n${lines.join("")}Date: `);
@@ -802,9 +769,9 @@ const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
 /** A request as it was received, with an empty line after it: what the tutorial's server prints. */
-function formatRequestLog({ bytes, from, to }: RequestHead, content: Uint8Array, contentLength: number): string {
-  const text = printable(utf8.decode(bytes.subarray(from, to))) + printable(utf8.decode(content));
-  const more = contentLength - content.length;
+function formatRequestLog({ bytes, from, to }: RequestHead, content: Content | undefined): string {
+  const text = printable(utf8.decode(bytes.subarray(from, to))) + printable(utf8.decode(content?.logged));
+  const more = content === undefined ? 0 : content.wireBytes - content.logged.length;
   return `${text}${text.endsWith("\n") ? "" : "\n"}${more > 0 ? `(${more} more bytes)\n` : ""}`;
 }
 
@@ -822,8 +789,7 @@ function formatAccessLog({ text }: RequestHead, address: string, status: number,
 
 // ═══ 7 Text mode ═════════════════════════════════════════════════════════════════════════════════
 
-/** In a copy whose `respond` looks at `request.content`, write true. */
-const RESPOND_NEEDS_CONTENT = false as boolean; // the compiler must not take it for a constant
+const RESPOND_NEEDS_CONTENT = false as boolean; // In a copy that looks at `request.content`, true. No constant to tsc.
 
 /**
  * Maps a request to its response. **In a copy of this file, this is the function to change**: look at `request.method`,
@@ -865,10 +831,7 @@ export type Transport = Pick<Bun.Socket, "write" | "shutdown" | "terminate" | "p
   readonly remoteAddress: string | undefined; // undefined once the peer has left
 };
 
-/**
- * A socket turned into steps, for one conversation. The handlers (`on…`) store what happened and wake the step that
- * waits. Steps come after them, from `receive` on. One waits at a time. None throws: `isGone` tells of a lost peer.
- */
+/** A socket as steps: one waits at a time, and handlers (`on…`) wake it. None throws: `isGone` tells of a lost peer. */
 export class Connection {
   bytes: Uint8Array = NO_BYTES; // received and not used yet: bytes[at..to]; behind them is 0, or the end of the array
   at = 0;
@@ -988,8 +951,7 @@ export class Connection {
 
   /** Waits, after a write, until the kernel tells of room, or the deadline passes: then the next write decides. */
   waitForRoom(): Promise<Outcome> | Outcome {
-    // The kernel tells only when a third of its buffer is free: a slow peer may have taken some without that.
-    return this.wait(this.writeDeadline);
+    return this.wait(this.writeDeadline); // it tells only when a third of its buffer is free: a slow peer may take less
   }
 
   /** Writes what is left and sends FIN, then reads and drops until the peer's FIN (RFC 9112 §9.6). */
@@ -999,8 +961,7 @@ export class Connection {
     // A close with bytes unread would send a reset: the peer's kernel may then discard what it holds of our answer.
     this.socket.shutdown();
     this.trace?.step("close", "FIN sent");
-    // On a stop, nobody waits for an idle peer that does not notice.
-    const isIdle = this.server.isStopping && !this.head.hasBegun;
+    const isIdle = this.server.stoppedAt > 0 && !this.head.hasBegun; // nobody waits for a peer that does not notice
     const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
     for (let dropped = 0, outcome: Outcome = "bytes"; outcome !== "end" && outcome !== "late";) {
       dropped += this.to - this.at;
@@ -1008,8 +969,7 @@ export class Connection {
       this.at = this.to;
       outcome = await this.receive(Math.min(deadline, this.server.now + LINGER_TIMEOUT_MS));
     }
-    // No reset: a slow peer may still be reading what the kernel has taken.
-    if (!this.isGone) this.socket.end();
+    if (!this.isGone) this.socket.end(); // no reset: a slow peer may still be reading what the kernel has taken
     this.leave();
   }
 
@@ -1058,8 +1018,7 @@ export class Server {
   readonly output = new Output();
   connectionsTraced = 0;
   waitingBytes = 0; // in the buffers of all connections
-  isStopping = false;
-  stoppedAt = 0;
+  stoppedAt = 0; // when it was told to stop; 0 until then
   onEmpty = () => {}; // called when the last connection has gone
   now = 0; // milliseconds, as of the last sweep
   private sweptAt = performance.now();
@@ -1093,7 +1052,6 @@ export class Server {
 
   /** Requests in flight are answered, idle connections closed. */
   stop(): void {
-    this.isStopping = true;
     this.stoppedAt = performance.now();
     for (const connection of this.connections) connection.wake("stop");
     if (this.connections.size === 0) this.onEmpty();
@@ -1277,8 +1235,7 @@ are answered, then exit 0; a second signal exits at once. SIGHUP, with TLS: cert
 are read again for new connections. Exit 1: cannot listen. Exit 2: wrong usage.
 `;
 
-/** The flag of a limit: headBytesMax is --head-bytes-max. */
-const flagOf = (name: string) => name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+const flagOf = (name: string) => name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`); // "head-bytes-max"
 
 export const HELP_LIMITS = `Limits, each a flag that takes a number, with its default:
 
@@ -1339,29 +1296,19 @@ function readPem(path: string): string {
   }
 }
 
-/** How many files and sockets this process may have open; Infinity if that is not known. */
-function descriptorsMax(): number {
-  try {
-    return Number(/^Max open files +(\d+)/m.exec(fs.readFileSync("/proc/self/limits", "latin1"))?.[1] ?? Infinity);
-  } catch {
-    return Number.POSITIVE_INFINITY; // not Linux
-  }
-}
-
-/**
- * Lowers the limit of connections, which need `each` descriptors, so that one stays free: else nobody is accepted
- * or told so, and the event loop spins. @returns `reserve`: so many may be refused at once; twice as many are for files
- */
+/** Lowers connectionsMax, `each` descriptors a connection: if none is free, the event loop spins, and accepts none. */
 export function fitLimits(limits: Limits, descriptors: number, each: 1 | 2): { limits: Limits; reserve: number } {
-  const reserve = Math.min(REFUSED_CONNECTIONS_MAX, Math.floor(descriptors / 8));
-  const left = Math.floor((descriptors - RUNTIME_DESCRIPTORS - 3 * reserve) / each);
+  const reserve = Math.min(REFUSED_CONNECTIONS_MAX, Math.floor(descriptors / 8)); // so many may be refused at once
+  const left = Math.floor((descriptors - RUNTIME_DESCRIPTORS - 3 * reserve) / each); // twice as many are for files
   return { limits: { ...limits, connectionsMax: Math.max(1, Math.min(limits.connectionsMax, left)) }, reserve };
 }
 
 /** Serves until SIGINT or SIGTERM; a second one exits at once. */
 function run(commandLine: CommandLine): void {
   const { host, text, root, log: logFormat, cert, key } = commandLine;
-  const { limits, reserve } = fitLimits(commandLine.limits, descriptorsMax(), root === undefined ? 1 : 2);
+  const { userLimits } = process.report.getReport() as { userLimits?: { open_files: { soft: unknown } } }; // as in Node
+  const descriptors = Number(userLimits?.open_files.soft) || Number.POSITIVE_INFINITY; // "unlimited", or on Windows
+  const { limits, reserve } = fitLimits(commandLine.limits, descriptors, root === undefined ? 1 : 2);
   const log = new Log(1);
   const site = root === undefined ? new TextSite(text) : new FileSite(root);
   const server = new Server(site, logFormat, (entry) => log.print(entry), limits, reserve);
@@ -1373,12 +1320,12 @@ function run(commandLine: CommandLine): void {
 
   const exit = () => process.exit(0);
   const stop = () => {
-    if (server.isStopping) exit();
+    if (server.stoppedAt > 0) exit();
     for (const listener of listeners) listener.stop();
     // The conversation on the last connection goes on for a turn, and may still log its request.
     const isLogged = () => nextTurn().then(() => Promise.all([log.written, reports.written]));
     server.onEmpty = () => void Promise.race([isLogged(), Bun.sleep(LOG_FLUSH_MS)]).then(exit);
-    setTimeout(exit, Math.min(limits.graceMs, TIMER_MS_MAX));
+    setTimeout(exit, Math.min(limits.graceMs, 2 ** 31 - 1)); // a timer set for longer fires at once
     server.stop();
   };
   process.on("SIGINT", stop).on("SIGTERM", stop);
@@ -1389,7 +1336,7 @@ function run(commandLine: CommandLine): void {
       // Certificate and key that do not fit fail here, on a free port, while the old listeners live.
       for (const listener of listen(server, { ...commandLine, port: 0, reusePort: false }, tls)) listener.stop();
       await Bun.sleep(1); // that took a while: peers that have connected meanwhile would be reset
-      if (server.isStopping) return;
+      if (server.stoppedAt > 0) return;
       for (const listener of listeners) listener.stop();
       listeners = listen(server, { ...commandLine, port }, tls);
       report("Certificate and key are read again");
@@ -1416,7 +1363,6 @@ function main(): void {
 }
 
 // ═══ 11 Files ════════════════════════════════════════════════════════════════════════════════════
-//
 // Only for --root. Without this section, and with `new TextSite(text)` in `run`, the rest serves a
 // text; the type checker names what else can go. A request for a file is these calls, in this order:
 // parseTargetPath → open → evaluateConditions → decideRanges → prepareContent → respondContent → sendPart
@@ -1443,8 +1389,7 @@ const NO_FILE_NAME = process.platform === "win32" ? /[\0/\\:]/ : /[\0/]/; // Win
 
 /**
  * Takes the path of a request-target (RFC 3986 §3.3) apart. It is decoded once. Then dot segments are resolved (§5.2.4),
- * by their text alone, and slashes in a row count as one.
- * @returns undefined if no file can have this path, or if it leads above the root. `query` has the "?", if there is one
+ * by their text alone. Slashes in a row are one. @returns undefined if it leads above the root or no file can have it
  */
 export function parseTargetPath(requestTarget: string) {
   const [, , path = "", query = ""] = TARGET_PARTS.exec(requestTarget) ?? [];
@@ -1461,7 +1406,7 @@ export function parseTargetPath(requestTarget: string) {
   } catch {
     return undefined; // decodeURIComponent: not UTF-8
   }
-  return { segments, isFolder, query: requestTarget.includes("?") ? `?${query}` : "" };
+  return { segments, isFolder, query };
 }
 
 /** Names with a leading dot are hidden. In the path of a request, /.well-known/ is not (RFC 8615). */
@@ -1507,8 +1452,7 @@ export class FileSite extends Site {
     if (target === undefined) return responseTo("path");
     const { segments, isFolder, query } = target;
     if (segments.some(isHidden)) return responseTo("not-found");
-    // A path that ends in a slash is never that of a file: ENOTDIR.
-    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : "");
+    const path = [this.root, ...segments].join(sep) + (isFolder ? sep : ""); // with a slash it is no file's: ENOTDIR
     // The index comes first: a folder that may be entered, but not read, can have one.
     const index = isFolder ? this.open(`${path}index.html`) : "not-found";
     const file = index === "not-found" ? this.open(path) : index;
@@ -1516,8 +1460,7 @@ export class FileSite extends Site {
     if (file.known.stats.isFile()) return respondFile(request, file);
     fs.closeSync(file.fd);
     if (isFolder) return this.listings.get(path) ?? this.list(segments, path); // its index.html may be a folder, too
-    // Relative, so that it is right behind a proxy that puts the folder elsewhere.
-    const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`;
+    const Location = `${encodeURIComponent(segments.at(-1) ?? "")}/${query}`; // relative, as links on a page are
     return prepareResponse(301, { ...TEXT_FIELDS, Location }, "it is a folder\n");
   }
 
@@ -1547,14 +1490,13 @@ export class FileSite extends Site {
   }
 
   /**
-   * What is known of an open file; undefined if it is of another kind, or not below the root. A swapped link or folder
-   * shows no file from elsewhere: the kernel says where the open file is, or this very version was found below this root
-   * within the last 5 seconds. (Renaming a file changes its ctime, and so its version.)
+   * What is known of an open file; undefined if it is no file or folder below the root. Swapping links gains nothing:
+   * the kernel says where it is, or this very version was found there within 5 s. (Renaming a file changes its ctime.)
    */
   private know(fd: number, path: string): KnownFile | undefined {
     const stats = fs.fstatSync(fd);
     const last = this.knownFiles.get(path);
-    const isSame = last !== undefined && areSame(last.stats, stats);
+    const isSame = last !== undefined && isOneVersion(last.stats, stats);
     const isRecent = Math.abs(this.dateNow - (last?.foundAt ?? 0)) < FOUND_BELOW_MS; // clocks may be set back
     if (isSame && isRecent && last.foundBelow === this.realRoot) return last;
     this.knownFiles.delete(path);
@@ -1663,11 +1605,8 @@ function describeFile(path: string, stats: fs.Stats, dateNow: number) {
   return { path, stats, size, type, etag, lastModified, validators, expected, isFresh, isLasting, hashedTo: 0 };
 }
 
-/** Are these of one version of one file? */
-function areSame(one: fs.Stats, other: fs.Stats): boolean {
-  const isOne = one.dev === other.dev && one.ino === other.ino && one.size === other.size;
-  return isOne && one.mtimeMs === other.mtimeMs && one.ctimeMs === other.ctimeMs;
-}
+const isOneVersion = (a: fs.Stats, b: fs.Stats) =>
+  a.dev === b.dev && a.ino === b.ino && a.size === b.size && a.mtimeMs === b.mtimeMs && a.ctimeMs === b.ctimeMs;
 
 /** Fills into[from..to] with what stands at a position of a file. @returns false if there is less @throws SystemError */
 function readFully({ fd, known }: OpenFile, into: Uint8Array, from: number, to: number, position: number): boolean {
@@ -1682,7 +1621,7 @@ function readFully({ fd, known }: OpenFile, into: Uint8Array, from: number, to: 
   if (known.hasher === undefined || known.digest !== undefined || next < from || next > to) return true;
   known.hasher.update(into.subarray(next, to));
   known.hashedTo = position + to - from;
-  const isWhole = known.hashedTo === known.size && areSame(known.stats, fs.fstatSync(fd));
+  const isWhole = known.hashedTo === known.size && isOneVersion(known.stats, fs.fstatSync(fd));
   if (isWhole) known.digest = known.hasher.digest("base64");
   return true;
 }
@@ -1716,11 +1655,9 @@ function isListed(list: string, etag: string, isWeakly: boolean): boolean {
 /** RFC 9110 §13.2.2, for GET and HEAD. @returns 304: the client's copy is current; 412: a precondition failed */
 export function evaluateConditions(fields: Fields, { etag, lastModified }: FileVersion): 304 | 412 | undefined {
   const date = (name: string) => parseHttpDate(fields.get(name) ?? ""); // NaN compares with nothing
-  // Step 1, and step 2 only without it.
-  const ifMatch = fields.get("if-match");
+  const ifMatch = fields.get("if-match"); // step 1, and step 2 only without it
   if (ifMatch === undefined ? lastModified > date("if-unmodified-since") : !isListed(ifMatch, etag, false)) return 412;
-  // Step 3, and step 4 only without it.
-  const ifNoneMatch = fields.get("if-none-match");
+  const ifNoneMatch = fields.get("if-none-match"); // step 3, and step 4 only without it
   if (ifNoneMatch !== undefined) return isListed(ifNoneMatch, etag, true) ? 304 : undefined;
   return lastModified <= date("if-modified-since") ? 304 : undefined;
 }
@@ -1786,9 +1723,8 @@ export const wantsSha256 = (wantReprDigest: string) =>
 
 type OpenFile = Readonly<{ fd: number; known: KnownFile }>; // or folder, below the root; the holder must close it
 type Segment = ByteRange & { readonly text?: Uint8Array }; // of content: a range of the file, or a text between two
-/** A response before its content is read, if it consists of segments. `length` is that of all together. */
-type Prepared = Response & { readonly segments?: readonly Segment[]; readonly length?: number };
-export type Part = OpenFile & Required<Pick<Prepared, "segments" | "length">>; // content that is read while it is sent
+export type Part = OpenFile & Readonly<{ segments: readonly Segment[]; length: number }>; // is read while it is sent
+type Prepared = Response & Partial<Pick<Part, "segments" | "length">>; // a response before its content is read
 
 /** The response with a file or parts of it, or that says why there is none. Only a digest is waited for. */
 function respondFile(request: RequestHead, file: OpenFile): Response | Promise<Response> {
@@ -1806,7 +1742,6 @@ function respondFile(request: RequestHead, file: OpenFile): Response | Promise<R
     return answer(prepareResponse(416, about, "the file has none of these bytes\n"));
   }
   const wantsDigest = !known.isFresh && wantsSha256(fields.get("want-repr-digest") ?? ""); // a fresh one may change yet
-  if (ranges === undefined && !wantsDigest) return answer((known.usual ??= prepareContent(known)));
   const answerContent = () => answer(prepareContent(known, ranges, wantsDigest));
   return wantsDigest && known.digest === undefined ? hash(file).then(answerContent) : answerContent();
 }
@@ -1819,8 +1754,7 @@ function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], wantsDi
   const [range = { from: 0, to: size }, ...more] = ranges ?? [];
   let segments: readonly Segment[] = [range];
   if (more.length > 0) {
-    // RFC 9110 §14.6: multipart/byteranges, in which each range has a head of its own.
-    const boundary = crypto.randomUUID();
+    const boundary = crypto.randomUUID(); // RFC 9110 §14.6: in multipart/byteranges each range has a head of its own
     const asSegment = (text: string) => ({ from: 0, to: text.length, text: encoder.encode(text) }); // it is ASCII
     const head = `\r\n--${boundary}\r\nContent-Type: ${type}\r\nContent-Range: `;
     const parts = [range, ...more].flatMap((one) => [asSegment(`${head}${contentRange(one)}\r\n\r\n`), one]);
@@ -1840,10 +1774,9 @@ function respondContent(method: Method, { fd, known }: OpenFile, prepared: Prepa
   let { content } = prepared;
   if (segments !== undefined && method !== "HEAD") {
     const part = { fd, known, segments, length };
-    const isSmall = length <= SMALL_FILE_BYTES_MAX;
-    if (isSmall) content = new Uint8Array(length);
+    if (length <= SMALL_FILE_BYTES_MAX) content = new Uint8Array(length);
     // A file that has just changed is sent as a large one: sendPart finds out whether it can be.
-    if (!isSmall || readPart(part, 0, content) !== "same") return { status, head, content: NO_BYTES, part };
+    if (content.length < length || readPart(part, 0, content) !== "same") return { ...prepared, part };
   }
   fs.closeSync(fd);
   return { status, head, content };
@@ -1943,23 +1876,18 @@ function formatBytes(bytes: number): string {
 }
 // ── end shared ──
 
-/**
- * The page of a folder with these names in its path. Links are relative, so that it works behind a proxy that puts the
- * folder elsewhere. `unlisted` is how many more names there are than it may have, `unreadable` how many are not UTF-8.
- */
+/** The page of a folder. Links are relative, so that it works behind a proxy that puts the folder elsewhere. */
 export function formatListing(path: readonly string[], entries: readonly ListingEntry[], unlisted = 0, unreadable = 0) {
-  // Folders first; then "file9" before "file10".
-  const { compare } = new Intl.Collator("en", { numeric: true });
+  const { compare } = new Intl.Collator("en", { numeric: true }); // "file9" before "file10", and folders first
   const sorted = entries.toSorted((a, b) => Number(b.isFolder) - Number(a.isFolder) || compare(a.name, b.name));
   const items = sorted.map(formatListingEntry);
   if (path.length > 0) items.unshift('<li><a href="../">Parent folder</a></li>');
   const heading = Bun.escapeHTML(printable(["", ...path, ""].join("/")));
-  const counted = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
+  const plural = (n: number, one: string, many = `${one}s`) => (n > 0 ? `${n} ${n === 1 ? one : many}` : "");
   const folders = entries.filter(({ isFolder }) => isFolder).length;
   const more = unlisted > 0 ? `and ${unlisted} more that the page leaves out` : "";
-  const counts = [counted(folders, "folder"), counted(entries.length - folders, "file"), more];
-  const shown = counts.filter(Boolean).join(", ");
-  const left = counted(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
+  const shown = [plural(folders, "folder"), plural(entries.length - folders, "file"), more].filter(Boolean).join(", ");
+  const left = plural(unreadable, "name that is not UTF-8 is left out", "names that are not UTF-8 are left out");
   const about = shown + left === "" ? "This folder is empty" : "Times are in UTC";
   return `<!DOCTYPE html>
 <html lang="en">

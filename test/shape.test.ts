@@ -100,7 +100,8 @@ test("docs/reference.md has each limit with its default, its meaning in --help l
   const { stdout, exitCode } = await runProgram("server", "script", ["--help", "limits"]);
   expect(exitCode).toBe(0);
   const source = /^const BOUNDS = \{\n(.*?)^\} as const/ms.exec(read("server.ts"))?.[1] ?? "";
-  const reasons = [...source.matchAll(/^ {2}\/\*\* (.*) \*\/$/gm)].map(([, reason = ""]) => reason);
+  const comments = source.matchAll(/^ {2}(?:\/\*\* (.*) \*\/|\w+: \[.*\], \/\/ (.*))$/gm); // above a limit or behind it
+  const reasons = [...comments].map(([, above, behind = ""]) => above ?? behind);
   const printed = [...stdout.matchAll(/^ {2}(--\S+) +(\d+) {2}(.*)$/gm)];
   expect(printed.length).toBe(Object.keys(LIMITS).length);
   const expected = printed.map(([, flag, value = "", meaning = ""], index) => [
