@@ -882,7 +882,7 @@ class ProgressLine {
 
   show({ job, delivery }: Session): void {
     const { bytes, total = 0 } = delivery.held;
-    this.firstBytes ??= bytes;
+    this.firstBytes = Math.min(this.firstBytes ?? bytes, bytes); // less: it has started over
     const now = elapsedMs(job);
     if (now < this.dueAt) return;
     this.dueAt = now + LIMITS.progressEveryMs;
