@@ -1418,7 +1418,8 @@ class FileSink implements Sink {
   private readonly request: string; // for the label; "" if the content cannot be continued
   private readonly older: readonly FoundPart[]; // of earlier runs
   readonly leftover: FoundPart | undefined; // the one of them that is continued
-  private part: { path: string; fd: number; inode: number } | undefined; // the inode tells if the path is still ours
+  /** What this run writes. The inode tells if the path is still ours. */
+  private part: { path: string; fd: number; inode: number; label: Label } | undefined;
 
   constructor(
     private readonly path: string,
@@ -1433,7 +1434,9 @@ class FileSink implements Sink {
     this.request = canContinue ? url.origin + resourceOf(url) + digestOf(fields.join("\n")) : "";
     this.older = [...findParts(path)];
     // Of the version that was seen last, the longest part is worth most.
-    const usable = this.older.filter((part) => this.canContinue(part)).sort((a, b) => b.labelledAt - a.labelledAt);
+    const usable = this.older
+      .filter((part) => this.canContinue(part.label))
+      .sort((a, b) => b.labelledAt - a.labelledAt);
     const { validator, resource } = usable[0]?.label ?? NOTHING;
     const same = usable.filter(({ label }) => label.validator === validator && label.resource === resource);
     [this.leftover] = same.sort((a, b) => b.label.bytes - a.label.bytes);
@@ -1477,16 +1480,17 @@ class FileSink implements Sink {
   /** Keeps a part that a later run can continue, and nothing else. What a full disk has taken of a piece counts, too. */
   close(held: Held): string {
     if (this.part === undefined) return "";
-    const { path, inode } = this.part;
-    const part = findParts(this.path).find((part) => part.path === path && part.inode === inode);
-    if (part !== undefined && this.canContinue(part) && part.label.bytes >= held.bytes)
-      return `Kept ${part.label.bytes} bytes in ${path}: the same command continues from there`;
+    const { path, inode, label } = this.part;
+    const { ino, nlink, size: bytes = 0 } = statOf(path) ?? {}; // nothing is opened: that may fail, and tell nothing
+    const isOurs = ino === inode && nlink === 1 && statOf(`${path}.json`) !== undefined;
+    if (isOurs && this.canContinue({ ...label, bytes }) && bytes >= held.bytes)
+      return `Kept ${bytes} bytes in ${path}: the same command continues from there`;
     this.discard();
     return "";
   }
 
   /** May this run continue the part? The same digest is the same content, whatever the request was. */
-  private canContinue({ label: { request, validator, bytes, total = bytes } }: FoundPart): boolean {
+  private canContinue({ request, validator, bytes, total = bytes }: Label): boolean {
     const isWanted = request !== "" && this.request !== "" && [this.request, this.job.sha256].includes(request);
     return isWanted && validator + this.job.sha256 !== "" && bytes > 0 && bytes <= total;
   }
@@ -1506,7 +1510,7 @@ class FileSink implements Sink {
       await Bun.sleep(LIMITS.idlePartMs);
       if (fs().fstatSync(fd).mtimeMs !== mtimeMs) continue;
       // That run has died, and nobody writes to the part any more. With --sha256 it may have joined other bytes.
-      const part = findParts(this.path).find((part) => part.inode === inode && part.label.request === this.request);
+      const part = findParts(this.path).find((part) => part.inode === inode && this.canContinue(part.label));
       if (part === undefined || this.job.sha256 !== "") break;
       return part;
     }
@@ -1528,7 +1532,7 @@ class FileSink implements Sink {
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
       this.discard();
-      return (this.part = { path, fd, inode });
+      return (this.part = { path, fd, inode, label });
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;

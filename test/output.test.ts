@@ -478,6 +478,16 @@ test.concurrent.each(["fsync:error=EINVAL", "fsync:error=EOPNOTSUPP", "rename,re
   },
 );
 
+test.concurrent("a folder that cannot be read at the end is no reason to delete the part", async () => {
+  await using place = await makePlace(OLD);
+  using origin = scripted([serving({ cut: HALF }), serving()]);
+  const { stderr } = await traced(place, origin.url, ["-e", "inject=getdents64:error=EIO"], "--retry", "0");
+  expect([stderr, place.kept()]).toEqual([expect.stringMatching(ONE_LINE), HALF]);
+  expect((await save(place, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+  expect(origin.requests.map(rangeOf)).toEqual([undefined, HALF]);
+  expectWhole(place);
+});
+
 test.concurrent.if(isRoot)("a part of the folder's owner is continued, and of nobody else but the user", async () => {
   for (const [owner, range] of [
     [NOBODY, HALF],
