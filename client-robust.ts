@@ -210,7 +210,7 @@ async function sendRequest(connection: Connection, session: Session): Promise<vo
     if (unsent.length < 65_536) continue; // a small request is one write
     if (!(await connection.send(unsent))) return; // the server has answered early, and needs no more
     unsent = new Uint8Array(0);
-    await new Promise((resolve) => setImmediate(resolve)); // or a fast disk and a fast peer would keep timers waiting
+    await nextTurn(); // or a fast disk and a fast peer would keep timers waiting
   }
   if (left > 0) throw new TransferError("send", "the data has become shorter", { isFinal: true });
   await connection.send(unsent);
@@ -1081,6 +1081,7 @@ async function within<T>(ms: number, step: T | Promise<T>, message: string, left
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
 
+const nextTurn = () => new Promise(setImmediate); // lets timers and signals have a turn
 const elapsedMs = ({ startedAt }: Options) => performance.now() - startedAt;
 /** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
 const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promise<T> =>
@@ -1589,7 +1590,8 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
     return openStream(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   fs().accessSync(old === undefined ? paths().dirname(path) : path, old === undefined ? W_OK | X_OK : W_OK);
-  if (sha256 !== "" && (await sha256HexOf(Bun.file(path)).catch(() => "")) === sha256) return undefined;
+  if (sha256 !== "" && (await sha256HexOf(Bun.file(paths().resolve(path))).catch(() => "")) === sha256)
+    return undefined;
   return new FileSink(path, old, job);
 }
 
@@ -1621,7 +1623,10 @@ function sync(fd: number): void {
 
 async function sha256HexOf(file: Blob): Promise<string> {
   const hash = new Bun.CryptoHasher("sha256");
-  for await (const piece of file.stream()) hash.update(piece);
+  for await (const piece of file.stream()) {
+    hash.update(piece);
+    await nextTurn();
+  }
   return hash.digest("hex");
 }
 

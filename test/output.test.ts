@@ -1919,6 +1919,24 @@ describe("--sha256", () => {
     }
   });
 
+  test.concurrent("a FILE that takes long to read does not keep --max-time waiting", async () => {
+    await using place = await makePlace(OLD);
+    truncateSync(place.file, 2 ** 33); // all of it a hole: the disk never has to be waited for
+    using origin = scripted([serving()]);
+    expect((await save(place, origin.url, ...SHA256, "--max-time", "1")).exitCode).toBe(EXIT_CODES.timeout);
+    expect(origin.requests).toEqual([]);
+  });
+
+  test.concurrent("a FILE is a file, whatever its name looks like", async () => {
+    await using place = await makePlace();
+    for (const scheme of ["s3:", "file:", "http:"]) {
+      mkdirSync(join(place.folder, scheme, "b"), { recursive: true });
+      writeFileSync(join(place.folder, scheme, "b", "file"), CONTENT);
+      const argv = [...(await command("client-robust", "binary")), ...SHA256, "-o", `${scheme}//b/file`];
+      expect((await run([...argv, "http://localhost:1"], { cwd: place.folder })).exitCode).toBe(EXIT_CODES.ok);
+    }
+  });
+
   test.concurrent("an existing FILE that has not is fetched", async () => {
     for (const old of [
       CONTENT.subarray(1),
