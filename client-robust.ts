@@ -186,6 +186,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     }
     job.trace?.complete("content complete");
     if (request.method !== "HEAD") await delivery.finish(head);
+    else await delivery.sink.finish(delivery.held); // prints the head
     // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
     if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
     return undefined;
