@@ -1189,7 +1189,7 @@ class Delivery {
   note = ""; // what the user should know about the content
   isUnchanged = false; // the user has the content already
   isVerified = false; // its SHA-256 is what the user or the server has said
-  private before: number; // bytes held when the attempt began: more is progress. Infinity: it has started over
+  private most: number; // bytes ever held of this version: more is progress. Infinity: it has started over
   private isJoined = true; // the content held came in several responses, or in an earlier run
   private hash: Bun.CryptoHasher | undefined;
   private at = Number.POSITIVE_INFINITY; // the place in the whole that the response under way has reached
@@ -1201,21 +1201,21 @@ class Delivery {
     private readonly job: Options,
   ) {
     this.held = sink.leftover?.label ?? NOTHING;
-    this.before = this.held.bytes;
+    this.most = this.held.bytes;
   }
 
-  /** An attempt has ended. @param spoils what is held is deleted. @returns true if more is held than before */
+  /** An attempt has ended. @param spoils what is held is deleted. @returns true if more is held than ever before */
   endAttempt(spoils: boolean): boolean {
+    const { most, held } = this;
+    this.most = most === Number.POSITIVE_INFINITY ? held.bytes : Math.max(most, held.bytes);
+    this.at = Number.POSITIVE_INFINITY;
     if (spoils) this.sink.discard?.();
     if (spoils) this.held = NOTHING;
-    const isMore = this.held.bytes > this.before;
-    this.before = this.held.bytes;
-    this.at = Number.POSITIVE_INFINITY;
-    return isMore;
+    return this.held.bytes > most;
   }
 
   start(head: ResponseHead, { held, from, end }: Extract<Verdict, { action: "deliver" }>): void {
-    if (held.bytes === 0 && this.held.bytes > 0) this.before = Number.POSITIVE_INFINITY;
+    if (held.bytes === 0 && this.held.bytes > 0) this.most = Number.POSITIVE_INFINITY;
     this.held = held;
     this.at = from;
     this.end = end;

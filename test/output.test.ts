@@ -2013,6 +2013,15 @@ describe("--sha256", () => {
     expect([place.names(), place.text()]).toEqual([["file"], OLD]);
   });
 
+  test.concurrent("a wrong digest of pieces that come again and again ends, too", async () => {
+    await using place = await makePlace(OLD);
+    const cuts = [...[1000, 2000, 3000].map((cut) => serving({ cut })), serving()];
+    using origin = scripted([...cuts, ...cuts, ...cuts]);
+    const args = [...WRONG, "--retry", "3", "--retry-delay", "0.01"];
+    expect((await save(place, origin.url, ...args)).exitCode).toBe(EXIT_CODES.partial);
+    expect(origin.requests.length).toBe(6);
+  });
+
   test.concurrent("pieces of two versions that have one tag are found out, and the whole is fetched", async () => {
     for (const [etag, args] of [
       ['"a"', SHA256],
