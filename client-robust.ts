@@ -173,6 +173,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     }
     job.trace?.complete("content complete");
     if (request.method !== "HEAD") await delivery.finish(head);
+    else await delivery.sink.finish(delivery.held); // prints the head
     // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
     if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
     return undefined;
@@ -196,7 +197,7 @@ async function sendRequest(connection: Connection, session: Session): Promise<vo
     if (unsent.length < 65_536) continue; // a small request is one write
     if (!(await connection.send(unsent))) return; // the server has answered early, and needs no more
     unsent = new Uint8Array(0);
-    await new Promise((resolve) => setImmediate(resolve)); // or a fast disk and a fast peer would keep timers waiting
+    await nextTurn(); // or a fast disk and a fast peer would keep timers waiting
   }
   if (left > 0) throw new TransferError("send", "the data has become shorter", { isFinal: true });
   await connection.send(unsent);
@@ -1074,6 +1075,7 @@ async function within<T>(ms: number, step: T | Promise<T>, message: string, left
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
 
+const nextTurn = () => new Promise(setImmediate); // lets timers and signals have a turn
 const elapsedMs = ({ startedAt }: Options) => performance.now() - startedAt;
 /** Waits for a step until --max-time, and `moreMs` longer: whatever it waits for. @throws TransferError "timeout" */
 const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promise<T> =>
@@ -1180,7 +1182,7 @@ class Delivery {
   note = ""; // what the user should know about the content
   isUnchanged = false; // the user has the content already
   isVerified = false; // its SHA-256 is what the user or the server has said
-  private before: number; // bytes held when the attempt began: more is progress. Infinity: it has started over
+  private most: number; // bytes ever held of this version: more is progress. Infinity: it has started over
   private isJoined = true; // the content held came in several responses, or in an earlier run
   private hash: Bun.CryptoHasher | undefined;
   private at = Number.POSITIVE_INFINITY; // the place in the whole that the response under way has reached
@@ -1192,21 +1194,21 @@ class Delivery {
     private readonly job: Options,
   ) {
     this.held = sink.leftover?.label ?? NOTHING;
-    this.before = this.held.bytes;
+    this.most = this.held.bytes;
   }
 
-  /** An attempt has ended. @param spoils what is held is deleted. @returns true if more is held than before */
+  /** An attempt has ended. @param spoils what is held is deleted. @returns true if more is held than ever before */
   endAttempt(spoils: boolean): boolean {
+    const { most, held } = this;
+    this.most = most === Number.POSITIVE_INFINITY ? held.bytes : Math.max(most, held.bytes);
+    this.at = Number.POSITIVE_INFINITY;
     if (spoils) this.sink.discard?.();
     if (spoils) this.held = NOTHING;
-    const isMore = this.held.bytes > this.before;
-    this.before = this.held.bytes;
-    this.at = Number.POSITIVE_INFINITY;
-    return isMore;
+    return this.held.bytes > most;
   }
 
   start(head: ResponseHead, { held, from, end }: Extract<Verdict, { action: "deliver" }>): void {
-    if (held.bytes === 0 && this.held.bytes > 0) this.before = Number.POSITIVE_INFINITY;
+    if (held.bytes === 0 && this.held.bytes > 0) this.most = Number.POSITIVE_INFINITY;
     this.held = held;
     this.at = from;
     this.end = end;
@@ -1411,7 +1413,8 @@ class FileSink implements Sink {
   private readonly request: string; // for the label; "" if the content cannot be continued
   private readonly older: readonly FoundPart[]; // of earlier runs
   readonly leftover: FoundPart | undefined; // the one of them that is continued
-  private part: { path: string; fd: number; inode: number } | undefined; // the inode tells if the path is still ours
+  /** What this run writes. The inode tells if the path is still ours. */
+  private part: { path: string; fd: number; inode: number; label: Label } | undefined;
 
   constructor(
     private readonly path: string,
@@ -1426,7 +1429,9 @@ class FileSink implements Sink {
     this.request = canContinue ? url.origin + resourceOf(url) + digestOf(fields.join("\n")) : "";
     this.older = [...findParts(path)];
     // Of the version that was seen last, the longest part is worth most.
-    const usable = this.older.filter((part) => this.canContinue(part)).sort((a, b) => b.labelledAt - a.labelledAt);
+    const usable = this.older
+      .filter((part) => this.canContinue(part.label))
+      .sort((a, b) => b.labelledAt - a.labelledAt);
     const { validator, resource } = usable[0]?.label ?? NOTHING;
     const same = usable.filter(({ label }) => label.validator === validator && label.resource === resource);
     [this.leftover] = same.sort((a, b) => b.label.bytes - a.label.bytes);
@@ -1470,16 +1475,17 @@ class FileSink implements Sink {
   /** Keeps a part that a later run can continue, and nothing else. What a full disk has taken of a piece counts, too. */
   close(held: Held): string {
     if (this.part === undefined) return "";
-    const { path, inode } = this.part;
-    const part = findParts(this.path).find((part) => part.path === path && part.inode === inode);
-    if (part !== undefined && this.canContinue(part) && part.label.bytes >= held.bytes)
-      return `Kept ${part.label.bytes} bytes in ${path}: the same command continues from there`;
+    const { path, inode, label } = this.part;
+    const { ino, nlink, size: bytes = 0 } = statOf(path) ?? {}; // nothing is opened: that may fail, and tell nothing
+    const isOurs = ino === inode && nlink === 1 && statOf(`${path}.json`) !== undefined;
+    if (isOurs && this.canContinue({ ...label, bytes }) && bytes >= held.bytes)
+      return `Kept ${bytes} bytes in ${path}: the same command continues from there`;
     this.discard();
     return "";
   }
 
   /** May this run continue the part? The same digest is the same content, whatever the request was. */
-  private canContinue({ label: { request, validator, bytes, total = bytes } }: FoundPart): boolean {
+  private canContinue({ request, validator, bytes, total = bytes }: Label): boolean {
     const isWanted = request !== "" && this.request !== "" && [this.request, this.job.sha256].includes(request);
     return isWanted && validator + this.job.sha256 !== "" && bytes > 0 && bytes <= total;
   }
@@ -1499,7 +1505,7 @@ class FileSink implements Sink {
       await Bun.sleep(LIMITS.idlePartMs);
       if (fs().fstatSync(fd).mtimeMs !== mtimeMs) continue;
       // That run has died, and nobody writes to the part any more. With --sha256 it may have joined other bytes.
-      const part = findParts(this.path).find((part) => part.inode === inode && part.label.request === this.request);
+      const part = findParts(this.path).find((part) => part.inode === inode && this.canContinue(part.label));
       if (part === undefined || this.job.sha256 !== "") break;
       return part;
     }
@@ -1521,7 +1527,7 @@ class FileSink implements Sink {
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
       this.discard();
-      return (this.part = { path, fd, inode });
+      return (this.part = { path, fd, inode, label });
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
@@ -1578,7 +1584,8 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
     return openStream(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   fs().accessSync(old === undefined ? paths().dirname(path) : path, old === undefined ? W_OK | X_OK : W_OK);
-  if (sha256 !== "" && (await sha256HexOf(Bun.file(path)).catch(() => "")) === sha256) return undefined;
+  if (sha256 !== "" && (await sha256HexOf(Bun.file(paths().resolve(path))).catch(() => "")) === sha256)
+    return undefined;
   return new FileSink(path, old, job);
 }
 
@@ -1610,7 +1617,10 @@ function sync(fd: number): void {
 
 async function sha256HexOf(file: Blob): Promise<string> {
   const hash = new Bun.CryptoHasher("sha256");
-  for await (const piece of file.stream()) hash.update(piece);
+  for await (const piece of file.stream()) {
+    hash.update(piece);
+    await nextTurn();
+  }
   return hash.digest("hex");
 }
 

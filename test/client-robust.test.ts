@@ -292,8 +292,10 @@ time.sleep(60)`;
       expect(stderr).toMatch(/^Error: cannot write \/[^\n]*: E[A-Z]+\n$/);
       expect(exitCode).toBe(EXIT_CODES.write);
     }
-    const full = await runProgram("client-robust", variant, [server.url], { stdout: "/dev/full" });
-    expect([full.stderr, full.exitCode]).toEqual(["Error: cannot write: ENOSPC\n", EXIT_CODES.write]);
+    for (const args of [[], ["-I"]]) {
+      const full = await runProgram("client-robust", variant, [...args, server.url], { stdout: "/dev/full" });
+      expect([full.stderr, full.exitCode]).toEqual(["Error: cannot write: ENOSPC\n", EXIT_CODES.write]);
+    }
   });
 
   test.concurrent("goes on where somebody made its stdout non-blocking and reads slowly", async () => {

@@ -478,6 +478,16 @@ test.concurrent.each(["fsync:error=EINVAL", "fsync:error=EOPNOTSUPP", "rename,re
   },
 );
 
+test.concurrent("a folder that cannot be read at the end is no reason to delete the part", async () => {
+  await using place = await makePlace(OLD);
+  using origin = scripted([serving({ cut: HALF }), serving()]);
+  const { stderr } = await traced(place, origin.url, ["-e", "inject=getdents64:error=EIO"], "--retry", "0");
+  expect([stderr, place.kept()]).toEqual([expect.stringMatching(ONE_LINE), HALF]);
+  expect((await save(place, origin.url)).exitCode).toBe(EXIT_CODES.ok);
+  expect(origin.requests.map(rangeOf)).toEqual([undefined, HALF]);
+  expectWhole(place);
+});
+
 test.concurrent.if(isRoot)("a part of the folder's owner is continued, and of nobody else but the user", async () => {
   for (const [owner, range] of [
     [NOBODY, HALF],
@@ -1909,6 +1919,24 @@ describe("--sha256", () => {
     }
   });
 
+  test.concurrent("a FILE that takes long to read does not keep --max-time waiting", async () => {
+    await using place = await makePlace(OLD);
+    truncateSync(place.file, 2 ** 33); // all of it a hole: the disk never has to be waited for
+    using origin = scripted([serving()]);
+    expect((await save(place, origin.url, ...SHA256, "--max-time", "1")).exitCode).toBe(EXIT_CODES.timeout);
+    expect(origin.requests).toEqual([]);
+  });
+
+  test.concurrent("a FILE is a file, whatever its name looks like", async () => {
+    await using place = await makePlace();
+    for (const scheme of ["s3:", "file:", "http:"]) {
+      mkdirSync(join(place.folder, scheme, "b"), { recursive: true });
+      writeFileSync(join(place.folder, scheme, "b", "file"), CONTENT);
+      const argv = [...(await command("client-robust", "binary")), ...SHA256, "-o", `${scheme}//b/file`];
+      expect((await run([...argv, "http://localhost:1"], { cwd: place.folder })).exitCode).toBe(EXIT_CODES.ok);
+    }
+  });
+
   test.concurrent("an existing FILE that has not is fetched", async () => {
     for (const old of [
       CONTENT.subarray(1),
@@ -1983,6 +2011,15 @@ describe("--sha256", () => {
     expect((await save(place, another.url, ...WRONG)).exitCode).toBe(EXIT_CODES.digest);
     expect(another.requests.map(rangeOf)).toEqual([HALF, undefined]);
     expect([place.names(), place.text()]).toEqual([["file"], OLD]);
+  });
+
+  test.concurrent("a wrong digest of pieces that come again and again ends, too", async () => {
+    await using place = await makePlace(OLD);
+    const cuts = [...[1000, 2000, 3000].map((cut) => serving({ cut })), serving()];
+    using origin = scripted([...cuts, ...cuts, ...cuts]);
+    const args = [...WRONG, "--retry", "3", "--retry-delay", "0.01"];
+    expect((await save(place, origin.url, ...args)).exitCode).toBe(EXIT_CODES.partial);
+    expect(origin.requests.length).toBe(6);
   });
 
   test.concurrent("pieces of two versions that have one tag are found out, and the whole is fetched", async () => {
