@@ -1807,7 +1807,7 @@ async function readData(data: readonly string[]): Promise<Blob[]> {
 async function openData(path: string): Promise<Blob> {
   try {
     const found = path === "-" ? undefined : fs().statSync(path);
-    if (found?.isFile() && found.size > 0) return Bun.file(path).slice(0, found.size); // in /proc, files tell no size
+    if (found?.isFile() && found.size > 0) return Bun.file(paths().resolve(path)).slice(0, found.size); // /proc tells no size
     const pieces: Uint8Array<ArrayBuffer>[] = []; // of a device, too, which Bun.file cannot read
     let left = LIMITS.heldDataBytesMax;
     for await (const piece of found === undefined ? Bun.stdin.stream() : fs().createReadStream(path)) {

@@ -1934,6 +1934,11 @@ describe("--sha256", () => {
       writeFileSync(join(place.folder, scheme, "b", "file"), CONTENT);
       const argv = [...(await command("client-robust", "binary")), ...SHA256, "-o", `${scheme}//b/file`];
       expect((await run([...argv, "http://localhost:1"], { cwd: place.folder })).exitCode).toBe(EXIT_CODES.ok);
+      using origin = scripted([serving()]); // and so is the content to send
+      writeFileSync(join(place.folder, scheme, "b", "file"), "data");
+      const sent = [...(await command("client-robust", "binary")), "-d", `@${scheme}//b/file`, origin.url];
+      expect((await run(sent, { cwd: place.folder })).exitCode).toBe(EXIT_CODES.ok);
+      expect(origin.requests.map((request) => request.slice(-8))).toEqual(["\r\n\r\ndata"]);
     }
   });
 
