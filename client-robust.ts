@@ -500,7 +500,7 @@ export function formatRequest({ method, url, fields, content }: Request, held: H
     ["If-Range", held.bytes > 0 ? held.validator : ""], // §13.1.5: the whole instead, if the version has changed
   ] as const;
   const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
-  let head = `${method} ${url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, "")} HTTP/1.1\r\n`; // search lacks a "?" at the end
+  let head = `${method} ${url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, "")} HTTP/1.1\r\n`; // .search drops a lone "?"
   for (const [name, value] of [...ours.filter(([name]) => !isReplaced(name)), ...fields])
     if (value !== "") head += `${name}: ${value}\r\n`;
   return toBytes(`${head}\r\n`); // values may be any bytes but CTL: the command line has made them ISO 8859-1
@@ -1303,15 +1303,8 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
   const found = await Bun.file(fd).stat();
   // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
   // program is started with do not have O_CLOEXEC; those that Bun opens do.
-  const isSuspect = fd === 1 && found.isCharacterDevice();
-  if (
-    isSuspect &&
-    /^flags:\s*\d*[2367]\d{6}$/m.test(
-      await Bun.file("/proc/self/fdinfo/1")
-        .text()
-        .catch(() => ""),
-    )
-  )
+  const [isSuspect, fdinfo] = [fd === 1 && found.isCharacterDevice(), Bun.file("/proc/self/fdinfo/1")];
+  if (isSuspect && /^flags:\s*\d*[2367]\d{6}$/m.test(await fdinfo.text().catch(() => "")))
     throw new TransferError("write", "stdout is closed");
   const isOnTerminal = isTerminal(fd, found);
   const mayBlock = isOnTerminal || !(found.isFile() || found.isCharacterDevice());
