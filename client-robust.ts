@@ -136,7 +136,7 @@ export class TransferError extends Error {
 
 type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
-/** Turns everything that is thrown into a TransferError. Only calls of node:fs get this far with another error. */
+/** Turns everything that is thrown into a TransferError. Other system errors that get this far are of an output. */
 export function asTransferError(error: unknown): TransferError {
   if (error instanceof TransferError) return error;
   const { code, syscall, path, message } = error as SystemError; // whatever was thrown, these are only read
@@ -461,7 +461,7 @@ const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unp
 /** What comes after a failure: the first line that applies decides. @returns the next attempt, or why there is none */
 export function decideNext(failure: TransferError, held: Held, attempt: Attempt, leftMs: number, random: number) {
   const { job, canStartOver, request, wasSent, failures } = attempt;
-  // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless the last one brought nothing.
+  // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless two in a row bring nothing.
   if (failure.refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: failure.refusesRest };
   // Nothing to add: it is permanent (a certificate, 404, conflicting lengths, a full disk), or must not be sent twice.
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return "";
@@ -1121,7 +1121,7 @@ class Trace {
     this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);
   }
 
-  /** Nothing more comes of the last receive. */
+  /** Prints the last receive, and what it has completed. */
   flush(): void {
     const completed = Array.from(this.completed, ([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
     if (this.received !== "") this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);

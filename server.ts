@@ -159,7 +159,7 @@ const NO_BYTES = new Uint8Array(0);
 
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
 // On its usual path a request is these calls, one after the other:
-// receive → readHead → parseRequestHead → respond → isLast → appendResponse → log → receive → flush
+// receive → readHead → parseRequestHead → refuse → respond → isLast → appendResponse → log → receive → flush
 
 /**
  * Serves one peer, from its first byte to its last. It waits only where bytes, room in the socket or time are missing:
@@ -318,7 +318,7 @@ export class RequestHead {
   codings = "";
   expect = "";
   contentLength = 0; // octets of content that follow, or CHUNKED
-  refusal: Response | undefined; // of its method: it is told whatever the content is
+  refusal: Response | undefined; // the response if its method is refused, whatever its content is
   content: Uint8Array = NO_BYTES; // once it has been read, if RESPOND_NEEDS_CONTENT
 
   constructor(readonly limits: Limits) {}
@@ -449,7 +449,7 @@ function recogniseMethod(bytes: Uint8Array, from: number, to: number): Method {
   return "";
 }
 
-/** Are the bytes from..to this text? A lower-case one stands for any case; for bytes above 0x1f. */
+/** Is the token from..to this text? A text in lower case matches any case; with a caseBit of 0, only itself. */
 function isText(bytes: Uint8Array, from: number, to: number, text: string, caseBit = 0x20): boolean {
   if (to - from !== text.length) return false;
   for (let i = 0; i < text.length; i++) if ((byteAt(bytes, from + i) | caseBit) !== text.charCodeAt(i)) return false;
@@ -651,7 +651,7 @@ class Content {
     if (head.contentLength > server.limits.contentBytesMax) throw new Refusal("content-too-large");
     if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // in HTTP/1.0 it is ignored
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
-    if (head.refusal !== undefined) throw new Refusal("expectation"); // the peer is told of its method
+    if (head.refusal !== undefined) throw new Refusal("expectation"); // `serve` sends head.refusal instead
     if (at === to) server.output.append(CONTINUE);
   }
 
@@ -789,7 +789,7 @@ function formatAccessLog({ text }: RequestHead, address: string, status: number,
 
 // ═══ 7 Text mode ═════════════════════════════════════════════════════════════════════════════════
 
-const RESPOND_NEEDS_CONTENT = false as boolean; // In a copy that looks at `request.content`, true. No constant to tsc.
+const RESPOND_NEEDS_CONTENT = false as boolean; // True in a copy that uses `request.content`. To tsc it is no constant.
 
 /**
  * Maps a request to its response. **In a copy of this file, this is the function to change**: look at `request.method`,
@@ -849,7 +849,7 @@ export class Connection {
   private needsRoom = false; // the kernel did not take all of the last write: the next step waits for room
   private isPaused = false;
   private resolve: ((outcome: Outcome) => void) | undefined;
-  /** One for all promises of this connection: making them costs nothing else. */
+  /** Shared by all promises of this connection: a wait creates no function. */
   private readonly executor = (resolve: (outcome: Outcome) => void) => void (this.resolve = resolve);
 
   constructor(
@@ -1115,7 +1115,7 @@ function explainListenError(code: string, { host, isHostFromEnv, port }: Command
 
 const nextTurn = () => new Promise(setImmediate); // lets all other connections have a turn
 
-/** One after the other: a write that waits for its reader keeps a thread of the pool, which may have only two. */
+/** Writes follow one another: one that waits for its reader keeps a thread of the pool, which may have only two. */
 let lastWrite = Promise.resolve<Uint8Array>(NO_BYTES);
 
 /** Writes to stdout or stderr without ever making a peer wait for it: what a slow reader leaves is bounded. */
@@ -1133,7 +1133,7 @@ class Log {
   }
 
   private async write(): Promise<void> {
-    await nextTurn(); // so that all lines of one go out together
+    await nextTurn(); // so that all lines of one turn go out together
     if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: their reader is slow)\n`;
     let rest: Uint8Array = encoder.encode(this.waiting);
     [this.waiting, this.dropped] = ["", 0];
@@ -1193,7 +1193,7 @@ class Trace {
     this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);
   }
 
-  /** Nothing more comes of the last receive. */
+  /** Prints the last receive, and what it has completed. */
   flush(): void {
     const completed = Array.from(this.completed, ([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
     if (this.received !== "") this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);
@@ -1616,7 +1616,7 @@ function readFully({ fd, known }: OpenFile, into: Uint8Array, from: number, to: 
     if (more === 0) return false;
   }
   if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
-  // All transfers of a version bring on its one digest: of these bytes, those from `next` on are to be hashed next.
+  // All transfers of a version share one hash. It has had the file up to `hashedTo`, which is into[next].
   const next = from + known.hashedTo - position;
   if (known.hasher === undefined || known.digest !== undefined || next < from || next > to) return true;
   known.hasher.update(into.subarray(next, to));
