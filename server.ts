@@ -152,7 +152,7 @@ class Refusal {
   constructor(readonly rejection: Rejection) {}
 }
 const GONE = Symbol("gone"); // thrown to end it without one: the peer left, asks no more, or its answer is cut off
-class StartError extends Error {} // thrown before there is a connection: shown as one line
+class StartError extends Error {} // thrown if it cannot listen as it was told: shown as one line
 
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop"; // of a wait; "end" is FIN, or a lost connection
 const NO_BYTES = new Uint8Array(0);
@@ -187,12 +187,12 @@ export async function serve(connection: Connection): Promise<void> {
       for (let outcome: Outcome = "bytes"; content?.read(outcome) === false;)
         outcome = await connection.receive(content.deadline);
 
-      // Respond. Only --root returns promises: what was answered before is sent meanwhile.
+      // Respond. Only --root returns promises: earlier answers are sent meanwhile.
       let response = head.refusal ?? site.respond(head);
       if (response instanceof Promise) [response] = await Promise.all([response, connection.flush()]);
       closes = isLast(connection, response);
 
-      // Send: a part now, a text in the next `receive`, when no whole request is left in what came.
+      // Send: a part now, a text in the next `receive`, when no whole request is left.
       let sent = output.appendResponse(head, response, closes);
       if (response.part !== undefined) sent = await sendPart(connection, response.part);
       log(connection, content, response.status, sent);
@@ -312,7 +312,7 @@ export class RequestHead {
   targetFrom = 0;
   minorVersion = 0;
   host = 0; // where the value of Host starts: 0 for none, -1 for several lines
-  persistence: "" | "keep-alive" | "close" = ""; // what Connection asks for; of both, "close" counts
+  persistence: "" | "keep-alive" | "close" = ""; // what Connection asks for; "close" wins
   // The values of rarer fields that decide about the message, each with its CRLF; "" for none.
   lengthField = "";
   codings = "";
@@ -655,7 +655,7 @@ class Content {
     if (at === to) server.output.append(CONTINUE);
   }
 
-  /** Uses what has been received. @returns whether all of the content has come @throws Refusal if it will not, in time */
+  /** Uses what has been received. @returns whether all of the content has come @throws Refusal if it will not */
   read(outcome: Outcome): boolean {
     const { connection, decoder } = this;
     const { server, head, bytes, to, trace } = connection;
@@ -961,7 +961,7 @@ export class Connection {
     // A close with bytes unread would send a reset: the peer's kernel may then discard what it holds of our answer.
     this.socket.shutdown();
     this.trace?.step("close", "FIN sent");
-    const isIdle = this.server.stoppedAt > 0 && !this.head.hasBegun; // nobody waits for a peer that does not notice
+    const isIdle = this.server.stoppedAt > 0 && !this.head.hasBegun; // a peer that asks for nothing gets little time
     const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
     for (let dropped = 0, outcome: Outcome = "bytes"; outcome !== "end" && outcome !== "late";) {
       dropped += this.to - this.at;
@@ -1371,13 +1371,13 @@ const PIECE_BYTES = 262_144; // A file is read, and written to a socket, in piec
 const PIECES_PER_TURN = 16; // After so many pieces for one connection, the others have their turn.
 const SMALL_FILE_BYTES_MAX = 65_536; // A file up to this size is read at once and sent with its head.
 const RANGES_MAX = 50; // A request for more gets the whole file. PDF readers and zsync ask for some ten.
-const KNOWN_FILES_MAX = 16_384; // What was found out about a file is kept in memory: about 1 KB.
+const KNOWN_FILES_MAX = 16_384; // So many files are remembered, each in about 1 KB.
 const FOUND_BELOW_MS = 5000; // For this long, a version of a file that was found below the root needs no proof.
 const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: a response waits this long for it.
 const DIGEST_WAITERS_MAX = 8; // So many responses may wait for a digest at once; others go without.
 const LIVELY_MS = 10_000; // A file that changed within this time, such as a log, may change while it is sent.
 const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave the same timestamps.
-const COARSE_TICK_MS = 2000; // FAT, and ext4 on a small disk, keep whole seconds of them, or even ones.
+const COARSE_TICK_MS = 2000; // ext4 on a small disk keeps them in whole seconds, FAT in even ones.
 const SLOW_READ_MS = 20; // A read that takes this long has waited for a slow disk.
 const SLOW_DISK_MS = 2000; // For this long after a slow read, the thread pool waits for the disk instead of us.
 const NO_SNIFF = { "X-Content-Type-Options": "nosniff" }; // A browser must not guess another type from the content.
@@ -1440,7 +1440,7 @@ export class FileSite extends Site {
     super(["GET", "HEAD", "OPTIONS"]);
     this.root = fs.existsSync(resolve(path)) ? resolve(path) : path; // a name that is not UTF-8 is above it
     try {
-      fs.statSync(`${path}/.`); // it may be entered: what it has can be served even if it cannot be listed
+      fs.statSync(`${path}/.`); // to enter it is enough: its files can be served even if it cannot be listed
     } catch (error) {
       throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
     }
@@ -1477,7 +1477,7 @@ export class FileSite extends Site {
       // Opening a device or a FIFO may already do something, so only what is, or last was, a file or a folder is opened.
       if (!this.knownFiles.has(path) && !isFileOrFolder(fs.statSync(path, { throwIfNoEntry: false })))
         return "not-found";
-      // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
+      // The path may lead elsewhere by now: opening must not block, and the file is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
       known = this.know(fd, path);
       return known === undefined ? "not-found" : { fd, known };
