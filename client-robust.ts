@@ -136,7 +136,7 @@ export class TransferError extends Error {
 
 type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
-/** Turns everything that is thrown into a TransferError. Only calls of node:fs get this far with another error. */
+/** Turns everything that is thrown into a TransferError. Other system errors that get this far are of an output. */
 export function asTransferError(error: unknown): TransferError {
   if (error instanceof TransferError) return error;
   const { code, syscall, path, message } = error as SystemError; // whatever was thrown, these are only read
@@ -461,7 +461,7 @@ const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unp
 /** What comes after a failure: the first line that applies decides. @returns the next attempt, or why there is none */
 export function decideNext(failure: TransferError, held: Held, attempt: Attempt, leftMs: number, random: number) {
   const { job, canStartOver, request, wasSent, failures } = attempt;
-  // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless the last one brought nothing.
+  // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless two in a row bring nothing.
   if (failure.refusesRest || (failure.isPart && failures < 2)) return { afterMs: 0, asksForWhole: failure.refusesRest };
   // Nothing to add: it is permanent (a certificate, 404, conflicting lengths, a full disk), or must not be sent twice.
   if (!TRANSIENT_OUTCOMES.test(failure.outcome) || failure.isFinal) return "";
@@ -825,7 +825,7 @@ function takeContent(decoder: ChunkedDecoder | undefined, bytes: Uint8Array, lef
   }
 }
 
-/** Gives memory back at once. The collector would let some 50 MiB pile up, and pieces would come to memory in no cache. */
+/** Gives memory back at once. The collector would let some 50 MiB pile up, out of the processor's cache. */
 function release({ buffer, byteLength }: Uint8Array): void {
   if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
 }
@@ -1070,7 +1070,7 @@ async function within<T>(ms: number, step: T | Promise<T>, message: string, left
   if (ms === Number.POSITIVE_INFINITY) return step;
   const { promise: late, reject } = Promise.withResolvers<never>();
   const fail = () => reject(new TransferError("timeout", `${message} ${ms / 1000} s`, { isFinal }));
-  // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may be there already: first it looks.
+  // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may have come: they are read first.
   let timer = setTimeout(() => (timer = setTimeout(fail, 1)), leftMs);
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
@@ -1121,7 +1121,7 @@ class Trace {
     this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);
   }
 
-  /** Nothing more comes of the last receive. */
+  /** Prints the last receive, and what it has completed. */
   flush(): void {
     const completed = Array.from(this.completed, ([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
     if (this.received !== "") this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);
@@ -1281,7 +1281,7 @@ const inThread = <T>(step: (done: (error: Error | null, value: T) => void) => vo
 
 /** Writes all of it. @param position in the file; null continues where the last write ended */
 async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, position: number | null): Promise<void> {
-  // Only for a pipe or a terminal is a thread asked: that takes longer than to write to a file or a device at once.
+  // Only a pipe or a terminal is written to by a thread, as that takes longer; a file or a device is written at once.
   for (let written = 0; written < bytes.length;) {
     const [length, at] = [bytes.length - written, position === null ? null : position + written];
     try {
@@ -1552,10 +1552,10 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
   }
 }
 
-/** What of a mode is good for any group: it may do no more than all others. */
+/** The mode if the group is another one: that may do no more than all others. */
 const forAnyGroup = (mode: number) => (mode & 0o707) | (mode & (mode << 3) & 0o070);
 
-/** FILE stays as private, as executable and whose it was. Only root may give files away; some disks know no modes. */
+/** FILE keeps owner, group and mode if possible: only root may give files away, and some disks know no modes. */
 function keepOwnerAndMode(fd: number, { mode, uid, gid }: Stats): void {
   ignoreErrors(() => fs().fchownSync(fd, -1, gid)); // as a member of the group may
   ignoreErrors(() => fs().fchownSync(fd, uid, -1));

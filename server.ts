@@ -152,14 +152,14 @@ class Refusal {
   constructor(readonly rejection: Rejection) {}
 }
 const GONE = Symbol("gone"); // thrown to end it without one: the peer left, asks no more, or its answer is cut off
-class StartError extends Error {} // thrown before there is a connection: shown as one line
+class StartError extends Error {} // thrown if it cannot listen as it was told: shown as one line
 
 export type Outcome = "bytes" | "end" | "room" | "late" | "stop"; // of a wait; "end" is FIN, or a lost connection
 const NO_BYTES = new Uint8Array(0);
 
 // ═══ 3 The conversation ══════════════════════════════════════════════════════════════════════════
 // On its usual path a request is these calls, one after the other:
-// receive → readHead → parseRequestHead → respond → isLast → appendResponse → log → receive → flush
+// receive → readHead → parseRequestHead → refuse → respond → isLast → appendResponse → log → receive → flush
 
 /**
  * Serves one peer, from its first byte to its last. It waits only where bytes, room in the socket or time are missing:
@@ -187,12 +187,12 @@ export async function serve(connection: Connection): Promise<void> {
       for (let outcome: Outcome = "bytes"; content?.read(outcome) === false;)
         outcome = await connection.receive(content.deadline);
 
-      // Respond. Only --root returns promises: what was answered before is sent meanwhile.
+      // Respond. Only --root returns promises: earlier answers are sent meanwhile.
       let response = head.refusal ?? site.respond(head);
       if (response instanceof Promise) [response] = await Promise.all([response, connection.flush()]);
       closes = isLast(connection, response);
 
-      // Send: a part now, a text in the next `receive`, when no whole request is left in what came.
+      // Send: a part now, a text in the next `receive`, when no whole request is left.
       let sent = output.appendResponse(head, response, closes);
       if (response.part !== undefined) sent = await sendPart(connection, response.part);
       log(connection, content, response.status, sent);
@@ -312,13 +312,13 @@ export class RequestHead {
   targetFrom = 0;
   minorVersion = 0;
   host = 0; // where the value of Host starts: 0 for none, -1 for several lines
-  persistence: "" | "keep-alive" | "close" = ""; // what Connection asks for; of both, "close" counts
+  persistence: "" | "keep-alive" | "close" = ""; // what Connection asks for; "close" wins
   // The values of rarer fields that decide about the message, each with its CRLF; "" for none.
   lengthField = "";
   codings = "";
   expect = "";
   contentLength = 0; // octets of content that follow, or CHUNKED
-  refusal: Response | undefined; // of its method: it is told whatever the content is
+  refusal: Response | undefined; // the response if its method is refused, whatever its content is
   content: Uint8Array = NO_BYTES; // once it has been read, if RESPOND_NEEDS_CONTENT
 
   constructor(readonly limits: Limits) {}
@@ -449,7 +449,7 @@ function recogniseMethod(bytes: Uint8Array, from: number, to: number): Method {
   return "";
 }
 
-/** Are the bytes from..to this text? A lower-case one stands for any case; for bytes above 0x1f. */
+/** Is the token from..to this text? A text in lower case matches any case; with a caseBit of 0, only itself. */
 function isText(bytes: Uint8Array, from: number, to: number, text: string, caseBit = 0x20): boolean {
   if (to - from !== text.length) return false;
   for (let i = 0; i < text.length; i++) if ((byteAt(bytes, from + i) | caseBit) !== text.charCodeAt(i)) return false;
@@ -651,11 +651,11 @@ class Content {
     if (head.contentLength > server.limits.contentBytesMax) throw new Refusal("content-too-large");
     if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // in HTTP/1.0 it is ignored
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
-    if (head.refusal !== undefined) throw new Refusal("expectation"); // the peer is told of its method
+    if (head.refusal !== undefined) throw new Refusal("expectation"); // `serve` sends head.refusal instead
     if (at === to) server.output.append(CONTINUE);
   }
 
-  /** Uses what has been received. @returns whether all of the content has come @throws Refusal if it will not, in time */
+  /** Uses what has been received. @returns whether all of the content has come @throws Refusal if it will not */
   read(outcome: Outcome): boolean {
     const { connection, decoder } = this;
     const { server, head, bytes, to, trace } = connection;
@@ -789,7 +789,7 @@ function formatAccessLog({ text }: RequestHead, address: string, status: number,
 
 // ═══ 7 Text mode ═════════════════════════════════════════════════════════════════════════════════
 
-const RESPOND_NEEDS_CONTENT = false as boolean; // In a copy that looks at `request.content`, true. No constant to tsc.
+const RESPOND_NEEDS_CONTENT = false as boolean; // True in a copy that uses `request.content`. To tsc it is no constant.
 
 /**
  * Maps a request to its response. **In a copy of this file, this is the function to change**: look at `request.method`,
@@ -849,7 +849,7 @@ export class Connection {
   private needsRoom = false; // the kernel did not take all of the last write: the next step waits for room
   private isPaused = false;
   private resolve: ((outcome: Outcome) => void) | undefined;
-  /** One for all promises of this connection: making them costs nothing else. */
+  /** Shared by all promises of this connection: a wait creates no function. */
   private readonly executor = (resolve: (outcome: Outcome) => void) => void (this.resolve = resolve);
 
   constructor(
@@ -961,7 +961,7 @@ export class Connection {
     // A close with bytes unread would send a reset: the peer's kernel may then discard what it holds of our answer.
     this.socket.shutdown();
     this.trace?.step("close", "FIN sent");
-    const isIdle = this.server.stoppedAt > 0 && !this.head.hasBegun; // nobody waits for a peer that does not notice
+    const isIdle = this.server.stoppedAt > 0 && !this.head.hasBegun; // a peer that asks for nothing gets little time
     const deadline = this.server.now + (isIdle ? STOP_IDLE_MS : LINGER_MS_MAX);
     for (let dropped = 0, outcome: Outcome = "bytes"; outcome !== "end" && outcome !== "late";) {
       dropped += this.to - this.at;
@@ -1115,7 +1115,7 @@ function explainListenError(code: string, { host, isHostFromEnv, port }: Command
 
 const nextTurn = () => new Promise(setImmediate); // lets all other connections have a turn
 
-/** One after the other: a write that waits for its reader keeps a thread of the pool, which may have only two. */
+/** Writes follow one another: one that waits for its reader keeps a thread of the pool, which may have only two. */
 let lastWrite = Promise.resolve<Uint8Array>(NO_BYTES);
 
 /** Writes to stdout or stderr without ever making a peer wait for it: what a slow reader leaves is bounded. */
@@ -1133,7 +1133,7 @@ class Log {
   }
 
   private async write(): Promise<void> {
-    await nextTurn(); // so that all lines of one go out together
+    await nextTurn(); // so that all lines of one turn go out together
     if (this.dropped > 0) this.waiting += `(${this.dropped} log entries dropped: their reader is slow)\n`;
     let rest: Uint8Array = encoder.encode(this.waiting);
     [this.waiting, this.dropped] = ["", 0];
@@ -1193,7 +1193,7 @@ class Trace {
     this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);
   }
 
-  /** Nothing more comes of the last receive. */
+  /** Prints the last receive, and what it has completed. */
   flush(): void {
     const completed = Array.from(this.completed, ([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
     if (this.received !== "") this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);
@@ -1371,13 +1371,13 @@ const PIECE_BYTES = 262_144; // A file is read, and written to a socket, in piec
 const PIECES_PER_TURN = 16; // After so many pieces for one connection, the others have their turn.
 const SMALL_FILE_BYTES_MAX = 65_536; // A file up to this size is read at once and sent with its head.
 const RANGES_MAX = 50; // A request for more gets the whole file. PDF readers and zsync ask for some ten.
-const KNOWN_FILES_MAX = 16_384; // What was found out about a file is kept in memory: about 1 KB.
+const KNOWN_FILES_MAX = 16_384; // So many files are remembered, each in about 1 KB.
 const FOUND_BELOW_MS = 5000; // For this long, a version of a file that was found below the root needs no proof.
 const DIGEST_TIMEOUT_MS = 1000; // A digest is requested, never required: a response waits this long for it.
 const DIGEST_WAITERS_MAX = 8; // So many responses may wait for a digest at once; others go without.
 const LIVELY_MS = 10_000; // A file that changed within this time, such as a log, may change while it is sent.
 const CLOCK_TICK_MS = 10; // Two changes within a tick of the kernel's clock leave the same timestamps.
-const COARSE_TICK_MS = 2000; // FAT, and ext4 on a small disk, keep whole seconds of them, or even ones.
+const COARSE_TICK_MS = 2000; // ext4 on a small disk keeps them in whole seconds, FAT in even ones.
 const SLOW_READ_MS = 20; // A read that takes this long has waited for a slow disk.
 const SLOW_DISK_MS = 2000; // For this long after a slow read, the thread pool waits for the disk instead of us.
 const NO_SNIFF = { "X-Content-Type-Options": "nosniff" }; // A browser must not guess another type from the content.
@@ -1440,7 +1440,7 @@ export class FileSite extends Site {
     super(["GET", "HEAD", "OPTIONS"]);
     this.root = fs.existsSync(resolve(path)) ? resolve(path) : path; // a name that is not UTF-8 is above it
     try {
-      fs.statSync(`${path}/.`); // it may be entered: what it has can be served even if it cannot be listed
+      fs.statSync(`${path}/.`); // to enter it is enough: its files can be served even if it cannot be listed
     } catch (error) {
       throw new StartError(`cannot serve ${path}: ${(error as { code?: string }).code}`); // node:fs throws SystemErrors
     }
@@ -1477,7 +1477,7 @@ export class FileSite extends Site {
       // Opening a device or a FIFO may already do something, so only what is, or last was, a file or a folder is opened.
       if (!this.knownFiles.has(path) && !isFileOrFolder(fs.statSync(path, { throwIfNoEntry: false })))
         return "not-found";
-      // The path may lead elsewhere by now: this does not block, and what was opened is checked again.
+      // The path may lead elsewhere by now: opening must not block, and the file is checked again.
       fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | fs.constants.O_NOCTTY);
       known = this.know(fd, path);
       return known === undefined ? "not-found" : { fd, known };
@@ -1616,7 +1616,7 @@ function readFully({ fd, known }: OpenFile, into: Uint8Array, from: number, to: 
     if (more === 0) return false;
   }
   if (performance.now() - start > SLOW_READ_MS) slowUntil = performance.now() + SLOW_DISK_MS;
-  // All transfers of a version bring on its one digest: of these bytes, those from `next` on are to be hashed next.
+  // All transfers of a version share one hash. It has had the file up to `hashedTo`, which is into[next].
   const next = from + known.hashedTo - position;
   if (known.hasher === undefined || known.digest !== undefined || next < from || next > to) return true;
   known.hasher.update(into.subarray(next, to));
