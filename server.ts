@@ -1359,6 +1359,7 @@ function main(): void {
     if (!(error instanceof StartError)) throw error;
     report(`Error: ${error.message}${isParsed ? "" : " (see server --help)"}`);
     process.exitCode = isParsed ? 1 : 2;
+    setTimeout(process.exit, LOG_FLUSH_MS).unref(); // even if nobody reads it
   }
 }
 

@@ -454,6 +454,16 @@ os.dup2(w, 1); os.execvp(sys.argv[1], sys.argv[1:])`;
     },
   );
 
+  test("a failed start ends, though stderr is a full, non-blocking pipe that nobody empties", async () => {
+    const code = `
+import os, subprocess, sys
+r, w = os.pipe(); os.set_blocking(w, False)
+os.write(w, b"z" * 65536)
+print(subprocess.run(sys.argv[1:], stderr=w, timeout=10).returncode)`;
+    const argv = [...(await command("server", variant)), "--port", "none"];
+    expect((await run(["python3", "-c", code, ...argv])).stdout).toBe("2\n");
+  });
+
   test.if(hasTool("openssl"))("SIGHUP resets no peer that has connected and waits to be accepted", async () => {
     await using folder = await temporaryFolder();
     const { cert, key } = await makeCertificate(folder.path);
