@@ -611,7 +611,7 @@ export class ChunkedDecoder {
     const isSize = sizeTo > from && (sizeTo === to || CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
     const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
-    // What cannot become a line that fits is refused before its end has come.
+    // Bytes that cannot become a line that fits are refused before its end has come.
     if (!isTrailer && !isSize) return this.fail("chunk-size", from);
     const most = isTrailer ? this.limits.headBytesMax - this.trailerBytes - 2 : CHUNK_LINE_BYTES_MAX;
     if (this.known > most) return this.fail(isTrailer ? "trailer-too-large" : "chunk-extension", from);
@@ -801,7 +801,7 @@ export async function* receiveContent(source: Source, framing: Framing, begun: U
     if (used > 0 || kept === 0) rest = new Uint8Array(all.subarray(used));
     kept = all.length - used;
     release(bytes);
-    // What came before a fault may have been damaged as well.
+    // Content before a fault may have been damaged as well.
     if (decoder?.fault) throw unparsable(`its chunked content is malformed (${decoder.fault})`, { spoils: true });
     if (came === length || decoder?.state === "done") return;
     bytes = await source.receive().catch((error: TransferError) => {
@@ -1213,7 +1213,7 @@ class Delivery {
     this.at = from;
     this.end = end;
     this.isJoined = held.bytes > 0;
-    // RFC 9530 §3: of the whole representation, in a 206 too. What an earlier response said of this version holds.
+    // RFC 9530 §3: of the whole representation, in a 206 too. A digest that an earlier response gave for this version holds.
     const digest = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(","))?.[1];
     this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
     if (this.isJoined) return;
@@ -1347,7 +1347,7 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
   return sink;
 }
 
-/** What a part is a part of: written once, before the part's first byte, into a file of the part's name and ".json". */
+/** Says what a part belongs to: written once, before the part's first byte, into a file of its name and ".json". */
 interface Label extends Held {
   readonly file: string; // the name of FILE; the name of a part has only the start of it
   readonly request: string; // --sha256, which joins any pieces, or else URL and fields; of what may be a secret, a digest
@@ -1406,7 +1406,7 @@ class FileSink implements Sink {
   private readonly request: string; // for the label; "" if the content cannot be continued
   private readonly older: readonly FoundPart[]; // of earlier runs
   readonly leftover: FoundPart | undefined; // the one of them that is continued
-  /** What this run writes. The inode tells if the path is still ours. */
+  /** The part that this run writes. The inode tells if the path is still ours. */
   private part: { path: string; fd: number; inode: number; label: Label } | undefined;
 
   constructor(
@@ -1465,7 +1465,7 @@ class FileSink implements Sink {
     this.part = undefined;
   }
 
-  /** Keeps a part that a later run can continue, and nothing else. What a full disk has taken of a piece counts, too. */
+  /** Keeps a part that a later run can continue, and nothing else. Bytes of a piece that a full disk cut off count, too. */
   close(held: Held): string {
     if (this.part === undefined) return "";
     const { path, inode, label } = this.part;
@@ -1541,7 +1541,7 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
     const target = fs().openSync(file, fs().constants.O_WRONLY);
     using _ = { [Symbol.dispose]: () => fs().closeSync(target) };
     const { size } = fs().fstatSync(target);
-    // What goes beyond the old content comes first: is there room for it?
+    // The bytes beyond the old content come first: is there room for them?
     await copy(fd, target, size).catch((error) => {
       fs().ftruncateSync(target, size);
       throw error;

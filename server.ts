@@ -568,7 +568,7 @@ export class ChunkedDecoder {
     const isSize = sizeTo > from && (sizeTo === to || CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
     const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
-    // What cannot become a line that fits is refused before its end has come.
+    // Bytes that cannot become a line that fits are refused before its end has come.
     if (!isTrailer && !isSize) return this.fail("chunk-size", from);
     const most = isTrailer ? this.limits.headBytesMax - this.trailerBytes - 2 : CHUNK_LINE_BYTES_MAX;
     if (this.known > most) return this.fail(isTrailer ? "trailer-too-large" : "chunk-extension", from);
