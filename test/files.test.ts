@@ -662,11 +662,14 @@ for part in message.get_payload():
     for (const content of ["bbbb", "cccc", "dddd", "eeeee"]) {
       writeFileSync(path, content);
       utimesSync(path, atime, mtime);
-      for (const { fields, content: sent } of await askAll(
-        server.port,
-        Array(3).fill(["GET /file", "Want-Repr-Digest: sha-256=1"]),
-      ))
-        expect([sent.toString(), fields["repr-digest"]]).toEqual([content, reprDigest(Buffer.from(content))]);
+      const answers = () => askAll(server.port, Array(3).fill(["GET /file", "Want-Repr-Digest: sha-256=1"]));
+      const digest = reprDigest(Buffer.from(content));
+      // Within a tick of the clock it may change once more unseen: then it has no digest yet.
+      for (const { fields, content: sent } of await answers())
+        expect([sent.toString(), fields["repr-digest"] ?? digest]).toEqual([content, digest]);
+      await settledTag(server.port, "/file");
+      for (const { fields, content: sent } of await answers())
+        expect([sent.toString(), fields["repr-digest"]]).toEqual([content, digest]);
     }
   });
 
@@ -1408,6 +1411,7 @@ test.concurrent("the digest of a small file does not wait for that of a large on
   const changes = { "const DIGEST_TIMEOUT_MS = 1000;": "const DIGEST_TIMEOUT_MS = 600_000;" };
   await using server = await serveCopy(changes, { small: "small" });
   writeSparse(server.pathOf("large"), 512 * GIB); // it would take minutes
+  await settledTag(server.port, "/large"); // a file that has just changed gets no digest
   using peer = await Peer.connect(server.port);
   await peer.send(formatRequest(["HEAD /large", "Want-Repr-Digest: sha-256=1"]));
   const { fields } = await ask(server.port, "HEAD /small", "Want-Repr-Digest: sha-256=1");
