@@ -29,7 +29,7 @@ const HEADINGS: Readonly<Record<Subject, string>> = {
 };
 
 const HOW_TO_READ: Readonly<Record<Subject, string>> = {
-  server: `More requests/s are better, less CPU is better. Where two have the same requests/s and one takes less CPU, the load
+  server: `More requests/s are better, less CPU is better. If two have the same requests/s and one takes less CPU, the load
 generator was at its end, not the server: CPU is what a busy machine feels. **floor** is a C loop that parses nothing.
 It does not show what a handler with work to do would cost, which soon outweighs all of this.`,
   client: `Less time is better, and less CPU. CPU is the client's own; on the pipe, what \`dd\` takes at its other end is in the time
@@ -113,7 +113,7 @@ const INTRODUCTION = `<!-- Written by \`bun run bench --write\`: changes belong 
 ![Bars for each workload and program, to the right of a line where it does better than nginx or curl](results.svg)
 
 Every figure is a ratio of medians from the interleaved rounds of one run; beside it stand the lowest and the
-highest of the rounds, divided by the same median. Where the load average before a run is above some tenths, others
+highest of the rounds, divided by the same median. If the load average before a run is above some tenths, others
 used the machine too: that spoils requests/s and times more than CPU. How it is measured: [README.md](README.md).`;
 
 const CLOSING = `## What none of this shows

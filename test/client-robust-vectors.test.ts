@@ -74,12 +74,12 @@ const show = (bytes: Buffer) =>
 // ── (a) receiveHead and receiveContent ──
 
 /**
- * Reading in time that grows with the square of the length is a way to hang. What is sound takes a hundredth of this. It is
- * time of the processor, since a busy machine may make anything wait.
+ * Reading in time that grows with the square of the length is a way to hang. Linear reading takes a hundredth of this.
+ * It is time of the processor, since a busy machine may make anything wait.
  */
 const READ_MS_MAX = 2000;
 
-/** Gives pieces as a connection would. Where the peer does not close, it would go on waiting after the last one. */
+/** Gives pieces as a connection would. If the peer does not close, it would go on waiting after the last one. */
 class Pieces implements Source {
   readonly records = new RecordWatch(); // has seen none: without TLS, each end is in order
   isWaiting = false;
@@ -162,7 +162,7 @@ function piecesOf({ name, message }: Vector, delivery: Delivery): Buffer[] {
   return [message.subarray(0, at), message.subarray(at)];
 }
 
-/** What the scripted server knows of a connection: the request so far. */
+/** The scripted server's state of a connection: the request so far. */
 interface Peer {
   request: string;
 }

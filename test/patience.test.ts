@@ -53,7 +53,7 @@ import {
 // Most of the time nothing happens here: what waits for its retry waits beside the others.
 setDefaultTimeout(60_000);
 
-/** Where a test is not about the length of the waits. */
+/** For a test that is not about the length of the waits. */
 const QUICK = ["--retry-delay", "0.05"];
 
 /** Modified long before it was sent: a strong validator. Then a second too late for that. */
@@ -96,7 +96,7 @@ signal.pause()`;
 
 /**
  * Reads requests with content, and answers them with the statuses of its arguments, the last one for ever. Prints of
- * each how much came, how much was promised and its SHA-256. Where the first argument is "wait" the content is read
+ * each how much came, how much was promised and its SHA-256. If the first argument is "wait", it reads the content
  * after SIGUSR1.
  */
 const RECEIVING = `
@@ -322,11 +322,11 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       const { content, exitCode } = await save(origin.url, ...QUICK);
       expect([exitCode, content?.equals(CONTENT)]).toEqual([0, true]);
       expect(origin.requests.map(rangeOf)).toEqual([undefined, undefined]);
-      // What is printed cannot be taken back.
+      // Printed bytes cannot be taken back.
       origin.answerAnew(damaged, serving());
       expect((await get("-o", "-", ...QUICK, origin.url)).exitCode).toBe(EXIT_CODES.unparsable);
       expect(origin.requests.length).toBe(1);
-      // What an earlier run has kept stays, where a whole answer is no HTTP.
+      // The part of an earlier run stays if an answer is not HTTP.
       origin.answerAnew(serving({ cut: HALF }), raw("220 mail\r\n"), serving());
       expect((await save(origin.url, ...QUICK)).exitCode).toBe(EXIT_CODES.ok);
       expect(origin.requests.map(rangeOf)).toEqual([undefined, HALF, HALF]);

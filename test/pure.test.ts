@@ -22,7 +22,7 @@ setDefaultTimeout(60_000);
 
 const GET = Buffer.from("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
 
-/** A server without sockets, with one connection to it. What a peer sends has its effect before `receive` settles. */
+/** A server without sockets, with one connection to it. Bytes of the peer have their effect before `receive` settles. */
 function connect({
   room,
   text = "Hi",
@@ -57,7 +57,7 @@ describe("a connection", () => {
     const { server, transport, connection, receive, after } = connect({ room: 0 });
     await receive(several(5000));
     expect(transport.calls).toEqual([]);
-    // What was received, and one buffer of answers: of 5,000 answers of 150 bytes these are a tenth.
+    // The bytes received, and one buffer of answers: of 5,000 answers of 150 bytes these are a tenth.
     expect(server.waitingBytes).toBeLessThan(5000 * GET.length + 65_536 + 200);
     await receive(GET); // more comes before it has taken any answer: no more is read
     expect(transport.calls).toEqual(["pause"]);
