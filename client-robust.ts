@@ -1266,8 +1266,7 @@ class Delivery {
 
 // ═══ 11 Sinks ══════════════════════════════════════════════════════════════════════════════════
 
-// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load, and longer by
-// process.getBuiltinModule. `require` has no types.
+// Loaded when needed: node:fs takes a fifth of a small transfer's time, getBuiltinModule more. `require` has no types.
 const fs = (): typeof import("node:fs") => require("node:fs");
 const paths = (): typeof import("node:path") => require("node:path");
 const tty = (): typeof import("node:tty") => require("node:tty");
@@ -1279,9 +1278,8 @@ const canUse = (path: string, mode: number) => ignoreErrors(() => (fs().accessSy
 const inThread = <T>(step: (done: (error: Error | null, value: T) => void) => void) =>
   new Promise<T>((resolve, reject) => step((error, value) => (error ? reject(error) : resolve(value))));
 
-/** Writes all of it. @param position in the file; null continues where the last write ended */
+/** Writes all of it: in a thread, which takes longer, if it may block; after the last write if `position` is null. */
 async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, position: number | null): Promise<void> {
-  // Only a pipe or a terminal is written to by a thread, as that takes longer; a file or a device is written at once.
   for (let written = 0; written < bytes.length;) {
     const [length, at] = [bytes.length - written, position === null ? null : position + written];
     try {
@@ -1301,41 +1299,34 @@ const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && fo
 /** Pipes, devices and terminals: output cannot be taken back. Without -o, it has the head, and a terminal safe text. */
 async function openStream(fd: number, job: Options): Promise<Sink> {
   const found = await Bun.file(fd).stat();
-  // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
-  // program is started with do not have O_CLOEXEC; those that Bun opens do.
+  // If stdout was closed (`>&-`), Bun has opened /dev/null: all would be lost. No inherited descriptor has O_CLOEXEC.
   const [isSuspect, fdinfo] = [fd === 1 && found.isCharacterDevice(), Bun.file("/proc/self/fdinfo/1")];
   if (isSuspect && /^flags:\s*\d*[2367]\d{6}$/m.test(await fdinfo.text().catch(() => "")))
     throw new TransferError("write", "stdout is closed");
   const isOnTerminal = isTerminal(fd, found);
   const mayBlock = isOnTerminal || !(found.isFile() || found.isCharacterDevice());
-  // Bun.write needs no module. But if a non-blocking descriptor takes a part, it writes that part again, and if a pipe
-  // is full, it blocks and no timer can end it. node:fs, once it is loaded, takes less time for each write.
-  const isTakenWhole = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY);
-  let left = isTakenWhole ? LIMITS.printedBytesMax : 0; // bytes to print before node:fs is loaded
+  // Bun.write needs no module: it prints the first bytes. But if a non-blocking descriptor takes a part, it writes that
+  // part again, and if a pipe is full, it blocks and no timer can end it. Once node:fs is loaded, it is faster.
+  let left = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY) ? LIMITS.printedBytesMax : 0;
+  const decoder = isOnTerminal && !job.keepsOnlyContent ? new TextDecoder() : undefined;
   let isInLine = false;
-  const decoder = new TextDecoder();
-
-  async function print(content: Uint8Array): Promise<void> {
-    const isText = isOnTerminal && !job.keepsOnlyContent;
-    if (isText && content.includes(0))
-      throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
-    const bytes = isText ? new TextEncoder().encode(printable(decoder.decode(content, { stream: true }))) : content;
-    left -= bytes.length;
-    await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
-  }
 
   const sink = {
     head: "",
     isTerminal: isOnTerminal,
-    async write(content: Uint8Array) {
+    async write(content: Uint8Array): Promise<void> {
       await sink.finish();
-      await print(content);
+      if (decoder && content.includes(0))
+        throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
+      const bytes = decoder ? Buffer.from(printable(decoder.decode(content, { stream: true }))) : content;
+      left -= bytes.length;
+      await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
       isInLine = isOnTerminal && content.at(-1) !== LF;
     },
-    async finish() {
+    async finish(): Promise<string> {
       const { head } = sink;
       sink.head = "";
-      if (head !== "") await print(toBytes(head));
+      if (head !== "") await sink.write(toBytes(head));
       return "";
     },
     close: () => sink.finish(), // no other attempt follows: a head whose content never came is printed, too
