@@ -1459,7 +1459,7 @@ class FileSink implements Sink {
   /** May this run continue the part? The same digest is the same content, whatever the request was. */
   private canContinue({ request, validator, bytes, total = bytes }: Part): boolean {
     const isWanted = request !== "" && this.request !== "" && [this.request, this.job.sha256].includes(request);
-    return isWanted && validator + this.job.sha256 !== "" && bytes > 0 && bytes <= total;
+    return isWanted && validator + this.job.sha256 !== "" && bytes > 0 && Number.isInteger(total) && bytes <= total;
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
