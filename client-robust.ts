@@ -235,7 +235,7 @@ async function download(args: readonly string[]): Promise<number> {
   try {
     const job = parseCommandLine(args);
     if (job.show !== "") return await Bun.write(Bun.stdout, job.show).then(() => EXIT_CODES.ok);
-    job.request.content.push(...(await withinMaxTime(job, Array.fromAsync(job.data, readData))));
+    for (const item of job.data) job.request.content.push(await withinMaxTime(job, readData(item)));
     const sink = await withinMaxTime(job, openSink(job));
     if (sink === undefined && job.isVerbose) tell(`${job.output} has this SHA-256 already`);
     if (sink === undefined) return EXIT_CODES.ok;
@@ -1690,7 +1690,7 @@ export function parseCommandLine(args: readonly string[]) {
   const values = parseFlags([...args]);
   const all = (flag: string) => values.get(flag) ?? [];
   const last = (flag: string, form = /^/, takes = "") => {
-    const value = all(flag).at(-1);
+    const [value] = all(flag).slice(-1);
     check(value === undefined || form.test(value), `--${flag} takes ${takes}, not ${JSON.stringify(value)}`);
     return value;
   };
@@ -1714,19 +1714,20 @@ export function parseCommandLine(args: readonly string[]) {
   const since = timeFile === undefined ? undefined : ignoreErrors(() => fs().statSync(timeFile).mtime);
   if (timeFile !== undefined && since === undefined && timeFile !== output && !values.has("silent"))
     tell(`No condition is sent: there is no file ${timeFile}`);
-  const fields = all("header").map(parseField);
+  const fields: [name: string, value: string][] = [];
+  for (const line of all("header")) fields.push(parseField(line));
   if (since !== undefined) fields.push(["If-Modified-Since", since.toUTCString()]); // RFC 9110 §13.1.3
   const request: Request = { method, url, fields, content: [] };
   return {
     show: values.has("help") ? HELP : values.has("version") ? `client-robust ${VERSION}\n` : "", // and do nothing else
     request,
-    data: data.flatMap((item) => ["&", item]).slice(1), // several are joined with "&", as in forms
+    data: data.length > 1 ? data.flatMap((item) => ["&", item]).slice(1) : data, // joined, as in forms
     output, // undefined: print the whole response
     keepsOnlyContent: output !== undefined, // the page of an error or of a redirect must not pass for content
     sha256, // that the content must have, in lower-case hex; "" if any will do
     hasSha256: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
     followsRedirects: values.has("location"),
-    isConditional: fields.some(([name]) => /^if-(modified-since|none-match)$/i.test(name)), // a 304 is always an answer
+    isConditional: /^if-(modified-since|none-match),/im.test(fields.join("\n")), // a 304 is always an answer
     sinceMs: since?.getTime(), // content that is not newer is not wanted
     retries: count("retry", LIMITS.retriesMax),
     retryDelayMs: milliseconds("retry-delay", undefined), // before each; undefined for a wait that grows
