@@ -1298,17 +1298,19 @@ const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && fo
 
 /** Pipes, devices and terminals: output cannot be taken back. Without -o, it has the head, and a terminal safe text. */
 async function openStream(fd: number, job: Options): Promise<Sink> {
-  const found = await Bun.file(fd).stat();
+  // Bun says at once whether it is a file or a FIFO, and how long a file is. stat() starts Bun's threads.
+  const device = (await Bun.file(fd).exists()) ? undefined : await Bun.file(fd).stat(); // or a socket
+  const isFifo = device === undefined && Bun.file(fd).size === Number.POSITIVE_INFINITY;
   // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
   // program is started with do not have O_CLOEXEC; those that Bun opens do.
-  const [isSuspect, fdinfo] = [fd === 1 && found.isCharacterDevice(), Bun.file("/proc/self/fdinfo/1")];
+  const [isSuspect, fdinfo] = [fd === 1 && device?.isCharacterDevice(), Bun.file("/proc/self/fdinfo/1")];
   if (isSuspect && /^flags:\s*\d*[2367]\d{6}$/m.test(await fdinfo.text().catch(() => "")))
     throw new TransferError("write", "stdout is closed");
-  const isOnTerminal = isTerminal(fd, found);
-  const mayBlock = isOnTerminal || !(found.isFile() || found.isCharacterDevice());
+  const isOnTerminal = device !== undefined && isTerminal(fd, device);
+  const mayBlock = isOnTerminal || isFifo || device?.isCharacterDevice() === false;
   // Bun.write needs no module. But if a non-blocking descriptor takes a part, it writes that part again, and if a pipe
   // is full, it blocks and no timer can end it. node:fs, once it is loaded, takes less time for each write.
-  const isTakenWhole = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY);
+  const isTakenWhole = !mayBlock || (isFifo && job.maxMs === Number.POSITIVE_INFINITY);
   let left = isTakenWhole ? LIMITS.printedBytesMax : 0; // bytes to print before node:fs is loaded
   let isInLine = false;
   const decoder = new TextDecoder();
