@@ -257,7 +257,7 @@ async function download(args: readonly string[]): Promise<number> {
   } finally {
     if (session !== undefined) {
       const { job, delivery } = session;
-      const closing = Promise.try(() => delivery.sink.close(delivery.held));
+      const closing = (async () => delivery.sink.close(delivery.held))();
       const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
       if (advice !== "" && !job.isSilent) tell(advice);
     }
@@ -362,7 +362,7 @@ function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request
   const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   // Content-Range means nothing in a 200 (RFC 9110 §14.4). But some servers send such a part so, others 206 unasked.
   const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
-  const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
+  const ranges = values.length > 0 ? values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange) : [];
   const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
   const isPart = ranges.some(({ first, last, complete }) => first > 0 || last + 1 !== complete || complete !== length);
   if (isPart || (onlyContentCounts && head.status === 206 && ranges.length === 0))
@@ -425,8 +425,8 @@ export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" |
   // RFC 9110 §13.1.5 wants a date only without an ETag. But many send a weak one; an old date is strong (§8.8.2.2).
   // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
   const changed = parseHttpDate(lastModified);
-  const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0;
-  const isStrong = !isConstant && parseHttpDate(singleValue(head, "date")) - changed >= LIMITS.strongDateAgeMs;
+  const mayBeStrong = changed >= Date.UTC(1990) && changed % 86_400_000 !== 0;
+  const isStrong = mayBeStrong && parseHttpDate(singleValue(head, "date")) - changed >= LIMITS.strongDateAgeMs;
   return { etag, lastModified, coding, validator: isStrong ? lastModified : "" };
 }
 
@@ -482,7 +482,7 @@ export function decideNext(failure: TransferError, held: Held, attempt: Attempt,
 
 /** The first byte to ask for. If all may be held, it is the last one held: a 416 past the end names no version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
-const lengthOf = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
+const lengthOf = (content: readonly Blob[]) => content.length && content.reduce((length, { size }) => length + size, 0);
 
 /** The head of the request as it goes over the wire (RFC 9112 §3): for the whole, or for the bytes after `held`. */
 export function formatRequest({ method, url, fields, content }: Request, held: Held): Uint8Array {
@@ -500,13 +500,14 @@ export function formatRequest({ method, url, fields, content }: Request, held: H
   ] as const;
   const isReplaced = (name: string) => fields.some(([field]) => field.toLowerCase() === name.toLowerCase());
   let head = `${method} ${url.href.replace(/^\w+:\/\/[^/]*|#.*$/g, "")} HTTP/1.1\r\n`; // .search drops a lone "?"
-  for (const [name, value] of [...ours.filter(([name]) => !isReplaced(name)), ...fields])
-    if (value !== "") head += `${name}: ${value}\r\n`;
+  for (const [name, value] of ours) if (value !== "" && !isReplaced(name)) head += `${name}: ${value}\r\n`;
+  for (const [name, value] of fields) if (value !== "") head += `${name}: ${value}\r\n`;
   return toBytes(`${head}\r\n`); // values may be any bytes but CTL: the command line has made them ISO 8859-1
 }
 
 /** The bytes of ISO 8859-1 text. (Buffer.from and Uint8Array.from take longer, the first time.) */
 function toBytes(text: string): Uint8Array {
+  if (!/[^\0-\x7f]/.test(text)) return new TextEncoder().encode(text); // ASCII, in a tenth of the time
   const bytes = new Uint8Array(text.length);
   for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
   return bytes;
@@ -1047,7 +1048,8 @@ export class Connection {
   /** Waits for the next event, but only as long as the peer may be silent. */
   private async event(): Promise<void> {
     this.job.trace?.flush();
-    const event = new Promise<void>((resolve) => (this.wake = resolve));
+    const { promise: event, resolve } = Promise.withResolvers<void>(); // its first call takes less than new Promise's
+    this.wake = resolve;
     await within(this.job.stallMs, event, "no byte for").catch((late) => (this.end = late));
   }
 }
