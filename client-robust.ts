@@ -1128,25 +1128,22 @@ class Trace {
 }
 // ── end shared ──
 
-const ALERT_RECORD_LENGTH = 19; // in TLS 1.3: level, description, inner type, and a tag of 16 bytes (RFC 8446 §5.2, §6)
-const [ALERT, APPLICATION_DATA] = [21, 23];
+const [ALERT, APPLICATION_DATA, ALERT_RECORD_LENGTH] = [21, 23, 19]; // types, and a length in TLS 1.3
 
 /** Watches TLS records go by (RFC 8446 §5.1): was the last one an alert, as it is if the peer closes in order? */
 export class RecordWatch {
   room = 0; // plaintext bytes that the records of the last read could hold; the caller subtracts those that came of them
-  private type: number | undefined; // of the last record
+  private type = ALERT; // of the last record; without TLS, each end is in order
   private length = 0; // of that record, without its header
   private seen = 0; // bytes of it, with its header; 0 again once it is whole
 
   /** Records, or pieces of them, before they are decrypted: a copy of their bytes, which is given back. */
   take(bytes: Uint8Array): void {
     this.room = 0;
-    for (let at = 0; at < bytes.length;) {
-      const isHeader = this.seen < 5; // type, two bytes of version, two of length: one by one, as a read may end in it
-      if (this.seen === 0) this.type = byteAt(bytes, at);
-      if (isHeader) this.length = (this.length * 256 + byteAt(bytes, at)) % 65_536;
-      const taken = isHeader ? 1 : Math.min(5 + this.length - this.seen, bytes.length - at);
-      at += taken;
+    for (let at = 0, taken = 1; at < bytes.length; at += taken) {
+      if (this.seen === 0) this.type = byteAt(bytes, at); // type, version (2), length (2): a read may end in between
+      if (this.seen < 5) this.length = (this.length * 256 + byteAt(bytes, at)) % 65_536;
+      taken = this.seen < 5 ? 1 : Math.min(5 + this.length - this.seen, bytes.length - at);
       this.seen += taken;
       if (this.seen < 5 + this.length) continue;
       if (this.type === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
@@ -1157,9 +1154,9 @@ export class RecordWatch {
 
   /** The peer has announced its end. Without TLS its FIN does that; over TLS, anyone on the path can send one. */
   get endsInOrder(): boolean {
-    // In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
+    // In TLS 1.3 an alert looks like content: level, description, type, tag (RFC 8446 §5.2, §6). But none came of it.
     const isAlert13 = this.type === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
-    return this.type === undefined || (this.seen === 0 && (this.type === ALERT || isAlert13));
+    return this.seen === 0 && (this.type === ALERT || isAlert13);
   }
 }
 
