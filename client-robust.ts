@@ -980,20 +980,17 @@ export class Connection {
     // RFC 6066 §3: a name goes without the root's dot, an address not at all: then the certificate must name that.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
     const tls = { serverName, ca: authorities ?? [], rejectUnauthorized: !this.job.isInsecure };
-    const { promise, resolve, reject } = Promise.withResolvers<Partial<SystemError>>();
-    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) =>
-      resolve(isTrusted ? {} : (error ?? { code: "EPROTO", message: "refused" }));
-    const close = (socket: Bun.Socket, error?: SystemError) => {
-      reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
-      this.handlers.close(socket, error);
-    };
-    const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
+    const { promise, resolve, reject } = Promise.withResolvers<[isTrusted: boolean, error: Partial<SystemError>]>();
+    const lost = new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`);
+    this.wake = () => this.end && reject(lost);
+    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => resolve([isTrusted, error ?? {}]);
+    const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake } });
     this.stopWatching = () => encrypted.reload({ socket: { drain() {} } });
-    const { code = "", message } = await promise;
+    const [isTrusted, { code = "", message }] = await promise;
     // The peer speaks no TLS, or not ours: this will not change. But a lost connection may be transient.
     if (/^(EPROTO|ECONN|ERR_SSL)/.test(code))
       throw new TransferError("tls", `no TLS with ${hostname}: ${message}`, { isFinal: !code.startsWith("ECONN") });
-    if (message !== undefined && !this.job.isInsecure)
+    if (!isTrusted && !this.job.isInsecure)
       throw new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${message}`);
     this.job.trace?.step("TLS", `with ${hostname}`);
   }
