@@ -918,7 +918,7 @@ class ProgressLine {
 export class Connection {
   private readonly received: Uint8Array[] = [];
   private receivedBytes = 0;
-  private end: "FIN" | TransferError | undefined; // nothing more comes
+  private end: { outcome: "FIN" } | TransferError | undefined; // nothing more comes
   private isClosed = false;
   private socket: Bun.Socket | undefined;
   private wake = () => {};
@@ -937,7 +937,7 @@ export class Connection {
     },
     drain: () => this.wake(),
     end: () => {
-      this.end ??= "FIN"; // the peer has sent everything
+      this.end ??= { outcome: "FIN" }; // the peer has sent everything
       this.wake();
     },
     /** A close without FIN is a reset, which never ends a message. Bun reports an alert of TLS here, and then again. */
@@ -997,22 +997,19 @@ export class Connection {
 
   /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
   async send(bytes: Uint8Array): Promise<boolean> {
-    for (let sent = 0; sent < bytes.length && !this.isAnswered;) {
-      const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
-      if (written < 0 && this.end !== undefined)
-        throw new TransferError("send", "the connection was lost while the request was sent");
-      this.job.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
-      sent += Math.max(0, written);
+    // More has come than interim responses, which may come at any time (RFC 9110 §15.2).
+    const isAnswered = () =>
+      /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(Buffer.concat(this.received).toString("latin1"));
+    for (let sent = 0; sent < bytes.length && !isAnswered();) {
+      const taken = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
+      if (taken < 0 && this.end) throw new TransferError("send", "the connection was lost while the request was sent");
+      this.job.trace?.step("send", `${Math.max(0, taken)} of ${bytes.length - sent} B`);
+      sent += Math.max(0, taken);
       // If the connection is lost, an answer may still be unread: its event comes before that of the loss.
       if (sent < bytes.length) await this.event();
-      if (written >= 0 && !this.isAnswered && this.end instanceof TransferError) this.fail("reset", this.end);
+      if (taken >= 0 && !isAnswered() && this.end instanceof TransferError) this.fail("reset", this.end);
     }
-    return !this.isAnswered;
-  }
-
-  /** More has come than interim responses, which may come at any time (RFC 9110 §15.2). */
-  private get isAnswered(): boolean {
-    return /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(Buffer.concat(this.received).toString("latin1"));
+    return !isAnswered();
   }
 
   /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
@@ -1020,7 +1017,7 @@ export class Connection {
     let bytes;
     while ((bytes = this.received.shift()) === undefined) {
       if (this.end instanceof TransferError) this.fail("reset", this.end);
-      if (this.end === "FIN") return void this.job.trace?.step("FIN", "received");
+      if (this.end?.outcome === "FIN") return void this.job.trace?.step("FIN", "received");
       this.socket?.resume();
       await this.event();
     }
@@ -1036,8 +1033,7 @@ export class Connection {
 
   /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
   close(): void {
-    const isReset = this.end instanceof TransferError && this.end.outcome === "receive";
-    if (this.socket !== undefined) this.job.trace?.step("close", isReset ? "" : "FIN sent");
+    if (this.socket !== undefined) this.job.trace?.step("close", this.end?.outcome === "receive" ? "" : "FIN sent");
     this.isClosed = true;
     this.socket?.close();
   }
@@ -1052,12 +1048,11 @@ export class Connection {
 
 let authorities: string[] | undefined; // read once: `--cacert <(command)` is a pipe
 
-/** The authorities that are trusted, as PEM texts. @throws TransferError "authorities" */
+/** The authorities to trust, as PEM. Bun checks a file only when it is connected. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {
   if (file === undefined) return process.getBuiltinModule("node:tls").getCACertificates("system");
   const { X509Certificate } = process.getBuiltinModule("node:crypto");
   const pem = ignoreErrors(() => fs().readFileSync(file, "latin1")) ?? "";
-  // Bun would report a bad file only once there is a connection.
   if (pem.includes("-----BEGIN") && ignoreErrors(() => new X509Certificate(pem)) !== undefined) return [pem];
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
 }
@@ -1079,16 +1074,12 @@ const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promi
   within(job.maxMs, step, "not done within", Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, true);
 
 // ── shared: trace ──
-/**
- * Prints each step on a connection as one line: its number, the time since it began, the step. TLS is shown decrypted.
- *
- *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
- */
+/** Prints a line for each step on a connection: its number, the time since it began, the step. TLS is decrypted. */
 class Trace {
   private number = 0;
   private startedAt = 0;
   private received = ""; // the last receive, printed once it is known what it has completed
-  private readonly completed = new Map<string, number>();
+  private readonly completed = new Map<string, number>(); // how many heads; and content, complete or a part
 
   constructor(private readonly print: (line: string) => void) {}
 
@@ -1097,6 +1088,7 @@ class Trace {
     this.startedAt = performance.now();
   }
 
+  /** `#1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head` */
   step(event: string, details: string, print = this.print): void {
     this.flush();
     const ms = (performance.now() - this.startedAt).toFixed(1).padStart(8);
@@ -1110,7 +1102,6 @@ class Trace {
     this.step("receive", details, (line) => (this.received = line));
   }
 
-  /** Notes what the last receive has completed, or brought a part of. */
   complete(what: "head" | "content" | "content complete"): void {
     if (what === "content complete") this.completed.delete("content");
     this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);

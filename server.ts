@@ -1154,16 +1154,12 @@ const reports = new Log(2);
 const report = (line: string) => reports.print(asLine(line));
 
 // ── shared: trace ──
-/**
- * Prints each step on a connection as one line: its number, the time since it began, the step. TLS is shown decrypted.
- *
- *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
- */
+/** Prints a line for each step on a connection: its number, the time since it began, the step. TLS is decrypted. */
 class Trace {
   private number = 0;
   private startedAt = 0;
   private received = ""; // the last receive, printed once it is known what it has completed
-  private readonly completed = new Map<string, number>();
+  private readonly completed = new Map<string, number>(); // how many heads; and content, complete or a part
 
   constructor(private readonly print: (line: string) => void) {}
 
@@ -1172,6 +1168,7 @@ class Trace {
     this.startedAt = performance.now();
   }
 
+  /** `#1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head` */
   step(event: string, details: string, print = this.print): void {
     this.flush();
     const ms = (performance.now() - this.startedAt).toFixed(1).padStart(8);
@@ -1185,7 +1182,6 @@ class Trace {
     this.step("receive", details, (line) => (this.received = line));
   }
 
-  /** Notes what the last receive has completed, or brought a part of. */
   complete(what: "head" | "content" | "content complete"): void {
     if (what === "content complete") this.completed.delete("content");
     this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);
