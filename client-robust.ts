@@ -484,6 +484,7 @@ export function decideNext(failure: TransferError, held: Held, attempt: Attempt,
 /** The first byte to ask for. If all may be held, it is the last one held: a 416 past the end names no version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
 const lengthOf = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
+const toBytes = (text: string) => Uint8Array.fromBase64(btoa(text)); // of ISO 8859-1; Buffer.from starts more slowly
 
 /** The head of the request as it goes over the wire (RFC 9112 §3): for the whole, or for the bytes after `held`. */
 export function formatRequest({ method, url, fields, content }: Request, held: Held): Uint8Array {
@@ -504,13 +505,6 @@ export function formatRequest({ method, url, fields, content }: Request, held: H
   for (const [name, value] of [...ours.filter(([name]) => !isReplaced(name)), ...fields])
     if (value !== "") head += `${name}: ${value}\r\n`;
   return toBytes(`${head}\r\n`); // values may be any bytes but CTL: the command line has made them ISO 8859-1
-}
-
-/** The bytes of ISO 8859-1 text. (Buffer.from and Uint8Array.from take longer, the first time.) */
-function toBytes(text: string): Uint8Array {
-  const bytes = new Uint8Array(text.length);
-  for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
-  return bytes;
 }
 
 const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i; // only the first server may see it
