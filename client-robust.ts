@@ -320,8 +320,8 @@ async function prepareRetry(failure: TransferError, session: Session): Promise<v
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
 
 export type Verdict =
-  /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
-  | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
+  /** Its content begins at byte `from` of the whole; a part ends before `end`. If `held` is empty, it starts over. */
+  | { readonly action: "deliver"; readonly from: number; readonly end?: number; readonly held: Held }
   | { readonly action: "complete" | "unchanged" } // the bytes held are the whole content; the user has it already
   | { readonly action: "redirect"; readonly to: Request };
 
@@ -341,9 +341,8 @@ export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Ver
   const isOld = job.sinceMs !== undefined && parseHttpDate(singleValue(head, "last-modified")) <= job.sinceMs;
   const isUnchanged = status === 304 || (status === 200 && isOld);
   if (isUnchanged && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
-  // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
-  if (status === 206 && hasRange) return judgePart(head, held, job);
-  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held);
+  if (status === 206 && hasRange) return judgePart(head, held, job); // RFC 9110 §14.4: only an answer to Range is one
+  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held); // §15.5.17: or says that there is none
   const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   const isTransient = TRANSIENT_STATUSES.includes(status);
   const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // its page is shown
@@ -364,8 +363,8 @@ function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request
   // Content-Range means nothing in a 200 (RFC 9110 §14.4). But some servers send such a part so, others 206 unasked.
   const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
   const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
-  const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
-  const isPart = ranges.some(({ first, last, complete }) => first > 0 || last + 1 !== complete || complete !== length);
+  const length = typeof head.framing === "number" ? head.framing : ranges[0]?.total;
+  const isPart = ranges.some(({ first, last, total }) => first > 0 || last + 1 !== total || total !== length);
   if (isPart || (onlyContentCounts && head.status === 206 && ranges.length === 0))
     throw new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) throw tooLarge(job);
@@ -374,18 +373,16 @@ function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request
   const { validator, resource } = version;
   const isSame = validator === held.validator && validator !== "" && resource === held.resource && agrees(head, held);
   const total = length ?? held.total; // what an earlier response said of this version still holds
-  if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
-    return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
+  if ((isSame || (job.hasSha256 && held.bytes > 0)) && total === (held.total ?? total))
+    return { action: "deliver", from: 0, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
   if (held.bytes > 0 && !canStartOver) throw new TransferError("partial", changed, { isFinal: true });
-  const fresh = { ...version, bytes: 0, total: isSame ? total : length };
-  return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
+  return { action: "deliver", from: 0, held: { ...version, bytes: 0, total: length } };
 }
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, job: Options): Verdict {
-  const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
-  const total = complete ?? held.total ?? Number.NaN;
+  const { first, last, total = held.total ?? Number.NaN } = parseContentRange(singleValue(head, "content-range"));
   const fits =
     first <= resumeFrom(held) && // caches that work in blocks begin earlier: what is held already is passed over
     last >= resumeFrom(held) && // RFC 9110 §15.3.7: it may be less than was asked for; the next attempt gets the rest
@@ -411,28 +408,25 @@ const tooLarge = ({ sizeMax }: Options) => new TransferError("tooLarge", `the co
 const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
   `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
 
-/** RFC 9110 §14.4: bytes first-last/complete. `complete` is undefined for "*"; what does not match is NaN, which fits nothing. */
-function parseContentRange(value: string): { first: number; last: number; complete: number | undefined } {
-  const [, first, last, complete] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
-  return { first: Number(first), last: Number(last), complete: complete === "*" ? undefined : Number(complete) };
+/** RFC 9110 §14.4: bytes first-last/total, undefined for "*". What does not match is NaN, which fits nothing. */
+function parseContentRange(value: string) {
+  const [, first, last, total] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
+  return { first: Number(first), last: Number(last), total: total === "*" ? undefined : Number(total) };
 }
 
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of every version
+const codingOf = (head: ResponseHead) => `${fieldValues(head, "content-encoding")}`.replace(/^(identity|[, ])*$/i, "");
 
 /** What names the version that a whole response to a GET is of. */
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
   const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
   // RFC 9110 §13.1.5 wants a date only without an ETag. But many send a weak one; an old date is strong (§8.8.2.2).
-  // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
   const changed = parseHttpDate(lastModified);
-  const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0;
+  const isConstant = changed < Date.UTC(1990) || changed % 86_400_000 === 0; // reproducible builds date all versions so
   const isStrong = !isConstant && parseHttpDate(singleValue(head, "date")) - changed >= LIMITS.strongDateAgeMs;
   return { etag, lastModified, coding, validator: isStrong ? lastModified : "" };
 }
-
-/** Content-Encoding; "" for none. */
-const codingOf = (head: ResponseHead) => `${fieldValues(head, "content-encoding")}`.replace(/^(identity|[, ])*$/i, "");
 
 /** Parameters that sign a query, at the large clouds: they are new each time, and name nothing. */
 const SIGNATURE = /&((sig|se|skt|ske|jwt|Expires|Signature|Policy|Key-Pair-Id|X-(Amz|Goog)-[\w-]+)=[^&]*)/g;
@@ -1167,29 +1161,23 @@ export class RecordWatch {
 
 // ═══ 10 Delivery ═══════════════════════════════════════════════════════════════════════════════
 
-/** Repr-Digest is a dictionary of byte sequences (RFC 9530 §3, RFC 8941 §3.2); of its algorithms SHA-256 is read. */
-const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
-
 /** The content held across all attempts; checks its length and its digest. */
 class Delivery {
-  held: Held;
   note = ""; // what the user should know about the content
   isUnchanged = false; // the user has the content already
   isVerified = false; // its SHA-256 is what the user or the server has said
-  private most: number; // bytes ever held of this version: more is progress. Infinity: it has started over
-  private isJoined = true; // the content held came in several responses, or in an earlier run
+  private isFresh = false; // all the content held came in one response
   private hash: Bun.CryptoHasher | undefined;
+  private told = ""; // the SHA-256 that the server has told for this version, in hex
   private at = Number.POSITIVE_INFINITY; // the place in the whole that the response under way has reached
-  private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
-  private expectedDigest = "";
+  private end = Number.NaN; // the byte of the whole before which that response must end; NaN if nothing tells it
 
   constructor(
     readonly sink: Sink,
     private readonly job: Options,
-  ) {
-    this.held = sink.leftover?.label ?? NOTHING;
-    this.most = this.held.bytes;
-  }
+    public held: Held = sink.leftover?.label ?? NOTHING,
+    private most = held.bytes, // ever held of this version: more is progress. Infinity: it has started over
+  ) {}
 
   /** An attempt has ended. @param spoils what is held is deleted. @returns true if more is held than ever before */
   endAttempt(spoils: boolean): boolean {
@@ -1201,18 +1189,18 @@ class Delivery {
     return this.held.bytes > most;
   }
 
-  start(head: ResponseHead, { held, from, end }: Extract<Verdict, { action: "deliver" }>): void {
-    if (held.bytes === 0 && this.held.bytes > 0) this.most = Number.POSITIVE_INFINITY;
+  start(head: ResponseHead, { held, from, end = held.total ?? Number.NaN }: Extract<Verdict, { from: number }>): void {
+    this.isFresh = held.bytes === 0;
+    if (this.isFresh && this.held.bytes > 0) this.most = Number.POSITIVE_INFINITY;
     this.held = held;
     this.at = from;
     this.end = end;
-    this.isJoined = held.bytes > 0;
-    // RFC 9530 §3: of the whole representation, in a 206 too. A digest that an earlier response gave for this version holds.
-    const digest = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(","))?.[1];
-    this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
-    if (this.isJoined) return;
-    this.hash = this.job.sha256 + this.expectedDigest === "" ? undefined : new Bun.CryptoHasher("sha256");
-    if (!this.job.keepsOnlyContent) this.sink.head = head.text;
+    // RFC 9530 §3, RFC 8941 §3.2: of the whole, in a 206 too. One that an earlier response gave for this version holds.
+    const values = fieldValues(head, "repr-digest");
+    const digest = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/.exec(values.join())?.[1] ?? "";
+    if (digest !== "" || this.isFresh) this.told = Uint8Array.fromBase64(digest).toHex();
+    if (this.isFresh) this.hash = this.job.sha256 + this.told === "" ? undefined : new Bun.CryptoHasher("sha256");
+    if (this.isFresh && !this.job.keepsOnlyContent) this.sink.head = head.text;
   }
 
   async write(bytes: Uint8Array): Promise<void> {
@@ -1229,32 +1217,25 @@ class Delivery {
 
   /** The response has ended: is the content whole, and does it match the digests? @throws TransferError if not */
   async finish(head: ResponseHead): Promise<void> {
-    const { bytes, total } = this.held;
-    // Content that only a close ends may have been cut. The last chunk ends it for sure.
-    if (head.framing === "chunked" && Number.isFinite(this.end) && bytes < this.end) throw contradiction();
+    const { job, held, told } = this;
+    const { bytes, total = bytes, coding } = held;
+    if (head.framing === "chunked" && bytes < this.end) throw contradiction(); // what a close ends may be cut
     const cut = `the response is not complete: ${bytes - this.at} of ${bytes} bytes held are missing`;
     if (this.at < bytes) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
-    if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: bytes === this.end });
-    this.isVerified = await this.verify();
-    this.note = await this.sink.finish(this.held);
-    // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
-    if (this.note === "" && this.job.keepsOnlyContent && this.held.coding !== "")
-      this.note = `The content is saved as it comes, with Content-Encoding: ${this.held.coding}`;
-  }
-
-  /** @returns false if nobody has said what the SHA-256 of the content is. @throws TransferError "digest" */
-  private async verify(): Promise<boolean> {
-    if (this.job.sha256 + this.expectedDigest === "") return false;
-    const found = this.hash?.digest("hex") ?? (await this.sink.digest?.(this.held));
+    if (bytes !== total) throw new TransferError("partial", part, { isPart: bytes === this.end });
+    const wanted = job.sha256 || told; // "" if nobody has said what the SHA-256 of the content is
+    const found = wanted && (this.hash?.digest("hex") ?? (await this.sink.digest?.(held)));
     const message = "the first part of the content is not at hand to be verified";
     if (found === undefined) throw new TransferError("digest", message, { isFinal: true });
-    const told = Buffer.from(this.expectedDigest, "base64").toString("hex");
-    if (found === (this.job.sha256 || told)) return true;
     // Another attempt helps if pieces were joined that do not fit, or if the server says that bytes were damaged.
-    const isFinal = found === told || (told === "" && !this.isJoined);
+    const isFinal = found === told || (told === "" && this.isFresh);
     const mismatch = `the content is not what its digest says: its SHA-256 is ${found}`;
-    throw new TransferError("digest", mismatch, { isFinal, spoils: true });
+    if (found !== wanted) throw new TransferError("digest", mismatch, { isFinal, spoils: true });
+    this.isVerified = wanted !== "";
+    // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
+    const encoded = coding && `The content is saved as it comes, with Content-Encoding: ${coding}`;
+    this.note = (await this.sink.finish(held)) || (job.keepsOnlyContent ? encoded : "");
   }
 }
 
