@@ -1196,7 +1196,7 @@ class Delivery {
     this.at = from;
     this.end = end;
     // RFC 9530 §3, RFC 8941 §3.2: of the whole, in a 206 too. One that an earlier response gave for this version holds.
-    const values = fieldValues(head, "repr-digest");
+    const values = [204, 304].includes(head.status) ? [] : fieldValues(head, "repr-digest"); // these have no content
     const digest = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/.exec(values.join())?.[1] ?? "";
     if (digest !== "" || this.isFresh) this.told = Uint8Array.fromBase64(digest).toHex();
     if (this.isFresh) this.hash = this.job.sha256 + this.told === "" ? undefined : new Bun.CryptoHasher("sha256");

@@ -2047,6 +2047,18 @@ describe("--sha256", () => {
     expect([exitCode, origin.requests.length]).toEqual([EXIT_CODES.digest, 1]);
   });
 
+  test.concurrent("a 204 or 304 has no content that the digest in its head could be of", async () => {
+    for (const status of ["204 No Content", "304 Not Modified"]) {
+      using origin = scripted([response(status, "", reprDigest(CONTENT).trimEnd())]);
+      const { stdout, exitCode } = await runProgram("client-robust", "binary", ["-X", "PUT", origin.url]);
+      expect([stdout.split("\r\n", 1)[0], exitCode]).toEqual([`HTTP/1.1 ${status}`, EXIT_CODES.ok]);
+    }
+    // Content that is empty does not match.
+    using origin = scripted([response("200 OK", "", reprDigest(CONTENT).trimEnd())]);
+    const { exitCode } = await runProgram("client-robust", "binary", ["--retry", "0", origin.url]);
+    expect(exitCode).toBe(EXIT_CODES.digest);
+  });
+
   test.concurrent("the last line of -v says whether the content is verified", async () => {
     await using place = await makePlace();
     using origin = scripted([serving()]);
