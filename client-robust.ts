@@ -1204,7 +1204,7 @@ class Delivery {
   }
 
   async write(bytes: Uint8Array): Promise<void> {
-    const content = bytes.subarray(Math.max(0, this.held.bytes - this.at)); // what is held already is passed over
+    const content = bytes.subarray(this.held.bytes - this.at); // what is held already is passed over
     this.at += bytes.length;
     const length = this.held.bytes + content.length;
     if (length > this.job.sizeMax) throw tooLarge(this.job);
