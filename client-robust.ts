@@ -169,7 +169,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     for await (const content of receiveContent(connection, head.framing, rest)) {
       job.trace?.complete("content");
       await delivery.write(content);
-      session.progress.show(session);
+      showProgress(session);
     }
     job.trace?.complete("content complete");
     if (request.method !== "HEAD") await delivery.finish(head);
@@ -216,7 +216,7 @@ const beginSession = (job: Options, sink: Sink) => ({
   job,
   canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
   delivery: new Delivery(sink, job),
-  progress: new ProgressLine(),
+  progress: { shownAt: 0, firstBytes: Number.POSITIVE_INFINITY, isOnScreen: false }, // what the progress line needs
   first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
   request: job.request, // the last request
   hasRange: false, // it asks for the rest of what is held
@@ -244,10 +244,10 @@ async function download(args: readonly string[]): Promise<number> {
     if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
     if (session.canStartOver) keepPartOnSignals(session);
     await withinMaxTime(job, tryUntilDone(session));
-    session.progress.finish(session);
+    tellSummary(session);
     return EXIT_CODES.ok;
   } catch (error) {
-    session?.progress.clear();
+    if (session !== undefined) clearProgress(session.progress);
     const failure = asTransferError(error);
     if (failure.outcome === "timeout" && failure.isFinal) {
       failure.message += session?.before ?? "";
@@ -273,7 +273,7 @@ function keepPartOnSignals({ delivery, progress }: Session): void {
   for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
     if (((ignored >> (number - 1)) & 1) === 0)
       process.once(signal, () => {
-        progress.clear();
+        clearProgress(progress);
         const advice = delivery.sink.close(delivery.held);
         tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
         // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
@@ -300,11 +300,11 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
-  const { job, delivery, progress, failures } = session;
+  const { job, delivery, failures } = session;
   const hasMore = delivery.endAttempt(failure.spoils);
   session.failures = hasMore ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
   const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
-  progress.clear();
+  clearProgress(session.progress);
   delivery.sink.endLine?.();
   if (typeof next === "string") {
     failure.message += next && ` (${next})`;
@@ -831,9 +831,7 @@ const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
-  try {
-    process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
-  } catch {}
+  ignoreErrors(() => fs().writeSync(2, asLine(line)));
 }
 
 // ── shared: sizes ──
@@ -863,40 +861,34 @@ function tellHead(mark: string, head: string): void {
 }
 
 /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left": on stderr, overwritten, if that is a terminal without content. */
-class ProgressLine {
-  private dueAt: number = LIMITS.progressAfterMs;
-  private firstBytes: number | undefined;
-  private isOnScreen = false;
+function showProgress({ job, delivery, progress }: Session): void {
+  const { bytes, total = 0 } = delivery.held;
+  progress.firstBytes = Math.min(progress.firstBytes, bytes); // less: it has started over
+  const now = elapsedMs(job);
+  if (now < Math.max(LIMITS.progressAfterMs, progress.shownAt + LIMITS.progressEveryMs)) return;
+  progress.shownAt = now;
+  if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
+  progress.isOnScreen = true;
+  const bytesPerSecond = ((bytes - progress.firstBytes) / now) * 1000;
+  const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
+  const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
+  const line = `${formatBytes(bytes)}${share}, ${formatBytes(bytesPerSecond)}/s${left}`;
+  ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
+}
 
-  show({ job, delivery }: Session): void {
-    const { bytes, total = 0 } = delivery.held;
-    this.firstBytes = Math.min(this.firstBytes ?? bytes, bytes); // less: it has started over
-    const now = elapsedMs(job);
-    if (now < this.dueAt) return;
-    this.dueAt = now + LIMITS.progressEveryMs;
-    if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
-    this.isOnScreen = true;
-    const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
-    const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
-    const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
-    const line = `${formatBytes(bytes)}${share}, ${formatBytes(bytesPerSecond)}/s${left}`;
-    ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
-  }
+function clearProgress(progress: Session["progress"]): void {
+  if (progress.isOnScreen) ignoreErrors(() => fs().writeSync(2, "\r\x1b[K"));
+  progress.isOnScreen = false;
+}
 
-  finish({ job, delivery: { held, sink, isVerified, isUnchanged, note } }: Session): void {
-    if (!isUnchanged && (this.isOnScreen || job.isVerbose)) {
-      this.clear();
-      sink.endLine?.();
-      const verified = isVerified ? "SHA-256 verified" : "not verified";
-      tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
-    }
-    if (note !== "" && !job.isSilent) tell(note);
+function tellSummary({ job, progress, delivery: { held, sink, isVerified, isUnchanged, note } }: Session): void {
+  if (!isUnchanged && (progress.isOnScreen || job.isVerbose)) {
+    clearProgress(progress);
+    sink.endLine?.();
+    const verified = isVerified ? "SHA-256 verified" : "not verified";
+    tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
   }
-
-  clear(): void {
-    if (this.isOnScreen) ignoreErrors(() => fs().writeSync(2, "\r\x1b[K"));
-    this.isOnScreen = false;
-  }
+  if (note !== "" && !job.isSilent) tell(note);
 }
 
 // ═══ 9 Sockets ═════════════════════════════════════════════════════════════════════════════════
