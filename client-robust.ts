@@ -566,9 +566,8 @@ function trimOws(text: string): string {
 
 // ── shared: chunked ──
 const TOKEN = "[!#$%&'*+\\-.^_`|~\\w]+";
-const QUOTED_STRING = '"(?:[^"\\\\]|\\\\.)*"';
 /** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ); before it stands chunk-size = 1*HEXDIG */
-const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*$`);
+const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|"(?:[^"\\\\]|\\\\.)*"))?)*$`);
 const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`); // field-name ":" OWS field-value OWS
 
 const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
@@ -668,24 +667,22 @@ const contradiction = () =>
 
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
-  let [text, left] = ["", LIMITS.headBytesMax]; // what has come of a head, and how much more may come
+  let [text, came] = ["", 0]; // what has come of a head; how many bytes have come of all
   for (let bytes; (bytes = await source.receive()) !== undefined;) {
-    const before = text;
-    const piece = latin1(bytes, 0, Math.min(bytes.length, left));
-    text += piece;
-    left -= bytes.length;
+    const [before, piece] = [text, latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - came))];
+    [text, came] = [before + piece, came + bytes.length];
     // Parsed anew only at the start, when the first line has ended, and at an empty line: a byte at a time is cheap.
     const isDue = piece.includes("\n") && (!before.includes("\n") || EMPTY_LINE.test(text.slice(before.length - 2)));
-    if (before.length > 7 && left >= 0 && !isDue) continue;
+    if (before.length > 7 && came <= LIMITS.headBytesMax && !isDue) continue;
     for (let head; (head = parseResponseHead(text, method)) !== undefined;) {
       text = text.slice(head.text.length);
       if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that"); // RFC 9110 §15.2.2
       if (head.status >= 200) return { head, rest: bytes.subarray(piece.length - text.length) };
     }
-    if (left < 0) throw unparsable("the head is too large");
+    if (came > LIMITS.headBytesMax) throw unparsable("the head is too large");
   }
   parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
-  if (left < LIMITS.headBytesMax) throw new TransferError("partial", "the response ends inside its head");
+  if (came > 0) throw new TransferError("partial", "the response ends inside its head");
   throw new TransferError("empty", "the server closed the connection without an answer");
 }
 
@@ -702,13 +699,12 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   const end = EMPTY_LINE.exec(text);
   const begun = end === null ? text : text.slice(0, end.index + 1);
   // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
-  const [first = "", ...lines] = begun.split(/\r?\n/);
+  const [first, ...lines] = begun.split(/\r?\n/).slice(0, -1); // the last one has not ended
   const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
-  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first) ?? [];
+  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first ?? "") ?? [];
   // A response that does not start like one is refused before the end of its line has come.
-  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : status !== undefined);
+  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (first === undefined ? !isMalformed : status !== undefined);
   if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // a server may be starting
-  lines.pop(); // what is behind the last line end: a line that has not ended
   if (isMalformed) throw unparsable(NO_FIELD_LINE);
   if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   const fields = new Map<string, string[]>();
@@ -758,14 +754,13 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
   // Item 1: never any content, whatever the fields say. Item 2 is about CONNECT, which this client does not send.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
   const [codings, lengths] = [fieldValues(head, "transfer-encoding"), fieldValues(head, "content-length")];
-  if (codings.length > 0) {
-    // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
-    if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
-    if (isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
-    // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
-    if (!/^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","))) throw unparsable("its transfer coding is not chunked");
-    return "chunked";
-  }
+  // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
+  if (codings.length > 0 && lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
+  if (codings.length > 0 && isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
+  // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
+  const isChunked = /^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","));
+  if (codings.length > 0 && !isChunked) throw unparsable("its transfer coding is not chunked");
+  if (isChunked) return "chunked";
   if (lengths.length === 0) return "close"; // item 8: until the connection is closed
   const [, length] = /^(\d+)(?:[\t ]*,[\t ]*\1)*$/.exec(lengths.join(",")) ?? []; // items 5 and 6: or the same again
   if (!Number.isSafeInteger(Number(length))) throw unparsable("its Content-Length is not one number");
@@ -830,16 +825,13 @@ const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
-export function tell(line: string): void {
-  ignoreErrors(() => fs().writeSync(2, asLine(line)));
-}
+export const tell = (line: string) => void ignoreErrors(() => fs().writeSync(2, asLine(line)));
 
 // ── shared: sizes ──
 /** "1.2 MiB" */
 function formatBytes(bytes: number): string {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
+  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
 }
 // ── end shared ──
 
