@@ -577,8 +577,8 @@ const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /**
  * chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF (RFC 9112 §7.1).
- * Call {@link next} until `state` is "done" or there is a fault. It keeps no bytes: if it uses none, a line is incomplete,
- * and they must come again with more behind.
+ * Call {@link next} until `state` is "done" or there is a fault. It keeps no bytes: if it uses none, a line is not
+ * complete, and they must come again with more behind.
  */
 export class ChunkedDecoder {
   state: "line" | "data" | "trailer" | "done" = "line";
@@ -626,8 +626,7 @@ export class ChunkedDecoder {
 
   private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): number {
     for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
-    // Past 2^53 sums are not exact.
-    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return this.fail("chunk-size", end + 2);
+    if (this.left + this.announced >= 2 ** 53) return this.fail("chunk-size", end + 2); // past it sums are inexact
     // Most lines are a size alone, and no text is made of them.
     const extension = sizeTo < end ? latin1(bytes, sizeTo, end) : "";
     const isExtension = extension === "" || CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension);
@@ -740,11 +739,10 @@ export function parseHttpDate(text: string, now = Date.now()): number {
   if (!HTTP_DATE.test(text)) return Number.NaN;
   // A year of two digits is the last one that ends so and is not more than 50 years ahead.
   const last = new Date(now).getUTCFullYear() + 50;
-  const fullYear = (_: string, digits: string) => `-${last - ((last - Number(digits)) % 100)} `;
-  const written = text.replace(/-(\d\d) /, fullYear).replace(/\d$/, "$& GMT");
-  const date = new Date(written);
+  const written = text.replace(/-(\d\d) /, (_, digits: string) => `-${last - ((last - Number(digits)) % 100)} `);
+  const date = new Date(written.replace(/\d$/, "$& GMT"));
   // Date reads a 31st of February as a day in March: month, year and time must be those that are written.
-  const [, , ...parts] = date.toUTCString().split(" ");
+  const parts = date.toUTCString().slice(8, -4).split(" ");
   return parts.every((part) => written.includes(part)) ? date.getTime() : Number.NaN;
 }
 // ── end shared ──
