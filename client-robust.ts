@@ -169,7 +169,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     for await (const content of receiveContent(connection, head.framing, rest)) {
       job.trace?.complete("content");
       await delivery.write(content);
-      session.progress.show(session);
+      showProgress(session);
     }
     job.trace?.complete("content complete");
     if (request.method !== "HEAD") await delivery.finish(head);
@@ -216,7 +216,7 @@ const beginSession = (job: Options, sink: Sink) => ({
   job,
   canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
   delivery: new Delivery(sink, job),
-  progress: new ProgressLine(),
+  progress: { shownAt: 0, firstBytes: Number.POSITIVE_INFINITY, isOnScreen: false }, // what the progress line needs
   first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
   request: job.request, // the last request
   hasRange: false, // it asks for the rest of what is held
@@ -244,10 +244,10 @@ async function download(args: readonly string[]): Promise<number> {
     if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
     if (session.canStartOver) keepPartOnSignals(session);
     await withinMaxTime(job, tryUntilDone(session));
-    session.progress.finish(session);
+    tellSummary(session);
     return EXIT_CODES.ok;
   } catch (error) {
-    session?.progress.clear();
+    if (session !== undefined) clearProgress(session.progress);
     const failure = asTransferError(error);
     if (failure.outcome === "timeout" && failure.isFinal) {
       failure.message += session?.before ?? "";
@@ -273,7 +273,7 @@ function keepPartOnSignals({ delivery, progress }: Session): void {
   for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
     if (((ignored >> (number - 1)) & 1) === 0)
       process.once(signal, () => {
-        progress.clear();
+        clearProgress(progress);
         const advice = delivery.sink.close(delivery.held);
         tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
         // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
@@ -300,11 +300,11 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
 
 /** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
 async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
-  const { job, delivery, progress, failures } = session;
+  const { job, delivery, failures } = session;
   const hasMore = delivery.endAttempt(failure.spoils);
   session.failures = hasMore ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
   const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
-  progress.clear();
+  clearProgress(session.progress);
   delivery.sink.endLine?.();
   if (typeof next === "string") {
     failure.message += next && ` (${next})`;
@@ -554,9 +554,8 @@ function trimOws(text: string): string {
 
 // ── shared: chunked ──
 const TOKEN = "[!#$%&'*+\\-.^_`|~\\w]+";
-const QUOTED_STRING = '"(?:[^"\\\\]|\\\\.)*"';
 /** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ); before it stands chunk-size = 1*HEXDIG */
-const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*$`);
+const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|"(?:[^"\\\\]|\\\\.)*"))?)*$`);
 const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`); // field-name ":" OWS field-value OWS
 
 const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
@@ -565,17 +564,13 @@ const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an 
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /**
- * Takes the chunked transfer coding apart (RFC 9112 §7.1):
- *
- *     chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF
- *
- * A chunk is a line, so many bytes, and CRLF; a trailer section is lines. Call {@link next} until `state` is "done" or
- * there is a fault. It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind.
+ * chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF (RFC 9112 §7.1).
+ * Call {@link next} until `state` is "done" or there is a fault. It keeps no bytes: if it uses none, a line is not
+ * complete, and they must come again with more behind.
  */
 export class ChunkedDecoder {
   state: "line" | "data" | "trailer" | "done" = "line";
-  fault:
-    "" | "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large" = "";
+  fault?: "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
   contentTo = 0; // the end of the content that the last call found: it starts where that call did
   announced = 0; // octets of content so far, those of the chunk under way included
   readonly trailerNames: string[] = []; // in lower case: the caller may have to refuse some
@@ -589,14 +584,20 @@ export class ChunkedDecoder {
     private readonly isUserAgent: boolean, // a server refuses obs-fold (§5.2), and white space behind a chunk-size
   ) {}
 
-  /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
+  /** Reads content, or one line, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
-    this.contentTo = from;
-    if (this.state === "data") return this.takeData(bytes, from, to);
-    if (from === to || this.state === "done" || this.fault !== "") return from;
+    this.contentTo = Math.min(to, from + this.left);
+    this.left -= this.contentTo - from;
+    if (this.contentTo > from || from === to) return this.contentTo;
+    if (this.state === "data") {
+      if (bytes[from] !== CR || (from + 1 < to && bytes[from + 1] !== LF)) return this.fail("chunk-data", from);
+      if (from + 1 === to) return from;
+      this.state = "line";
+      from += 2;
+    }
     const isTrailer = this.state === "trailer";
     const sizeTo = isTrailer ? from : skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX));
-    const isSize = sizeTo > from && (sizeTo === to || CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
+    const isSize = sizeTo === to || (sizeTo > from && CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
     const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
     // Bytes that cannot become a line that fits are refused before its end has come.
@@ -608,54 +609,38 @@ export class ChunkedDecoder {
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
-    this.fault = isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
-    return end + 2;
+    return isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
   }
 
-  /** Takes chunk-data, and the CRLF behind it once both of its bytes are there. */
-  private takeData(bytes: Uint8Array, from: number, to: number): number {
-    const end = Math.min(to, from + this.left);
-    this.contentTo = end;
-    this.left -= end - from;
-    if (this.left > 0 || end === to) return end;
-    const isCrlf = bytes[end] === CR && (end + 1 === to || bytes[end + 1] === LF);
-    if (!isCrlf) return end > from ? end : this.fail("chunk-data", end); // what came before it counts
-    if (end + 1 === to) return end;
-    this.state = "line";
-    return end + 2;
-  }
-
-  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number) {
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): number {
     for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
-    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size"; // past 2^53 sums are not exact
+    if (this.left + this.announced >= 2 ** 53) return this.fail("chunk-size", end + 2); // past it sums are inexact
     // Most lines are a size alone, and no text is made of them.
-    if (sizeTo < end) {
-      // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-      this.extensionBytes += end - sizeTo;
-      if (this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax) return "chunk-extension";
-      const extension = latin1(bytes, sizeTo, end);
-      if (!CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)) return "chunk-extension";
-    }
+    const extension = sizeTo < end ? latin1(bytes, sizeTo, end) : "";
+    const isExtension = extension === "" || CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension);
+    // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
+    this.extensionBytes += extension.length;
+    const isTooMuch = this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax;
+    if (!isExtension || isTooMuch) return this.fail("chunk-extension", end + 2);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
-    return "";
+    return end + 2;
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(bytes: Uint8Array, from: number, end: number) {
+  private takeTrailerLine(bytes: Uint8Array, from: number, end: number): number {
     const line = latin1(bytes, from, end);
+    const [, name] = FIELD_LINE.exec(line) ?? [];
+    const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
-    const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
-    if (line === "" || isFold) return "";
-    const name = FIELD_LINE.exec(line)?.[1];
-    if (name === undefined) return "trailer";
-    if (this.trailerNames.length === this.limits.fieldLinesMax) return "trailer-too-large";
-    this.trailerNames.push(name.toLowerCase());
-    return "";
+    else if (name !== undefined) this.trailerNames.push(name.toLowerCase());
+    else if (!isFold) return this.fail("trailer", end + 2);
+    if (this.trailerNames.length > this.limits.fieldLinesMax) return this.fail("trailer-too-large", end + 2);
+    return end + 2;
   }
 
-  private fail(fault: ChunkedDecoder["fault"], at: number): number {
+  private fail(fault: NonNullable<ChunkedDecoder["fault"]>, at: number): number {
     this.fault = fault;
     return at;
   }
@@ -669,24 +654,22 @@ const contradiction = () =>
 
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
-  let [text, left] = ["", LIMITS.headBytesMax]; // what has come of a head, and how much more may come
+  let [text, came] = ["", 0]; // what has come of a head; how many bytes have come of all
   for (let bytes; (bytes = await source.receive()) !== undefined;) {
-    const before = text;
-    const piece = latin1(bytes, 0, Math.min(bytes.length, left));
-    text += piece;
-    left -= bytes.length;
+    const [before, piece] = [text, latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - came))];
+    [text, came] = [before + piece, came + bytes.length];
     // Parsed anew only at the start, when the first line has ended, and at an empty line: a byte at a time is cheap.
     const isDue = piece.includes("\n") && (!before.includes("\n") || EMPTY_LINE.test(text.slice(before.length - 2)));
-    if (before.length > 7 && left >= 0 && !isDue) continue;
+    if (before.length > 7 && came <= LIMITS.headBytesMax && !isDue) continue;
     for (let head; (head = parseResponseHead(text, method)) !== undefined;) {
       text = text.slice(head.text.length);
       if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that"); // RFC 9110 §15.2.2
       if (head.status >= 200) return { head, rest: bytes.subarray(piece.length - text.length) };
     }
-    if (left < 0) throw unparsable("the head is too large");
+    if (came > LIMITS.headBytesMax) throw unparsable("the head is too large");
   }
   parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
-  if (left < LIMITS.headBytesMax) throw new TransferError("partial", "the response ends inside its head");
+  if (came > 0) throw new TransferError("partial", "the response ends inside its head");
   throw new TransferError("empty", "the server closed the connection without an answer");
 }
 
@@ -703,13 +686,12 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   const end = EMPTY_LINE.exec(text);
   const begun = end === null ? text : text.slice(0, end.index + 1);
   // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
-  const [first = "", ...lines] = begun.split(/\r?\n/);
+  const [first, ...lines] = begun.split(/\r?\n/).slice(0, -1); // the last one has not ended
   const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
-  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first) ?? [];
+  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first ?? "") ?? [];
   // A response that does not start like one is refused before the end of its line has come.
-  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : status !== undefined);
+  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (first === undefined ? !isMalformed : status !== undefined);
   if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // a server may be starting
-  lines.pop(); // what is behind the last line end: a line that has not ended
   if (isMalformed) throw unparsable(NO_FIELD_LINE);
   if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   const fields = new Map<string, string[]>();
@@ -745,11 +727,10 @@ export function parseHttpDate(text: string, now = Date.now()): number {
   if (!HTTP_DATE.test(text)) return Number.NaN;
   // A year of two digits is the last one that ends so and is not more than 50 years ahead.
   const last = new Date(now).getUTCFullYear() + 50;
-  const fullYear = (_: string, digits: string) => `-${last - ((last - Number(digits)) % 100)} `;
-  const written = text.replace(/-(\d\d) /, fullYear).replace(/\d$/, "$& GMT");
-  const date = new Date(written);
+  const written = text.replace(/-(\d\d) /, (_, digits: string) => `-${last - ((last - Number(digits)) % 100)} `);
+  const date = new Date(written.replace(/\d$/, "$& GMT"));
   // Date reads a 31st of February as a day in March: month, year and time must be those that are written.
-  const [, , ...parts] = date.toUTCString().split(" ");
+  const parts = date.toUTCString().slice(8, -4).split(" ");
   return parts.every((part) => written.includes(part)) ? date.getTime() : Number.NaN;
 }
 // ── end shared ──
@@ -759,14 +740,13 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
   // Item 1: never any content, whatever the fields say. Item 2 is about CONNECT, which this client does not send.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
   const [codings, lengths] = [fieldValues(head, "transfer-encoding"), fieldValues(head, "content-length")];
-  if (codings.length > 0) {
-    // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
-    if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
-    if (isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
-    // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
-    if (!/^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","))) throw unparsable("its transfer coding is not chunked");
-    return "chunked";
-  }
+  // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
+  if (codings.length > 0 && lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
+  if (codings.length > 0 && isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
+  // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
+  const isChunked = /^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","));
+  if (codings.length > 0 && !isChunked) throw unparsable("its transfer coding is not chunked");
+  if (isChunked) return "chunked";
   if (lengths.length === 0) return "close"; // item 8: until the connection is closed
   const [, length] = /^(\d+)(?:[\t ]*,[\t ]*\1)*$/.exec(lengths.join(",")) ?? []; // items 5 and 6: or the same again
   if (!Number.isSafeInteger(Number(length))) throw unparsable("its Content-Length is not one number");
@@ -809,7 +789,7 @@ function takeContent(decoder: ChunkedDecoder | undefined, bytes: Uint8Array, lef
     next = decoder.next(bytes, at, bytes.length);
     if (decoder.contentTo > at) bytes.copyWithin(to, at, decoder.contentTo);
     to += decoder.contentTo - at;
-    if (next === at) return { content: bytes.subarray(0, to), used: next };
+    if (next === at || decoder.fault || decoder.state === "done") return { content: bytes.subarray(0, to), used: next };
   }
 }
 
@@ -831,18 +811,13 @@ const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
-export function tell(line: string): void {
-  try {
-    process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
-  } catch {}
-}
+export const tell = (line: string) => void ignoreErrors(() => fs().writeSync(2, asLine(line)));
 
 // ── shared: sizes ──
 /** "1.2 MiB" */
 function formatBytes(bytes: number): string {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
+  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
 }
 // ── end shared ──
 
@@ -864,40 +839,34 @@ function tellHead(mark: string, head: string): void {
 }
 
 /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left": on stderr, overwritten, if that is a terminal without content. */
-class ProgressLine {
-  private dueAt: number = LIMITS.progressAfterMs;
-  private firstBytes: number | undefined;
-  private isOnScreen = false;
+function showProgress({ job, delivery, progress }: Session): void {
+  const { bytes, total = 0 } = delivery.held;
+  progress.firstBytes = Math.min(progress.firstBytes, bytes); // less: it has started over
+  const now = elapsedMs(job);
+  if (now < Math.max(LIMITS.progressAfterMs, progress.shownAt + LIMITS.progressEveryMs)) return;
+  progress.shownAt = now;
+  if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
+  progress.isOnScreen = true;
+  const bytesPerSecond = ((bytes - progress.firstBytes) / now) * 1000;
+  const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
+  const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
+  const line = `${formatBytes(bytes)}${share}, ${formatBytes(bytesPerSecond)}/s${left}`;
+  ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
+}
 
-  show({ job, delivery }: Session): void {
-    const { bytes, total = 0 } = delivery.held;
-    this.firstBytes = Math.min(this.firstBytes ?? bytes, bytes); // less: it has started over
-    const now = elapsedMs(job);
-    if (now < this.dueAt) return;
-    this.dueAt = now + LIMITS.progressEveryMs;
-    if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
-    this.isOnScreen = true;
-    const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
-    const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
-    const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
-    const line = `${formatBytes(bytes)}${share}, ${formatBytes(bytesPerSecond)}/s${left}`;
-    ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
-  }
+function clearProgress(progress: Session["progress"]): void {
+  if (progress.isOnScreen) ignoreErrors(() => fs().writeSync(2, "\r\x1b[K"));
+  progress.isOnScreen = false;
+}
 
-  finish({ job, delivery: { held, sink, isVerified, isUnchanged, note } }: Session): void {
-    if (!isUnchanged && (this.isOnScreen || job.isVerbose)) {
-      this.clear();
-      sink.endLine?.();
-      const verified = isVerified ? "SHA-256 verified" : "not verified";
-      tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
-    }
-    if (note !== "" && !job.isSilent) tell(note);
+function tellSummary({ job, progress, delivery: { held, sink, isVerified, isUnchanged, note } }: Session): void {
+  if (!isUnchanged && (progress.isOnScreen || job.isVerbose)) {
+    clearProgress(progress);
+    sink.endLine?.();
+    const verified = isVerified ? "SHA-256 verified" : "not verified";
+    tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
   }
-
-  clear(): void {
-    if (this.isOnScreen) ignoreErrors(() => fs().writeSync(2, "\r\x1b[K"));
-    this.isOnScreen = false;
-  }
+  if (note !== "" && !job.isSilent) tell(note);
 }
 
 // ═══ 9 Sockets ═════════════════════════════════════════════════════════════════════════════════
