@@ -875,7 +875,7 @@ function tellSummary({ job, progress, delivery: { held, sink, isVerified, isUnch
 export class Connection {
   private readonly received: Uint8Array[] = [];
   private receivedBytes = 0;
-  private end: "FIN" | TransferError | undefined; // nothing more comes
+  private end: { outcome: "FIN" } | TransferError | undefined; // nothing more comes
   private isClosed = false;
   private socket: Bun.Socket | undefined;
   private wake = () => {};
@@ -894,7 +894,7 @@ export class Connection {
     },
     drain: () => this.wake(),
     end: () => {
-      this.end ??= "FIN"; // the peer has sent everything
+      this.end ??= { outcome: "FIN" }; // the peer has sent everything
       this.wake();
     },
     /** A close without FIN is a reset, which never ends a message. Bun reports an alert of TLS here, and then again. */
@@ -937,42 +937,36 @@ export class Connection {
     // RFC 6066 §3: a name goes without the root's dot, an address not at all: then the certificate must name that.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
     const tls = { serverName, ca: authorities ?? [], rejectUnauthorized: !this.job.isInsecure };
-    const { promise, resolve, reject } = Promise.withResolvers<Partial<SystemError>>();
-    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) =>
-      resolve(isTrusted ? {} : (error ?? { code: "EPROTO", message: "refused" }));
-    const close = (socket: Bun.Socket, error?: SystemError) => {
-      reject(new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`));
-      this.handlers.close(socket, error);
-    };
-    const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake, close } });
+    const { promise, resolve, reject } = Promise.withResolvers<[isTrusted: boolean, error: Partial<SystemError>]>();
+    const lost = new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`);
+    this.wake = () => this.end && reject(lost);
+    const handshake = (_: unknown, isTrusted: boolean, error: SystemError | null) => resolve([isTrusted, error ?? {}]);
+    const [encrypted] = socket.upgradeTLS({ tls, socket: { ...this.handlers, handshake } });
     this.stopWatching = () => encrypted.reload({ socket: { drain() {} } });
-    const { code = "", message } = await promise;
+    const [isTrusted, { code = "", message }] = await promise;
     // The peer speaks no TLS, or not ours: this will not change. But a lost connection may be transient.
     if (/^(EPROTO|ECONN|ERR_SSL)/.test(code))
       throw new TransferError("tls", `no TLS with ${hostname}: ${message}`, { isFinal: !code.startsWith("ECONN") });
-    if (message !== undefined && !this.job.isInsecure)
+    if (!isTrusted && !this.job.isInsecure)
       throw new TransferError("certificate", `the certificate of ${hostname} is not trusted: ${message}`);
     this.job.trace?.step("TLS", `with ${hostname}`);
   }
 
   /** Sends all of it, or stops if the server answers before. @returns may more be sent? @throws TransferError */
   async send(bytes: Uint8Array): Promise<boolean> {
-    for (let sent = 0; sent < bytes.length && !this.isAnswered;) {
-      const written = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
-      if (written < 0 && this.end !== undefined)
-        throw new TransferError("send", "the connection was lost while the request was sent");
-      this.job.trace?.step("send", `${Math.max(0, written)} of ${bytes.length - sent} B`);
-      sent += Math.max(0, written);
+    // More has come than interim responses, which may come at any time (RFC 9110 §15.2).
+    const isAnswered = () =>
+      /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(Buffer.concat(this.received).toString("latin1"));
+    for (let sent = 0; sent < bytes.length && !isAnswered();) {
+      const taken = this.socket?.write(bytes, sent, bytes.length - sent) ?? -1;
+      if (taken < 0 && this.end) throw new TransferError("send", "the connection was lost while the request was sent");
+      this.job.trace?.step("send", `${Math.max(0, taken)} of ${bytes.length - sent} B`);
+      sent += Math.max(0, taken);
       // If the connection is lost, an answer may still be unread: its event comes before that of the loss.
       if (sent < bytes.length) await this.event();
-      if (written >= 0 && !this.isAnswered && this.end instanceof TransferError) this.fail("reset", this.end);
+      if (taken >= 0 && !isAnswered() && this.end instanceof TransferError) this.fail("reset", this.end);
     }
-    return !this.isAnswered;
-  }
-
-  /** More has come than interim responses, which may come at any time (RFC 9110 §15.2). */
-  private get isAnswered(): boolean {
-    return /^(?!HTTP\/1\.\d 1)[^]{10}|\nHTTP\/1\.\d [2-9]/.test(Buffer.concat(this.received).toString("latin1"));
+    return !isAnswered();
   }
 
   /** @returns the next bytes, which are the caller's, or undefined after the peer's end. @throws TransferError */
@@ -980,7 +974,7 @@ export class Connection {
     let bytes;
     while ((bytes = this.received.shift()) === undefined) {
       if (this.end instanceof TransferError) this.fail("reset", this.end);
-      if (this.end === "FIN") return void this.job.trace?.step("FIN", "received");
+      if (this.end?.outcome === "FIN") return void this.job.trace?.step("FIN", "received");
       this.socket?.resume();
       await this.event();
     }
@@ -996,8 +990,7 @@ export class Connection {
 
   /** Sends a FIN. If bytes are unread, the kernel sends a reset instead. */
   close(): void {
-    const isReset = this.end instanceof TransferError && this.end.outcome === "receive";
-    if (this.socket !== undefined) this.job.trace?.step("close", isReset ? "" : "FIN sent");
+    if (this.socket !== undefined) this.job.trace?.step("close", this.end?.outcome === "receive" ? "" : "FIN sent");
     this.isClosed = true;
     this.socket?.close();
   }
@@ -1012,12 +1005,11 @@ export class Connection {
 
 let authorities: string[] | undefined; // read once: `--cacert <(command)` is a pipe
 
-/** The authorities that are trusted, as PEM texts. @throws TransferError "authorities" */
+/** The authorities to trust, as PEM. Bun checks a file only when it is connected. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {
   if (file === undefined) return process.getBuiltinModule("node:tls").getCACertificates("system");
   const { X509Certificate } = process.getBuiltinModule("node:crypto");
   const pem = ignoreErrors(() => fs().readFileSync(file, "latin1")) ?? "";
-  // Bun would report a bad file only once there is a connection.
   if (pem.includes("-----BEGIN") && ignoreErrors(() => new X509Certificate(pem)) !== undefined) return [pem];
   throw new TransferError("authorities", `cannot read a certificate in PEM from ${file}`);
 }
@@ -1039,17 +1031,12 @@ const withinMaxTime = <T>(job: Options, step: T | Promise<T>, moreMs = 0): Promi
   within(job.maxMs, step, "not done within", Math.max(0, job.maxMs - elapsedMs(job)) + moreMs, true);
 
 // ── shared: trace ──
-/**
- * Prints each step on a connection as one line: its number, the time since it began, the step. TLS is shown decrypted.
- *
- *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
- *     #1      0.9 ms  send     153 of 153 B
- */
+/** Prints a line for each step on a connection: its number, the time since it began, the step. TLS is decrypted. */
 class Trace {
   private number = 0;
   private startedAt = 0;
   private received = ""; // the last receive, printed once it is known what it has completed
-  private readonly completed = new Map<string, number>();
+  private readonly completed = new Map<string, number>(); // how many heads; and content, complete or a part
 
   constructor(private readonly print: (line: string) => void) {}
 
@@ -1058,60 +1045,50 @@ class Trace {
     this.startedAt = performance.now();
   }
 
-  step(event: string, details: string): void {
+  /** `#1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head` */
+  step(event: string, details: string, print = this.print): void {
     this.flush();
-    this.print(this.format(event, details));
+    const ms = (performance.now() - this.startedAt).toFixed(1).padStart(8);
+    print(`#${this.number} ${ms} ms  ${event.padEnd(8)} ${details}`.trimEnd());
   }
 
   receive(bytes: Uint8Array): void {
-    this.flush();
     const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
-    const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
-      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escaped(character),
-    );
-    this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
+    const text = start.replace(/[\r\n\t"\\]+/g, (found) => JSON.stringify(found).slice(1, -1));
+    const details = `${bytes.length} B  "${text.replace(/[^ -~]/g, escaped)}"${start.length < bytes.length ? "…" : ""}`;
+    this.step("receive", details, (line) => (this.received = line));
   }
 
-  /** Notes what the last receive has completed, or brought a part of. */
   complete(what: "head" | "content" | "content complete"): void {
     if (what === "content complete") this.completed.delete("content");
     this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);
   }
 
-  /** Prints the last receive, and what it has completed. */
   flush(): void {
     const completed = Array.from(this.completed, ([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
     if (this.received !== "") this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);
     this.received = "";
     this.completed.clear();
   }
-
-  private format(event: string, details: string): string {
-    const ms = (performance.now() - this.startedAt).toFixed(1).padStart(8);
-    return `#${this.number} ${ms} ms  ${event.padEnd(8)} ${details}`.trimEnd();
-  }
 }
 // ── end shared ──
 
-const ALERT_RECORD_LENGTH = 19; // in TLS 1.3: level, description, inner type, and a tag of 16 bytes (RFC 8446 §5.2, §6)
-const [ALERT, APPLICATION_DATA] = [21, 23];
+const [ALERT, APPLICATION_DATA, ALERT_RECORD_LENGTH] = [21, 23, 19]; // types, and a length in TLS 1.3
 
 /** Watches TLS records go by (RFC 8446 §5.1): was the last one an alert, as it is if the peer closes in order? */
 export class RecordWatch {
   room = 0; // plaintext bytes that the records of the last read could hold; the caller subtracts those that came of them
-  private type: number | undefined; // of the last record
+  private type = ALERT; // of the last record; without TLS, each end is in order
   private length = 0; // of that record, without its header
   private seen = 0; // bytes of it, with its header; 0 again once it is whole
 
   /** Records, or pieces of them, before they are decrypted: a copy of their bytes, which is given back. */
   take(bytes: Uint8Array): void {
     this.room = 0;
-    for (let at = 0; at < bytes.length;) {
-      const isHeader = this.seen < 5; // type, two bytes of version, two of length: one by one, as a read may end in it
-      if (this.seen === 0) this.type = byteAt(bytes, at);
-      if (isHeader) this.length = (this.length * 256 + byteAt(bytes, at)) % 65_536;
-      const taken = isHeader ? 1 : Math.min(5 + this.length - this.seen, bytes.length - at);
-      at += taken;
+    for (let at = 0, taken = 1; at < bytes.length; at += taken) {
+      if (this.seen === 0) this.type = byteAt(bytes, at); // type, version (2), length (2): a read may end in between
+      if (this.seen < 5) this.length = (this.length * 256 + byteAt(bytes, at)) % 65_536;
+      taken = this.seen < 5 ? 1 : Math.min(5 + this.length - this.seen, bytes.length - at);
       this.seen += taken;
       if (this.seen < 5 + this.length) continue;
       if (this.type === APPLICATION_DATA) this.room += this.length - ALERT_RECORD_LENGTH + 2;
@@ -1122,9 +1099,9 @@ export class RecordWatch {
 
   /** The peer has announced its end. Without TLS its FIN does that; over TLS, anyone on the path can send one. */
   get endsInOrder(): boolean {
-    // In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
+    // In TLS 1.3 an alert looks like content: level, description, type, tag (RFC 8446 §5.2, §6). But none came of it.
     const isAlert13 = this.type === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
-    return this.type === undefined || (this.seen === 0 && (this.type === ALERT || isAlert13));
+    return this.seen === 0 && (this.type === ALERT || isAlert13);
   }
 }
 

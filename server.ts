@@ -1139,17 +1139,12 @@ const reports = new Log(2);
 const report = (line: string) => reports.print(asLine(line));
 
 // ── shared: trace ──
-/**
- * Prints each step on a connection as one line: its number, the time since it began, the step. TLS is shown decrypted.
- *
- *     #1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head
- *     #1      0.9 ms  send     153 of 153 B
- */
+/** Prints a line for each step on a connection: its number, the time since it began, the step. TLS is decrypted. */
 class Trace {
   private number = 0;
   private startedAt = 0;
   private received = ""; // the last receive, printed once it is known what it has completed
-  private readonly completed = new Map<string, number>();
+  private readonly completed = new Map<string, number>(); // how many heads; and content, complete or a part
 
   constructor(private readonly print: (line: string) => void) {}
 
@@ -1158,37 +1153,30 @@ class Trace {
     this.startedAt = performance.now();
   }
 
-  step(event: string, details: string): void {
+  /** `#1      0.4 ms  receive  43 B  "GET /data HTTP/1.1\r\nHost: localhost:8888"…  head` */
+  step(event: string, details: string, print = this.print): void {
     this.flush();
-    this.print(this.format(event, details));
+    const ms = (performance.now() - this.startedAt).toFixed(1).padStart(8);
+    print(`#${this.number} ${ms} ms  ${event.padEnd(8)} ${details}`.trimEnd());
   }
 
   receive(bytes: Uint8Array): void {
-    this.flush();
     const start = latin1(bytes, 0, Math.min(bytes.length, 40)); // so that a line fits into a terminal
-    const text = start.replace(/[^\x20-\x7e]|["\\]/g, (character) =>
-      '\r\n\t"\\'.includes(character) ? JSON.stringify(character).slice(1, -1) : escaped(character),
-    );
-    this.received = this.format("receive", `${bytes.length} B  "${text}"${start.length < bytes.length ? "…" : ""}`);
+    const text = start.replace(/[\r\n\t"\\]+/g, (found) => JSON.stringify(found).slice(1, -1));
+    const details = `${bytes.length} B  "${text.replace(/[^ -~]/g, escaped)}"${start.length < bytes.length ? "…" : ""}`;
+    this.step("receive", details, (line) => (this.received = line));
   }
 
-  /** Notes what the last receive has completed, or brought a part of. */
   complete(what: "head" | "content" | "content complete"): void {
     if (what === "content complete") this.completed.delete("content");
     this.completed.set(what, what === "head" ? (this.completed.get(what) ?? 0) + 1 : 1);
   }
 
-  /** Prints the last receive, and what it has completed. */
   flush(): void {
     const completed = Array.from(this.completed, ([what, times]) => (times > 1 ? `${what} (${times} times)` : what));
     if (this.received !== "") this.print(`${this.received}  ${completed.join(", ") || "nothing yet"}`);
     this.received = "";
     this.completed.clear();
-  }
-
-  private format(event: string, details: string): string {
-    const ms = (performance.now() - this.startedAt).toFixed(1).padStart(8);
-    return `#${this.number} ${ms} ms  ${event.padEnd(8)} ${details}`.trimEnd();
   }
 }
 // ── end shared ──
