@@ -79,7 +79,7 @@ export const NOTHING: Held = { bytes: 0, validator: "", etag: "", lastModified: 
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
-  readonly leftover?: { readonly label: Held } | undefined; // what an earlier run has left, to be continued
+  readonly leftover?: Held | undefined; // what an earlier run has left, to be continued
   write(content: Uint8Array, held: Held): Promise<void>;
   finish(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
   close(held: Held): string | Promise<string>; // called last, whatever happened. Returns how to continue, or ""
@@ -1121,7 +1121,7 @@ class Delivery {
   constructor(
     readonly sink: Sink,
     private readonly job: Options,
-    public held: Held = sink.leftover?.label ?? NOTHING,
+    public held: Held = sink.leftover ?? NOTHING,
     private most = held.bytes, // ever held of this version: more is progress. Infinity: it has started over
   ) {}
 
@@ -1187,8 +1187,7 @@ class Delivery {
 
 // ═══ 11 Sinks ══════════════════════════════════════════════════════════════════════════════════
 
-// Loaded only when needed: node:fs takes a fifth of the time of a small transfer to load, and longer by
-// process.getBuiltinModule. `require` has no types.
+// Loaded when needed: node:fs takes a fifth of a small transfer's time, getBuiltinModule more. `require` has no types.
 const fs = (): typeof import("node:fs") => require("node:fs");
 const paths = (): typeof import("node:path") => require("node:path");
 const tty = (): typeof import("node:tty") => require("node:tty");
@@ -1200,9 +1199,8 @@ const canUse = (path: string, mode: number) => ignoreErrors(() => (fs().accessSy
 const inThread = <T>(step: (done: (error: Error | null, value: T) => void) => void) =>
   new Promise<T>((resolve, reject) => step((error, value) => (error ? reject(error) : resolve(value))));
 
-/** Writes all of it. @param position in the file; null continues where the last write ended */
+/** Writes all of it: in a thread, which takes longer, if it may block; after the last write if `position` is null. */
 async function writeAll(fd: number, bytes: Uint8Array, mayBlock: boolean, position: number | null): Promise<void> {
-  // Only a pipe or a terminal is written to by a thread, as that takes longer; a file or a device is written at once.
   for (let written = 0; written < bytes.length;) {
     const [length, at] = [bytes.length - written, position === null ? null : position + written];
     try {
@@ -1222,41 +1220,34 @@ const isTerminal = (fd: number, found: Stats) => found.isCharacterDevice() && fo
 /** Pipes, devices and terminals: output cannot be taken back. Without -o, it has the head, and a terminal safe text. */
 async function openStream(fd: number, job: Options): Promise<Sink> {
   const found = await Bun.file(fd).stat();
-  // If stdout was closed (`>&-`), Bun has put /dev/null there, and all would be lost. On Linux, descriptors that a
-  // program is started with do not have O_CLOEXEC; those that Bun opens do.
+  // If stdout was closed (`>&-`), Bun has opened /dev/null: all would be lost. No inherited descriptor has O_CLOEXEC.
   const [isSuspect, fdinfo] = [fd === 1 && found.isCharacterDevice(), Bun.file("/proc/self/fdinfo/1")];
   if (isSuspect && /^flags:\s*\d*[2367]\d{6}$/m.test(await fdinfo.text().catch(() => "")))
     throw new TransferError("write", "stdout is closed");
   const isOnTerminal = isTerminal(fd, found);
   const mayBlock = isOnTerminal || !(found.isFile() || found.isCharacterDevice());
-  // Bun.write needs no module. But if a non-blocking descriptor takes a part, it writes that part again, and if a pipe
-  // is full, it blocks and no timer can end it. node:fs, once it is loaded, takes less time for each write.
-  const isTakenWhole = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY);
-  let left = isTakenWhole ? LIMITS.printedBytesMax : 0; // bytes to print before node:fs is loaded
+  // Bun.write needs no module: it prints the first bytes. But if a non-blocking descriptor takes a part, it writes that
+  // part again, and if a pipe is full, it blocks and no timer can end it. Once node:fs is loaded, it is faster.
+  let left = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY) ? LIMITS.printedBytesMax : 0;
+  const decoder = isOnTerminal && !job.keepsOnlyContent ? new TextDecoder() : undefined;
   let isInLine = false;
-  const decoder = new TextDecoder();
-
-  async function print(content: Uint8Array): Promise<void> {
-    const isText = isOnTerminal && !job.keepsOnlyContent;
-    if (isText && content.includes(0))
-      throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
-    const bytes = isText ? new TextEncoder().encode(printable(decoder.decode(content, { stream: true }))) : content;
-    left -= bytes.length;
-    await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
-  }
 
   const sink = {
     head: "",
     isTerminal: isOnTerminal,
-    async write(content: Uint8Array) {
+    async write(content: Uint8Array): Promise<void> {
       await sink.finish();
-      await print(content);
+      if (decoder && content.includes(0))
+        throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
+      const bytes = decoder ? Buffer.from(printable(decoder.decode(content, { stream: true }))) : content;
+      left -= bytes.length;
+      await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
       isInLine = isOnTerminal && content.at(-1) !== LF;
     },
-    async finish() {
+    async finish(): Promise<string> {
       const { head } = sink;
       sink.head = "";
-      if (head !== "") await print(toBytes(head));
+      if (head !== "") await sink.write(toBytes(head));
       return "";
     },
     close: () => sink.finish(), // no other attempt follows: a head whose content never came is printed, too
@@ -1268,49 +1259,45 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
   return sink;
 }
 
-/** Says what a part belongs to: written once, before the part's first byte, into a file of its name and ".json". */
-interface Label extends Held {
-  readonly file: string; // the name of FILE; the name of a part has only the start of it
+/** A part beside FILE. All but its length is in its label, a file that is written once, before the first byte of it. */
+interface Part extends Held {
+  readonly path: string; // FILE.0123456789ab.part, which has the label FILE.0123456789ab.part.json
+  readonly file: string; // the name of FILE; that of a part has only the start of it
   readonly request: string; // --sha256, which joins any pieces, or else URL and fields; of what may be a secret, a digest
+  readonly labelledAt: number; // milliseconds since 1970
 }
+type OpenPart = Part & { readonly fd: number };
 
-/** A part that lies beside FILE. Its `bytes` are 0 if there is only its label, or if it is not ours. */
-type FoundPart = Readonly<{ path: string; inode: number | undefined; label: Label; labelledAt: number }>;
-
-const LABEL_END = /^\.[0-9a-f]{12}\.part\.json$/; // FILE.0123456789ab.part has the label FILE.0123456789ab.part.json
-const STEM_BYTES = 100; // of FILE's name stand in that of a part: a name may have 255 bytes, on some file systems fewer
-
-/** The name of a part of FILE, up to its random end. */
+/** The name of a part of FILE, up to its random end: short, as names have at most 255 bytes, on some systems fewer. */
 const stemOf = (file: string) =>
-  Buffer.from(paths().basename(file)).subarray(0, STEM_BYTES).toString().replaceAll("\ufffd", "");
+  Buffer.from(paths().basename(file)).subarray(0, 100).toString().replaceAll("\ufffd", "");
 
-/** The parts of this very FILE, which is `target`. */
-function* findParts(target: string): Generator<FoundPart> {
+/** The parts of this very FILE, which is `target`. `bytes` is 0 if there is only a label, or if a part is not ours. */
+function* findParts(target: string): Generator<Part> {
   const { R_OK, W_OK } = fs().constants;
   const [folder, file, stem] = [paths().dirname(target), paths().basename(target), stemOf(target)];
   // If others may write to the folder, a part of theirs is not to be trusted; nor is a link. The folder's owner could
   // replace FILE itself, and owns the parts on disks that are mounted for another user.
   const owners = [process.geteuid?.(), ignoreErrors(() => fs().statSync(folder).uid)];
   for (const name of ignoreErrors(() => fs().readdirSync(folder)) ?? []) {
-    if (!name.startsWith(stem) || !LABEL_END.test(name.slice(stem.length))) continue;
+    if (!name.startsWith(stem) || !/^\.[0-9a-f]{12}\.part\.json$/.test(name.slice(stem.length))) continue;
     const path = paths().join(folder, name.slice(0, -".json".length));
-    const [found, part] = [statOf(`${path}.json`), statOf(path)];
-    if (!found?.isFile() || found.size > LIMITS.headBytesMax) continue;
+    const [label, part] = [statOf(`${path}.json`), statOf(path)];
+    if (!label?.isFile() || label.size > LIMITS.headBytesMax) continue;
     const isOurs = part?.nlink === 1 && part.isFile() && owners.includes(part.uid) && canUse(path, R_OK | W_OK);
-    const label = ignoreErrors(() => readLabel(`${path}.json`, file, isOurs ? part.size : 0));
-    if (label?.file === file) yield { path, inode: part?.ino, label, labelledAt: found.mtimeMs };
+    const found = ignoreErrors(() => readLabel(path, file, isOurs ? part.size : 0));
+    if (found?.file === file) yield found;
   }
 }
 
-function readLabel(path: string, file: string, bytes: number): Label {
-  const text = fs().readFileSync(path, "utf8");
+function readLabel(path: string, file: string, bytes: number): Part {
+  const text = fs().readFileSync(`${path}.json`, "utf8");
   // With other values than strings it fits nothing. An empty label is of a run that was killed before it could write it.
-  const label: Label = { ...NOTHING, request: "", ...(text === "" ? { file } : JSON.parse(text)), bytes };
-  return STRONG_ETAG.test(label.validator) || parseHttpDate(label.validator) ? label : { ...label, validator: "" };
+  const part: Part = { ...NOTHING, labelledAt: 0, ...(text === "" ? { file } : JSON.parse(text)), path, bytes };
+  return STRONG_ETAG.test(part.validator) || parseHttpDate(part.validator) ? part : { ...part, validator: "" };
 }
 
-const removePart = (path: string) =>
-  [path, `${path}.json`].forEach((name) => ignoreErrors(() => fs().unlinkSync(name)));
+const removePart = (path: string) => ["", ".json"].forEach((end) => ignoreErrors(() => fs().unlinkSync(path + end)));
 
 const takenOver = (path: string) =>
   new TransferError("write", `${path} is gone: another run has taken it over, or something has removed it`);
@@ -1325,14 +1312,12 @@ const changed = (path: string) => new TransferError("write", `${path} has been c
 class FileSink implements Sink {
   private readonly folder: string; // of the part
   private readonly request: string; // for the label; "" if the content cannot be continued
-  private readonly older: readonly FoundPart[]; // of earlier runs
-  readonly leftover: FoundPart | undefined; // the one of them that is continued
-  /** The part that this run writes. The inode tells if the path is still ours. */
-  private part: { path: string; fd: number; inode: number; label: Label } | undefined;
+  private readonly older: readonly Part[]; // of earlier runs
+  readonly leftover: Part | undefined; // the one of them that is continued
+  private part: OpenPart | undefined; // that this run writes
 
   constructor(
     private readonly path: string,
-    private readonly old: Stats | undefined, // FILE as it is, if it exists
     private readonly job: Options,
   ) {
     const [folder, { method, url, fields, content }] = [paths().dirname(path), job.request];
@@ -1341,27 +1326,21 @@ class FileSink implements Sink {
     // Only the content of a GET can be continued (RFC 9110 §14.2), and only beside FILE would a later run look for it.
     const canContinue = isBeside && method === "GET" && content.length === 0;
     this.request = canContinue ? url.origin + resourceOf(url) + digestOf(fields.join("\n")) : "";
-    this.older = [...findParts(path)];
+    this.older = [...findParts(path)].sort((a, b) => b.labelledAt - a.labelledAt);
     // Of the version that was seen last, the longest part is worth most.
-    const usable = this.older
-      .filter((part) => this.canContinue(part.label))
-      .sort((a, b) => b.labelledAt - a.labelledAt);
-    const { validator, resource } = usable[0]?.label ?? NOTHING;
-    const same = usable.filter(({ label }) => label.validator === validator && label.resource === resource);
-    [this.leftover] = same.sort((a, b) => b.label.bytes - a.label.bytes);
+    const usable = this.older.filter((part) => this.canContinue(part));
+    const [last] = Map.groupBy(usable, ({ validator, resource }) => JSON.stringify([validator, resource])).values();
+    this.leftover = last?.sort((a, b) => b.bytes - a.bytes)[0];
   }
 
   async write(content: Uint8Array, held: Held): Promise<void> {
     const { fd } = await this.ready(held);
     await writeAll(fd, content, false, held.bytes);
     // The disk begins now: all of it at the end would take as long again. If this fails, the sync at the end will, too.
-    const left = LIMITS.syncEveryBytes - (held.bytes % LIMITS.syncEveryBytes);
-    if (content.length >= left) fs().fdatasync(fd, () => {});
+    if ((held.bytes % LIMITS.syncEveryBytes) + content.length >= LIMITS.syncEveryBytes) fs().fdatasync(fd, () => {});
   }
 
-  async digest(held: Held): Promise<string> {
-    return sha256HexOf(Bun.file((await this.ready(held)).fd));
-  }
+  digest = async (held: Held) => sha256HexOf(Bun.file((await this.ready(held)).fd));
 
   async finish(held: Held): Promise<string> {
     const { path, fd } = await this.ready(held);
@@ -1389,59 +1368,51 @@ class FileSink implements Sink {
   /** Keeps a part that a later run can continue, and nothing else. Bytes of a piece that a full disk cut off count, too. */
   close(held: Held): string {
     if (this.part === undefined) return "";
-    const { path, inode, label } = this.part;
-    const { ino, nlink, size: bytes = 0 } = statOf(path) ?? {}; // nothing is opened: that may fail, and tell nothing
-    const isOurs = ino === inode && nlink === 1 && statOf(`${path}.json`) !== undefined;
-    if (isOurs && this.canContinue({ ...label, bytes }) && bytes >= held.bytes)
+    const { path, fd } = this.part; // nothing is opened: that may fail, and tell nothing
+    const { ino, nlink, size: bytes = 0 } = ignoreErrors(() => fs().fstatSync(fd)) ?? {};
+    const isThere = statOf(path)?.ino === ino && nlink === 1 && statOf(`${path}.json`) !== undefined;
+    if (isThere && this.canContinue({ ...this.part, bytes }) && bytes >= held.bytes)
       return `Kept ${bytes} bytes in ${path}: the same command continues from there`;
     this.discard();
     return "";
   }
 
   /** May this run continue the part? The same digest is the same content, whatever the request was. */
-  private canContinue({ request, validator, bytes, total = bytes }: Label): boolean {
+  private canContinue({ request, validator, bytes, total = bytes }: Part): boolean {
     const isWanted = request !== "" && this.request !== "" && [this.request, this.job.sha256].includes(request);
-    return isWanted && validator + this.job.sha256 !== "" && bytes > 0 && bytes <= total;
+    return isWanted && validator + this.job.sha256 !== "" && bytes > 0 && Number.isInteger(total) && bytes <= total;
   }
 
   /** The part that has the bytes held, or a new one. @throws TransferError if something else has changed it */
-  private async ready(held: Held): Promise<NonNullable<FileSink["part"]>> {
-    let part = held.bytes === 0 ? this.begin(held) : (this.part ?? this.begin(held, this.leftover));
-    if (statOf(part.path)?.ino !== part.inode) part = this.begin(held, await this.findAgain(part));
-    if (fs().fstatSync(part.fd).size < held.bytes) throw changed(part.path);
-    return part;
+  private async ready(held: Held, leftMs = this.job.stallMs): Promise<OpenPart> {
+    const part = held.bytes === 0 ? this.begin(held) : (this.part ?? this.begin(held, this.leftover));
+    const { ino, size, mtimeMs } = fs().fstatSync(part.fd);
+    if (size < held.bytes) throw changed(part.path);
+    if (statOf(part.path)?.ino === ino) return part;
+    // Another run has taken it over. A run that writes no more has died. With --sha256 it may have joined other bytes.
+    await Bun.sleep(LIMITS.idlePartMs);
+    const isIdle = fs().fstatSync(part.fd).mtimeMs === mtimeMs;
+    const isSame = (other: Part) => statOf(other.path)?.ino === ino && this.canContinue(other);
+    const found = isIdle && this.job.sha256 === "" ? findParts(this.path).find(isSame) : undefined;
+    if (found !== undefined) this.begin(held, found);
+    else if (isIdle || leftMs <= LIMITS.idlePartMs) throw takenOver(part.path);
+    return this.ready(held, leftMs - LIMITS.idlePartMs);
   }
 
-  /** Another run has taken the part over. @throws TransferError if that run goes on or the part is gone */
-  private async findAgain({ path, fd, inode }: NonNullable<FileSink["part"]>): Promise<FoundPart> {
-    for (let waitedMs = 0; waitedMs < this.job.stallMs; waitedMs += LIMITS.idlePartMs) {
-      const { mtimeMs } = fs().fstatSync(fd);
-      await Bun.sleep(LIMITS.idlePartMs);
-      if (fs().fstatSync(fd).mtimeMs !== mtimeMs) continue;
-      // That run has died, and nobody writes to the part any more. With --sha256 it may have joined other bytes.
-      const part = findParts(this.path).find((part) => part.inode === inode && this.canContinue(part.label));
-      if (part === undefined || this.job.sha256 !== "") break;
-      return part;
-    }
-    throw takenOver(path);
-  }
-
-  /** Gives a part a name of its own, be it new or of an earlier run. The label comes first. */
-  private begin(held: Held, leftover?: FoundPart): NonNullable<FileSink["part"]> {
-    const { O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW } = fs().constants;
+  /** Gives a part a name of its own, after its label. A new one is as private as FILE from its first byte on. */
+  private begin(held: Held, leftover?: Part): OpenPart {
     const path = paths().join(this.folder, `${stemOf(this.path)}.${crypto.randomUUID().slice(-12)}.part`);
     const [request, validator] = this.job.sha256 === "" ? [this.request, held.validator] : [this.job.sha256, ""];
-    const label: Label = { ...held, file: paths().basename(this.path), request, validator };
-    const flags = O_RDWR | O_NOFOLLOW | (leftover === undefined ? O_CREAT | O_EXCL : 0);
+    const part = { ...held, path, file: paths().basename(this.path), request, validator, labelledAt: Date.now() };
+    const flags = leftover === undefined ? "wx+" : fs().constants.O_RDWR | fs().constants.O_NOFOLLOW;
     try {
-      fs().writeFileSync(`${path}.json`, JSON.stringify(label), { flag: "wx", mode: 0o600 });
-      const mode = 0o600 | (forAnyGroup(this.old?.mode ?? 0o666) & 0o066); // as private as FILE from its first byte on
+      fs().writeFileSync(`${path}.json`, JSON.stringify(part), { flag: "wx", mode: 0o600 });
+      const mode = 0o600 | (forAnyGroup(fs().statSync(this.path, { throwIfNoEntry: false })?.mode ?? 0o666) & 0o066);
       const fd = fs().openSync(leftover?.path ?? path, flags, mode);
-      const inode = fs().fstatSync(fd).ino;
       if (leftover !== undefined) fs().renameSync(leftover.path, path);
       if (leftover !== undefined) removePart(leftover.path);
       this.discard();
-      return (this.part = { path, fd, inode, label });
+      return (this.part = { ...part, fd });
     } catch (error) {
       removePart(path);
       throw leftover !== undefined && statOf(leftover.path) === undefined ? takenOver(leftover.path) : error;
@@ -1460,9 +1431,7 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
     if (!exists || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code)) throw error;
     // Nothing below waits for an event: a signal or a deadline comes before the first byte is changed, or after the last.
     const target = fs().openSync(file, fs().constants.O_WRONLY);
-    using _ = { [Symbol.dispose]: () => fs().closeSync(target) };
-    const { size } = fs().fstatSync(target);
-    // The bytes beyond the old content come first: is there room for them?
+    const { size } = fs().fstatSync(target); // the bytes beyond it come first: is there room for them?
     await copy(fd, target, size).catch((error) => {
       fs().ftruncateSync(target, size);
       throw error;
@@ -1498,9 +1467,8 @@ async function openSink(job: Options): Promise<Sink | undefined> {
   if (old?.isFile() === false || owner !== undefined || path.endsWith("/"))
     return openStream(await inThread<number>((done) => fs().open(path, O_WRONLY | O_APPEND, done)), job);
   fs().accessSync(old === undefined ? paths().dirname(path) : path, old === undefined ? W_OK | X_OK : W_OK);
-  if (sha256 !== "" && (await sha256HexOf(Bun.file(paths().resolve(path))).catch(() => "")) === sha256)
-    return undefined;
-  return new FileSink(path, old, job);
+  const isDone = sha256 !== "" && (await sha256HexOf(Bun.file(paths().resolve(path))).catch(() => "")) === sha256;
+  return isDone ? undefined : new FileSink(path, job);
 }
 
 /** Where a path leads in the end, whether that exists or not. /dev/stdout leads to /proc/self/fd/1. */

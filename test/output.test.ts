@@ -1322,6 +1322,19 @@ describe("other programs' files", () => {
     expect(place.isWhole()).toBeTrue();
   });
 
+  test.concurrent("a length in a companion that is none leads to the whole", async () => {
+    for (const total of [7, "99999", [99999], { toString: 1 }]) {
+      await using place = await makePlace(OLD);
+      using origin = await keepHalf(place);
+      const companion = place.beside().at(-1) ?? "";
+      writeFileSync(companion, JSON.stringify({ ...JSON.parse(readFileSync(companion, "utf8")), total }));
+      origin.answerAnew(serving());
+      const { exitCode, stderr } = await save(place, origin.url);
+      expect([total, exitCode, stderr, ...origin.requests.map(rangeOf)]).toEqual([total, EXIT_CODES.ok, "", undefined]);
+      expectWhole(place);
+    }
+  });
+
   test.concurrent("a FILE whose name begins with that of another FILE has parts of its own", async () => {
     const [name = ""] = await lookalikes();
     for (const other of ["file.x", "file.part", "file.json", "file2", name]) {
