@@ -81,9 +81,8 @@ export const NOTHING: Held = { bytes: 0, validator: "", etag: "", lastModified: 
 interface Sink {
   readonly leftover?: { readonly label: Held } | undefined; // what an earlier run has left, to be continued
   write(content: Uint8Array, held: Held): Promise<void>;
-  finish(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
-  close(held: Held): string | Promise<string>; // called last, whatever happened. Returns how to continue, or ""
-  head?: string; // still to be printed: with the first content, when no other response can replace it
+  finish?(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
+  close?(held: Held): string; // called last, whatever happened. Returns how to continue, or ""
   digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   readonly isTerminal?: boolean;
@@ -172,11 +171,9 @@ export async function transfer(session: Session): Promise<undefined | Request | 
       session.progress.show(session);
     }
     job.trace?.complete("content complete");
-    if (request.method !== "HEAD") await delivery.finish(head);
-    else await delivery.sink.finish(delivery.held); // prints the head
+    await delivery.finish(head);
     // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
-    if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
-    return undefined;
+    return head.status < 400 ? undefined : new TransferError("status", describeStatus(head), { isFinal: true });
   } catch (error) {
     return asTransferError(error);
   } finally {
@@ -258,7 +255,7 @@ async function download(args: readonly string[]): Promise<number> {
   } finally {
     if (session !== undefined) {
       const { job, delivery } = session;
-      const closing = Promise.try(() => delivery.sink.close(delivery.held));
+      const closing = delivery.printHead().then(() => delivery.sink.close?.(delivery.held) ?? "");
       const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
       if (advice !== "" && !job.isSilent) tell(advice);
     }
@@ -274,11 +271,9 @@ function keepPartOnSignals({ delivery, progress }: Session): void {
     if (((ignored >> (number - 1)) & 1) === 0)
       process.once(signal, () => {
         progress.clear();
-        const advice = delivery.sink.close(delivery.held);
-        tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
-        // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
-        process.kill(process.pid, signal);
-        process.exit(128 + number);
+        tell(delivery.sink.close?.(delivery.held) || "Interrupted");
+        process.kill(process.pid, signal); // a shell sees that Ctrl-C ended the program, and ends its loop
+        process.exit(128 + number); // a container's first process ignores the signal
       });
 }
 
@@ -1188,6 +1183,7 @@ class Delivery {
   private at = Number.POSITIVE_INFINITY; // the place in the whole that the response under way has reached
   private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
   private expectedDigest = "";
+  private unprinted = ""; // the head: printed with the first content, when no other response can replace it
 
   constructor(
     readonly sink: Sink,
@@ -1218,7 +1214,14 @@ class Delivery {
     this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
     if (this.isJoined) return;
     this.hash = this.job.sha256 + this.expectedDigest === "" ? undefined : new Bun.CryptoHasher("sha256");
-    if (!this.job.keepsOnlyContent) this.sink.head = head.text;
+    if (!this.job.keepsOnlyContent) this.unprinted = head.text;
+  }
+
+  /** Prints the head, unless that is done. */
+  async printHead(): Promise<void> {
+    const head = toBytes(this.unprinted);
+    this.unprinted = "";
+    if (head.length > 0) await this.sink.write(head, this.held);
   }
 
   async write(bytes: Uint8Array): Promise<void> {
@@ -1228,6 +1231,7 @@ class Delivery {
     if (length > this.job.sizeMax) throw tooLarge(this.job);
     if (length > this.end) throw contradiction();
     if (content.length === 0) return;
+    await this.printHead();
     await this.sink.write(content, this.held);
     this.hash?.update(content);
     this.held = { ...this.held, bytes: length };
@@ -1242,10 +1246,11 @@ class Delivery {
     if (this.at < bytes) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
     if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: bytes === this.end });
-    this.isVerified = await this.verify();
-    this.note = await this.sink.finish(this.held);
+    this.isVerified = this.job.request.method !== "HEAD" && (await this.verify());
+    await this.printHead();
+    this.note = (await this.sink.finish?.(this.held)) ?? "";
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
-    if (this.note === "" && this.job.keepsOnlyContent && this.held.coding !== "")
+    if (this.note === "" && bytes > 0 && this.job.keepsOnlyContent && this.held.coding !== "")
       this.note = `The content is saved as it comes, with Content-Encoding: ${this.held.coding}`;
   }
 
@@ -1315,36 +1320,22 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
   let isInLine = false;
   const decoder = new TextDecoder();
 
-  async function print(content: Uint8Array): Promise<void> {
-    const isText = isOnTerminal && !job.keepsOnlyContent;
-    if (isText && content.includes(0))
-      throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
-    const bytes = isText ? new TextEncoder().encode(printable(decoder.decode(content, { stream: true }))) : content;
-    left -= bytes.length;
-    await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
-  }
-
-  const sink = {
-    head: "",
+  return {
     isTerminal: isOnTerminal,
-    async write(content: Uint8Array) {
-      await sink.finish();
-      await print(content);
+    async write(content) {
+      const isText = isOnTerminal && !job.keepsOnlyContent;
+      if (isText && content.includes(0))
+        throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
+      const bytes = isText ? new TextEncoder().encode(printable(decoder.decode(content, { stream: true }))) : content;
+      left -= bytes.length;
+      await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
       isInLine = isOnTerminal && content.at(-1) !== LF;
     },
-    async finish() {
-      const { head } = sink;
-      sink.head = "";
-      if (head !== "") await print(toBytes(head));
-      return "";
-    },
-    close: () => sink.finish(), // no other attempt follows: a head whose content never came is printed, too
     endLine() {
       if (isInLine) ignoreErrors(() => fs().writeSync(fd, "\n"));
       isInLine = false;
     },
   };
-  return sink;
 }
 
 /** Says what a part belongs to: written once, before the part's first byte, into a file of its name and ".json". */
