@@ -8,10 +8,8 @@
  *
  * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never because no more
  * bytes came. Transient failures are retried, and an interrupted transfer continues where it stopped. The result is one
- * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
- *
- * It reads from top to bottom. **The transfer** is the tutorial's try { … } catch … finally { close }, in a loop.
- * Left out: HTTP/2, compression, cookies, proxies, several URLs.
+ * version of the content, whole, or a failure with curl's exit code. Memory use is constant. **The transfer** is the
+ * tutorial's try { … } catch … finally { close }, in a loop. No HTTP/2, compression, cookies, proxies, several URLs.
  */
 import type { Stats } from "node:fs";
 
@@ -58,7 +56,6 @@ export type Framing = number | "chunked" | "close"; // where content ends (RFC 9
 
 export interface ResponseHead {
   readonly status: number;
-  readonly reasonPhrase: string;
   readonly fields: ReadonlyMap<string, readonly string[]>; // the values of each field, by its name in lower case
   readonly framing: Framing;
   readonly text: string; // the head as it came, one character a byte
@@ -71,10 +68,9 @@ export interface Held {
   readonly etag: string; // the fields as the server sent them, weak or strong; "" without one
   readonly lastModified: string;
   readonly coding: string; // Content-Encoding: each coding has other bytes
-  readonly resource: string; // the resource that the validator is of, see resourceOf
+  readonly resource: string; // that the validator is of (RFC 9110 §8.8): it tells nothing of another. See resourceOf
   readonly total?: number | undefined; // the length of the whole, if a response has told it
 }
-
 export const NOTHING: Held = { bytes: 0, validator: "", etag: "", lastModified: "", coding: "", resource: "" };
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
@@ -116,6 +112,7 @@ export const EXIT_CODES = Object.freeze({
   authorities: 77, // --cacert is not a file of certificates
 });
 export type Outcome = keyof typeof EXIT_CODES;
+type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
 /** A transfer that failed: `outcome` says how, the message says it in a line, or is "" if there is nothing to say. */
 export class TransferError extends Error {
@@ -132,8 +129,6 @@ export class TransferError extends Error {
     Object.assign(this, more);
   }
 }
-
-type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
 /** Turns everything that is thrown into a TransferError. Other system errors that get this far are of an output. */
 export function asTransferError(error: unknown): TransferError {
@@ -158,7 +153,6 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     if (job.isVerbose) tellHead("< ", head.text);
     if (head.framing !== "close") connection.stopWatching();
     const verdict = judgeHead(head, delivery.held, session);
-    delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
     if (verdict.action === "redirect") return verdict.to;
     if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
@@ -168,7 +162,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     for await (const content of receiveContent(connection, head.framing, rest)) {
       job.trace?.complete("content");
       await delivery.write(content);
-      session.progress.show(session);
+      progress.show(session);
     }
     job.trace?.complete("content complete");
     await delivery.finish(head);
@@ -182,9 +176,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
 }
 
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
-  const { job, delivery, request, asksForWhole } = session;
-  const { held } = delivery;
-  // A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another.
+  const [{ job, request, asksForWhole }, { held }] = [session, session.delivery];
   session.hasRange = held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
   let [unsent, left] = [formatRequest(request, session.hasRange ? held : NOTHING), lengthOf(request.content)];
   if (job.isVerbose) tellHead("> ", latin1(unsent, 0, unsent.length));
@@ -213,7 +205,6 @@ const beginSession = (job: Options, sink: Sink) => ({
   job,
   canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
   delivery: new Delivery(sink, job),
-  progress: new ProgressLine(),
   first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
   request: job.request, // the last request
   hasRange: false, // it asks for the rest of what is held
@@ -223,7 +214,6 @@ const beginSession = (job: Options, sink: Sink) => ({
   before: "", // how the last attempt failed, as the end of a message
 });
 type Session = ReturnType<typeof beginSession>;
-/** The request that was sent last, and what has become of those before it. */
 export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** The whole run around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
@@ -241,15 +231,14 @@ async function download(args: readonly string[]): Promise<number> {
     if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
     if (session.canStartOver) keepPartOnSignals(session);
     await withinMaxTime(job, tryUntilDone(session));
-    session.progress.finish(session);
+    progress.finish(session);
     return EXIT_CODES.ok;
   } catch (error) {
-    session?.progress.clear();
+    progress.clear(); // also if the failure is not told
     const failure = asTransferError(error);
-    if (failure.outcome === "timeout" && failure.isFinal) {
-      failure.message += session?.before ?? "";
-      session?.job.trace?.step("deadline", failure.message);
-    }
+    const isLate = failure.outcome === "timeout" && failure.isFinal; // --max-time is over
+    if (isLate) failure.message += session?.before ?? "";
+    if (isLate) session?.job.trace?.step("deadline", failure.message);
     if (failure.message !== "") tell(`Error: ${failure.message}`);
     return EXIT_CODES[failure.outcome];
   } finally {
@@ -263,22 +252,35 @@ async function download(args: readonly string[]): Promise<number> {
 }
 
 /** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
-function keepPartOnSignals({ delivery, progress }: Session): void {
+function keepPartOnSignals({ delivery }: Session): void {
   // Signals ignored from the start (nohup) stay so: bit 0 is signal 1. Only Linux tells; else SIGHUP is left alone.
   const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
   const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
   for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
     if (((ignored >> (number - 1)) & 1) === 0)
       process.once(signal, () => {
-        progress.clear();
         tell(delivery.sink.close?.(delivery.held) || "Interrupted");
         process.kill(process.pid, signal); // a shell sees that Ctrl-C ended the program, and ends its loop
         process.exit(128 + number); // a container's first process ignores the signal
       });
 }
 
+/** One attempt after another, until one succeeds. @throws TransferError if there will be no other */
 async function tryUntilDone(session: Session): Promise<void> {
-  for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
+  const { job, delivery } = session;
+  for (let failure; (failure = await followRedirects(session)) !== undefined;) {
+    const hasMore = delivery.endAttempt(failure.spoils);
+    session.failures = hasMore ? Number(!failure.isPart) : session.failures + Number(!failure.refusesRest);
+    const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
+    delivery.sink.endLine?.();
+    if (typeof next === "string") failure.message += next && ` (${next})`;
+    if (typeof next === "string") throw failure;
+    session.asksForWhole = next.asksForWhole;
+    session.before = `; before that, ${failure.message}`;
+    if (!job.isSilent && next.afterMs < job.maxMs - elapsedMs(job))
+      tell(`Retry in ${(next.afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
+    await Bun.sleep(next.afterMs);
+  }
 }
 
 async function followRedirects(session: Session): Promise<TransferError | undefined> {
@@ -291,25 +293,6 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
     session.request = ending;
   }
   return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
-}
-
-/** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
-async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
-  const { job, delivery, progress, failures } = session;
-  const hasMore = delivery.endAttempt(failure.spoils);
-  session.failures = hasMore ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
-  const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
-  progress.clear();
-  delivery.sink.endLine?.();
-  if (typeof next === "string") {
-    failure.message += next && ` (${next})`;
-    throw failure;
-  }
-  session.asksForWhole = next.asksForWhole;
-  session.before = `; before that, ${failure.message}`;
-  if (!job.isSilent && next.afterMs < job.maxMs - elapsedMs(job))
-    tell(`Retry in ${(next.afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(next.afterMs);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
@@ -403,8 +386,8 @@ function judgeUnsatisfiable(head: ResponseHead, { bytes, total = bytes, validato
 
 const misfit = (message: string) => new TransferError("range", message, { refusesRest: true });
 const tooLarge = ({ sizeMax }: Options) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
-const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
-  `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
+const describeStatus = ({ text }: ResponseHead) =>
+  `the server answered ${asText(/ (.*)/.exec(text)?.[1] ?? "")}`.trimEnd();
 
 /** RFC 9110 §14.4: bytes first-last/complete. `complete` is undefined for "*"; what does not match is NaN, which fits nothing. */
 function parseContentRange(value: string): { first: number; last: number; complete: number | undefined } {
@@ -698,7 +681,7 @@ export async function receiveHead(source: Source, method: string): Promise<{ hea
 }
 
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
-const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
+const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: [\t\x20-\x7e\x80-\xff]*)?$/;
 const EMPTY_LINE = /\n\r?\n/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
 /** The fields that this client reads: their lines must be right to the letter. Others may be as some servers send them. */
@@ -712,7 +695,7 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
   const [first = "", ...lines] = begun.split(/\r?\n/);
   const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
-  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first) ?? [];
+  const [, minorVersion, status] = STATUS_LINE.exec(first) ?? [];
   // A response that does not start like one is refused before the end of its line has come.
   const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : status !== undefined);
   if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // a server may be starting
@@ -732,7 +715,7 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
     } else throw unparsable(NO_FIELD_LINE);
   }
   if (end === null) return undefined;
-  const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, end.index + end[0].length) };
+  const head = { status: Number(status), fields, text: text.slice(0, end.index + end[0].length) };
   return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
 }
 
@@ -837,8 +820,9 @@ export const printable = (text: string) =>
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
-/** One line on stderr. If stderr is closed the message is lost; that is not an error. */
+/** One line on stderr, instead of the progress. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
+  progress.clear();
   try {
     process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
   } catch {}
@@ -891,9 +875,8 @@ class ProgressLine {
     ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
   }
 
-  finish({ job, delivery: { held, sink, isVerified, isUnchanged, note } }: Session): void {
-    if (!isUnchanged && (this.isOnScreen || job.isVerbose)) {
-      this.clear();
+  finish({ job, delivery: { held, sink, isVerified, note } }: Session): void {
+    if (isVerified !== undefined && (this.isOnScreen || job.isVerbose)) {
       sink.endLine?.();
       const verified = isVerified ? "SHA-256 verified" : "not verified";
       tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
@@ -906,6 +889,7 @@ class ProgressLine {
     this.isOnScreen = false;
   }
 }
+const progress = new ProgressLine();
 
 // ═══ 9 Sockets ═════════════════════════════════════════════════════════════════════════════════
 
@@ -1175,8 +1159,7 @@ const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
 class Delivery {
   held: Held;
   note = ""; // what the user should know about the content
-  isUnchanged = false; // the user has the content already
-  isVerified = false; // its SHA-256 is what the user or the server has said
+  isVerified: boolean | undefined; // its SHA-256 is what the user or the server has said; undefined without new content
   private most: number; // bytes ever held of this version: more is progress. Infinity: it has started over
   private isJoined = true; // the content held came in several responses, or in an earlier run
   private hash: Bun.CryptoHasher | undefined;
@@ -1246,7 +1229,8 @@ class Delivery {
     if (this.at < bytes) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
     if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: bytes === this.end });
-    this.isVerified = this.job.request.method !== "HEAD" && (await this.verify());
+    const isVerified = this.job.request.method !== "HEAD" && (await this.verify());
+    if (head.status !== 304) this.isVerified = isVerified;
     await this.printHead();
     this.note = (await this.sink.finish?.(this.held)) ?? "";
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
