@@ -82,7 +82,6 @@ interface Sink {
   digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   readonly isTerminal?: boolean;
-  endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
@@ -162,7 +161,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     for await (const content of receiveContent(connection, head.framing, rest)) {
       job.trace?.complete("content");
       await delivery.write(content);
-      progress.show(session);
+      session.progress.show(session);
     }
     job.trace?.complete("content complete");
     await delivery.finish(head);
@@ -205,6 +204,7 @@ const beginSession = (job: Options, sink: Sink) => ({
   job,
   canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
   delivery: new Delivery(sink, job),
+  progress: new ProgressLine(),
   first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
   request: job.request, // the last request
   hasRange: false, // it asks for the rest of what is held
@@ -231,10 +231,10 @@ async function download(args: readonly string[]): Promise<number> {
     if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
     if (session.canStartOver) keepPartOnSignals(session);
     await withinMaxTime(job, tryUntilDone(session));
-    progress.finish(session);
+    session.progress.finish(session);
     return EXIT_CODES.ok;
   } catch (error) {
-    progress.clear(); // also if the failure is not told
+    endLine(); // also if the failure is not told
     const failure = asTransferError(error);
     const isLate = failure.outcome === "timeout" && failure.isFinal; // --max-time is over
     if (isLate) failure.message += session?.before ?? "";
@@ -272,7 +272,6 @@ async function tryUntilDone(session: Session): Promise<void> {
     const hasMore = delivery.endAttempt(failure.spoils);
     session.failures = hasMore ? Number(!failure.isPart) : session.failures + Number(!failure.refusesRest);
     const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
-    delivery.sink.endLine?.();
     if (typeof next === "string") failure.message += next && ` (${next})`;
     if (typeof next === "string") throw failure;
     session.asksForWhole = next.asksForWhole;
@@ -820,9 +819,18 @@ export const printable = (text: string) =>
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
-/** One line on stderr, instead of the progress. If stderr is closed the message is lost; that is not an error. */
+const DELETE_LINE = "\r\x1b[K";
+let lineEnd = ""; // what the line that a terminal is in needs before a message: DELETE_LINE for progress, LF for content
+
+/** Called before something else is printed on stderr. */
+function endLine(): void {
+  if (lineEnd !== "") ignoreErrors(() => isTerminal(2, fs().fstatSync(2)) && fs().writeSync(2, lineEnd));
+  lineEnd = "";
+}
+
+/** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
-  progress.clear();
+  endLine();
   try {
     process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
   } catch {}
@@ -858,7 +866,6 @@ function tellHead(mark: string, head: string): void {
 class ProgressLine {
   private dueAt: number = LIMITS.progressAfterMs;
   private firstBytes: number | undefined;
-  private isOnScreen = false;
 
   show({ job, delivery }: Session): void {
     const { bytes, total = 0 } = delivery.held;
@@ -867,7 +874,7 @@ class ProgressLine {
     if (now < this.dueAt) return;
     this.dueAt = now + LIMITS.progressEveryMs;
     if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
-    this.isOnScreen = true;
+    lineEnd = DELETE_LINE;
     const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
     const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
     const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
@@ -875,21 +882,14 @@ class ProgressLine {
     ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
   }
 
-  finish({ job, delivery: { held, sink, isVerified, note } }: Session): void {
-    if (isVerified !== undefined && (this.isOnScreen || job.isVerbose)) {
-      sink.endLine?.();
+  finish({ job, delivery: { held, isVerified, note } }: Session): void {
+    if (isVerified !== undefined && (lineEnd === DELETE_LINE || job.isVerbose)) {
       const verified = isVerified ? "SHA-256 verified" : "not verified";
       tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
     }
     if (note !== "" && !job.isSilent) tell(note);
   }
-
-  clear(): void {
-    if (this.isOnScreen) ignoreErrors(() => fs().writeSync(2, "\r\x1b[K"));
-    this.isOnScreen = false;
-  }
 }
-const progress = new ProgressLine();
 
 // ═══ 9 Sockets ═════════════════════════════════════════════════════════════════════════════════
 
@@ -1301,7 +1301,6 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
   // is full, it blocks and no timer can end it. node:fs, once it is loaded, takes less time for each write.
   const isTakenWhole = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY);
   let left = isTakenWhole ? LIMITS.printedBytesMax : 0; // bytes to print before node:fs is loaded
-  let isInLine = false;
   const decoder = new TextDecoder();
 
   return {
@@ -1313,11 +1312,7 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
       const bytes = isText ? new TextEncoder().encode(printable(decoder.decode(content, { stream: true }))) : content;
       left -= bytes.length;
       await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
-      isInLine = isOnTerminal && content.at(-1) !== LF;
-    },
-    endLine() {
-      if (isInLine) ignoreErrors(() => fs().writeSync(fd, "\n"));
-      isInLine = false;
+      if (isOnTerminal) lineEnd = content.at(-1) === LF ? "" : "\n";
     },
   };
 }
