@@ -8,10 +8,8 @@
  *
  * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never because no more
  * bytes came. Transient failures are retried, and an interrupted transfer continues where it stopped. The result is one
- * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
- *
- * It reads from top to bottom. **The transfer** is the tutorial's try { … } catch … finally { close }, in a loop.
- * Left out: HTTP/2, compression, cookies, proxies, several URLs.
+ * version of the content, whole, or a failure with curl's exit code. Memory use is constant. **The transfer** is the
+ * tutorial's try { … } catch … finally { close }, in a loop. No HTTP/2, compression, cookies, proxies, several URLs.
  */
 import type { Stats } from "node:fs";
 
@@ -58,7 +56,6 @@ export type Framing = number | "chunked" | "close"; // where content ends (RFC 9
 
 export interface ResponseHead {
   readonly status: number;
-  readonly reasonPhrase: string;
   readonly fields: ReadonlyMap<string, readonly string[]>; // the values of each field, by its name in lower case
   readonly framing: Framing;
   readonly text: string; // the head as it came, one character a byte
@@ -71,23 +68,20 @@ export interface Held {
   readonly etag: string; // the fields as the server sent them, weak or strong; "" without one
   readonly lastModified: string;
   readonly coding: string; // Content-Encoding: each coding has other bytes
-  readonly resource: string; // the resource that the validator is of, see resourceOf
+  readonly resource: string; // that the validator is of (RFC 9110 §8.8): it tells nothing of another. See resourceOf
   readonly total?: number | undefined; // the length of the whole, if a response has told it
 }
-
 export const NOTHING: Held = { bytes: 0, validator: "", etag: "", lastModified: "", coding: "", resource: "" };
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
   readonly leftover?: Held | undefined; // what an earlier run has left, to be continued
   write(content: Uint8Array, held: Held): Promise<void>;
-  finish(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
-  close(held: Held): string | Promise<string>; // called last, whatever happened. Returns how to continue, or ""
-  head?: string; // still to be printed: with the first content, when no other response can replace it
+  finish?(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
+  close?(held: Held): string; // called last, whatever happened. Returns how to continue, or ""
   digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   readonly isTerminal?: boolean;
-  endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
@@ -117,6 +111,7 @@ export const EXIT_CODES = Object.freeze({
   authorities: 77, // --cacert is not a file of certificates
 });
 export type Outcome = keyof typeof EXIT_CODES;
+type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
 /** A transfer that failed: `outcome` says how, the message says it in a line, or is "" if there is nothing to say. */
 export class TransferError extends Error {
@@ -133,8 +128,6 @@ export class TransferError extends Error {
     Object.assign(this, more);
   }
 }
-
-type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
 /** Turns everything that is thrown into a TransferError. Other system errors that get this far are of an output. */
 export function asTransferError(error: unknown): TransferError {
@@ -159,7 +152,6 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     if (job.isVerbose) tellHead("< ", head.text);
     if (head.framing !== "close") connection.stopWatching();
     const verdict = judgeHead(head, delivery.held, session);
-    delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
     if (verdict.action === "redirect") return verdict.to;
     if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
@@ -172,11 +164,9 @@ export async function transfer(session: Session): Promise<undefined | Request | 
       showProgress(session);
     }
     job.trace?.complete("content complete");
-    if (request.method !== "HEAD") await delivery.finish(head);
-    else await delivery.sink.finish(delivery.held); // prints the head
+    await delivery.finish(head);
     // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
-    if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
-    return undefined;
+    return head.status < 400 ? undefined : new TransferError("status", describeStatus(head), { isFinal: true });
   } catch (error) {
     return asTransferError(error);
   } finally {
@@ -185,9 +175,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
 }
 
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
-  const { job, delivery, request, asksForWhole } = session;
-  const { held } = delivery;
-  // A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another.
+  const [{ job, request, asksForWhole }, { held }] = [session, session.delivery];
   session.hasRange = held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
   let [unsent, left] = [formatRequest(request, session.hasRange ? held : NOTHING), lengthOf(request.content)];
   if (job.isVerbose) tellHead("> ", latin1(unsent, 0, unsent.length));
@@ -216,7 +204,7 @@ const beginSession = (job: Options, sink: Sink) => ({
   job,
   canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
   delivery: new Delivery(sink, job),
-  progress: { shownAt: 0, firstBytes: Number.POSITIVE_INFINITY, isOnScreen: false }, // what the progress line needs
+  progress: { shownAt: 0, firstBytes: Number.POSITIVE_INFINITY }, // what the progress line needs
   first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
   request: job.request, // the last request
   hasRange: false, // it asks for the rest of what is held
@@ -226,7 +214,6 @@ const beginSession = (job: Options, sink: Sink) => ({
   before: "", // how the last attempt failed, as the end of a message
 });
 type Session = ReturnType<typeof beginSession>;
-/** The request that was sent last, and what has become of those before it. */
 export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** The whole run around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
@@ -247,18 +234,17 @@ async function download(args: readonly string[]): Promise<number> {
     tellSummary(session);
     return EXIT_CODES.ok;
   } catch (error) {
-    if (session !== undefined) clearProgress(session.progress);
+    endLine(); // also if the failure is not told
     const failure = asTransferError(error);
-    if (failure.outcome === "timeout" && failure.isFinal) {
-      failure.message += session?.before ?? "";
-      session?.job.trace?.step("deadline", failure.message);
-    }
+    const isLate = failure.outcome === "timeout" && failure.isFinal; // --max-time is over
+    if (isLate) failure.message += session?.before ?? "";
+    if (isLate) session?.job.trace?.step("deadline", failure.message);
     if (failure.message !== "") tell(`Error: ${failure.message}`);
     return EXIT_CODES[failure.outcome];
   } finally {
     if (session !== undefined) {
       const { job, delivery } = session;
-      const closing = Promise.try(() => delivery.sink.close(delivery.held));
+      const closing = delivery.printHead().then(() => delivery.sink.close?.(delivery.held) ?? "");
       const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
       if (advice !== "" && !job.isSilent) tell(advice);
     }
@@ -266,24 +252,34 @@ async function download(args: readonly string[]): Promise<number> {
 }
 
 /** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
-function keepPartOnSignals({ delivery, progress }: Session): void {
+function keepPartOnSignals({ delivery }: Session): void {
   // Signals ignored from the start (nohup) stay so: bit 0 is signal 1. Only Linux tells; else SIGHUP is left alone.
   const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
   const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
   for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
     if (((ignored >> (number - 1)) & 1) === 0)
       process.once(signal, () => {
-        clearProgress(progress);
-        const advice = delivery.sink.close(delivery.held);
-        tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
-        // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
-        process.kill(process.pid, signal);
-        process.exit(128 + number);
+        tell(delivery.sink.close?.(delivery.held) || "Interrupted");
+        process.kill(process.pid, signal); // a shell sees that Ctrl-C ended the program, and ends its loop
+        process.exit(128 + number); // a container's first process ignores the signal
       });
 }
 
+/** One attempt after another, until one succeeds. @throws TransferError if there will be no other */
 async function tryUntilDone(session: Session): Promise<void> {
-  for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
+  const { job, delivery } = session;
+  for (let failure; (failure = await followRedirects(session)) !== undefined;) {
+    const hasMore = delivery.endAttempt(failure.spoils);
+    session.failures = hasMore ? Number(!failure.isPart) : session.failures + Number(!failure.refusesRest);
+    const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
+    if (typeof next === "string") failure.message += next && ` (${next})`;
+    if (typeof next === "string") throw failure;
+    session.asksForWhole = next.asksForWhole;
+    session.before = `; before that, ${failure.message}`;
+    if (!job.isSilent && next.afterMs < job.maxMs - elapsedMs(job))
+      tell(`Retry in ${(next.afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
+    await Bun.sleep(next.afterMs);
+  }
 }
 
 async function followRedirects(session: Session): Promise<TransferError | undefined> {
@@ -296,25 +292,6 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
     session.request = ending;
   }
   return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
-}
-
-/** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
-async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
-  const { job, delivery, failures } = session;
-  const hasMore = delivery.endAttempt(failure.spoils);
-  session.failures = hasMore ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
-  const next = decideNext(failure, delivery.held, session, job.retryMaxMs - elapsedMs(job), Math.random());
-  clearProgress(session.progress);
-  delivery.sink.endLine?.();
-  if (typeof next === "string") {
-    failure.message += next && ` (${next})`;
-    throw failure;
-  }
-  session.asksForWhole = next.asksForWhole;
-  session.before = `; before that, ${failure.message}`;
-  if (!job.isSilent && next.afterMs < job.maxMs - elapsedMs(job))
-    tell(`Retry in ${(next.afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(next.afterMs);
 }
 
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
@@ -405,8 +382,8 @@ function judgeUnsatisfiable(head: ResponseHead, { bytes, total = bytes, validato
 
 const misfit = (message: string) => new TransferError("range", message, { refusesRest: true });
 const tooLarge = ({ sizeMax }: Options) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
-const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
-  `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
+const describeStatus = ({ text }: ResponseHead) =>
+  `the server answered ${asText(/ (.*)/.exec(text)?.[1] ?? "")}`.trimEnd();
 
 /** RFC 9110 §14.4: bytes first-last/total, undefined for "*". What does not match is NaN, which fits nothing. */
 function parseContentRange(value: string) {
@@ -674,7 +651,7 @@ export async function receiveHead(source: Source, method: string): Promise<{ hea
 }
 
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
-const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
+const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: [\t\x20-\x7e\x80-\xff]*)?$/;
 const EMPTY_LINE = /\n\r?\n/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
 /** The fields that this client reads: their lines must be right to the letter. Others may be as some servers send them. */
@@ -688,7 +665,7 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
   const [first, ...lines] = begun.split(/\r?\n/).slice(0, -1); // the last one has not ended
   const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
-  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first ?? "") ?? [];
+  const [, minorVersion, status] = STATUS_LINE.exec(first ?? "") ?? [];
   // A response that does not start like one is refused before the end of its line has come.
   const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (first === undefined ? !isMalformed : status !== undefined);
   if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // a server may be starting
@@ -707,7 +684,7 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
     } else throw unparsable(NO_FIELD_LINE);
   }
   if (end === null) return undefined;
-  const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, end.index + end[0].length) };
+  const head = { status: Number(status), fields, text: text.slice(0, end.index + end[0].length) };
   return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
 }
 
@@ -810,8 +787,20 @@ export const printable = (text: string) =>
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
+const DELETE_LINE = "\r\x1b[K";
+let lineEnd = ""; // what the line that a terminal is in needs before a message: DELETE_LINE for progress, LF for content
+
+/** Called before something else is printed on stderr. */
+function endLine(): void {
+  if (lineEnd !== "") ignoreErrors(() => isTerminal(2, fs().fstatSync(2)) && fs().writeSync(2, lineEnd));
+  lineEnd = "";
+}
+
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
-export const tell = (line: string) => void ignoreErrors(() => fs().writeSync(2, asLine(line)));
+export function tell(line: string): void {
+  endLine();
+  ignoreErrors(() => fs().writeSync(2, asLine(line)));
+}
 
 // ── shared: sizes ──
 /** "1.2 MiB" */
@@ -846,7 +835,7 @@ function showProgress({ job, delivery, progress }: Session): void {
   if (now < Math.max(LIMITS.progressAfterMs, progress.shownAt + LIMITS.progressEveryMs)) return;
   progress.shownAt = now;
   if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
-  progress.isOnScreen = true;
+  lineEnd = DELETE_LINE;
   const bytesPerSecond = ((bytes - progress.firstBytes) / now) * 1000;
   const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
   const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
@@ -854,15 +843,8 @@ function showProgress({ job, delivery, progress }: Session): void {
   ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
 }
 
-function clearProgress(progress: Session["progress"]): void {
-  if (progress.isOnScreen) ignoreErrors(() => fs().writeSync(2, "\r\x1b[K"));
-  progress.isOnScreen = false;
-}
-
-function tellSummary({ job, progress, delivery: { held, sink, isVerified, isUnchanged, note } }: Session): void {
-  if (!isUnchanged && (progress.isOnScreen || job.isVerbose)) {
-    clearProgress(progress);
-    sink.endLine?.();
+function tellSummary({ job, delivery: { held, isVerified, note } }: Session): void {
+  if (isVerified !== undefined && (lineEnd === DELETE_LINE || job.isVerbose)) {
     const verified = isVerified ? "SHA-256 verified" : "not verified";
     tell(`${formatBytes(held.bytes)} in ${(elapsedMs(job) / 1000).toFixed(1)} s, ${verified}`);
   }
@@ -1110,13 +1092,13 @@ export class RecordWatch {
 /** The content held across all attempts; checks its length and its digest. */
 class Delivery {
   note = ""; // what the user should know about the content
-  isUnchanged = false; // the user has the content already
-  isVerified = false; // its SHA-256 is what the user or the server has said
+  isVerified: boolean | undefined; // its SHA-256 is what the user or the server has said; undefined without new content
   private isFresh = false; // all the content held came in one response
   private hash: Bun.CryptoHasher | undefined;
   private told = ""; // the SHA-256 that the server has told for this version, in hex
   private at = Number.POSITIVE_INFINITY; // the place in the whole that the response under way has reached
   private end = Number.NaN; // the byte of the whole before which that response must end; NaN if nothing tells it
+  private unprinted = ""; // the head: printed with the first content, when no other response can replace it
 
   constructor(
     readonly sink: Sink,
@@ -1146,7 +1128,14 @@ class Delivery {
     const digest = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/.exec(values.join())?.[1] ?? "";
     if (digest !== "" || this.isFresh) this.told = Uint8Array.fromBase64(digest).toHex();
     if (this.isFresh) this.hash = this.job.sha256 + this.told === "" ? undefined : new Bun.CryptoHasher("sha256");
-    if (this.isFresh && !this.job.keepsOnlyContent) this.sink.head = head.text;
+    if (this.isFresh && !this.job.keepsOnlyContent) this.unprinted = head.text;
+  }
+
+  /** Prints the head, unless that is done. */
+  async printHead(): Promise<void> {
+    const head = toBytes(this.unprinted);
+    this.unprinted = "";
+    if (head.length > 0) await this.sink.write(head, this.held);
   }
 
   async write(bytes: Uint8Array): Promise<void> {
@@ -1156,6 +1145,7 @@ class Delivery {
     if (length > this.job.sizeMax) throw tooLarge(this.job);
     if (length > this.end) throw contradiction();
     if (content.length === 0) return;
+    await this.printHead();
     await this.sink.write(content, this.held);
     this.hash?.update(content);
     this.held = { ...this.held, bytes: length };
@@ -1170,7 +1160,7 @@ class Delivery {
     if (this.at < bytes) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
     if (bytes !== total) throw new TransferError("partial", part, { isPart: bytes === this.end });
-    const wanted = job.sha256 || told; // "" if nobody has said what the SHA-256 of the content is
+    const wanted = job.request.method === "HEAD" ? "" : job.sha256 || told; // "" if any will do
     const found = wanted && (this.hash?.digest("hex") ?? (await this.sink.digest?.(held)));
     const message = "the first part of the content is not at hand to be verified";
     if (found === undefined) throw new TransferError("digest", message, { isFinal: true });
@@ -1178,10 +1168,11 @@ class Delivery {
     const isFinal = found === told || (told === "" && this.isFresh);
     const mismatch = `the content is not what its digest says: its SHA-256 is ${found}`;
     if (found !== wanted) throw new TransferError("digest", mismatch, { isFinal, spoils: true });
-    this.isVerified = wanted !== "";
+    if (head.status !== 304) this.isVerified = wanted !== "";
+    await this.printHead();
     // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
     const encoded = coding && `The content is saved as it comes, with Content-Encoding: ${coding}`;
-    this.note = (await this.sink.finish(held)) || (job.keepsOnlyContent ? encoded : "");
+    this.note = (await this.sink.finish?.(held)) || (job.keepsOnlyContent && bytes > 0 ? encoded : "");
   }
 }
 
@@ -1230,33 +1221,18 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
   // part again, and if a pipe is full, it blocks and no timer can end it. Once node:fs is loaded, it is faster.
   let left = !mayBlock || (found.isFIFO() && job.maxMs === Number.POSITIVE_INFINITY) ? LIMITS.printedBytesMax : 0;
   const decoder = isOnTerminal && !job.keepsOnlyContent ? new TextDecoder() : undefined;
-  let isInLine = false;
 
-  const sink = {
-    head: "",
+  return {
     isTerminal: isOnTerminal,
-    async write(content: Uint8Array): Promise<void> {
-      await sink.finish();
+    async write(content) {
       if (decoder && content.includes(0))
         throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
       const bytes = decoder ? Buffer.from(printable(decoder.decode(content, { stream: true }))) : content;
       left -= bytes.length;
       await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
-      isInLine = isOnTerminal && content.at(-1) !== LF;
-    },
-    async finish(): Promise<string> {
-      const { head } = sink;
-      sink.head = "";
-      if (head !== "") await sink.write(toBytes(head));
-      return "";
-    },
-    close: () => sink.finish(), // no other attempt follows: a head whose content never came is printed, too
-    endLine() {
-      if (isInLine) ignoreErrors(() => fs().writeSync(fd, "\n"));
-      isInLine = false;
+      if (isOnTerminal) lineEnd = content.at(-1) === LF ? "" : "\n";
     },
   };
-  return sink;
 }
 
 /** A part beside FILE. All but its length is in its label, a file that is written once, before the first byte of it. */

@@ -2108,13 +2108,14 @@ describe("--sha256", () => {
 
 test.concurrent.each(["-o -", ""])("content that is shown on a terminal is not overwritten: %s", async (args) => {
   const content = Buffer.from(CONTENT.subarray(0, -1)); // its last line has no end
-  using origin = scripted([pausing(serving({ content }), HALF, () => Bun.sleep(2500))]);
+  using origin = scripted([pausing(serving({ content }), HALF - 1, () => Bun.sleep(2500))]); // inside a line
   const seen = async (...more: string[]) => {
     const argv = [...(await command("client-robust", "binary")), ...args.split(" "), ...more, origin.url];
     return (await run(["script", "-qec", argv.join(" "), "/dev/null"])).stdout.replaceAll("\r\n", "\n");
   };
   expect(await seen()).toEndWith(content.toString());
   expect(await seen("-v")).toMatch(/\n4998\n4999\n23\.3 KiB in .*, not verified\n$/);
+  expect(await seen("--max-time", "1")).toMatch(/\n\d+\nError: not done within 1 s\n$/);
 });
 
 describe("how a run ends", () => {
