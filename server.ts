@@ -560,7 +560,7 @@ export class ChunkedDecoder {
     if (this.contentTo > from || from === to) return this.contentTo;
     if (this.state === "data") {
       if (bytes[from] !== CR || (from + 1 < to && bytes[from + 1] !== LF)) return this.fail("chunk-data", from);
-      if (from + 1 === to) return from;
+      if (from + 1 === to) return from; // its CRLF is used once both bytes are there
       this.state = "line";
       from += 2;
     }
