@@ -567,7 +567,7 @@ export class ChunkedDecoder {
     if (this.contentTo > from || from === to) return this.contentTo;
     if (this.state === "data") {
       if (bytes[from] !== CR || (from + 1 < to && bytes[from + 1] !== LF)) return this.fail("chunk-data", from);
-      if (from + 1 === to) return from;
+      if (from + 1 === to) return from; // its CRLF is used once both bytes are there
       this.state = "line";
       from += 2;
     }
@@ -612,8 +612,7 @@ export class ChunkedDecoder {
     if (line === "") this.state = "done";
     else if (name !== undefined) this.trailerNames.push(name.toLowerCase());
     else if (!isFold) return this.fail("trailer", end + 2);
-    if (this.trailerNames.length > this.limits.fieldLinesMax) return this.fail("trailer-too-large", end + 2);
-    return end + 2;
+    return this.trailerNames.length > this.limits.fieldLinesMax ? this.fail("trailer-too-large", end + 2) : end + 2;
   }
 
   private fail(fault: NonNullable<ChunkedDecoder["fault"]>, at: number): number {
@@ -720,7 +719,7 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
   if (codings.length > 0 && lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
   if (codings.length > 0 && isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
   // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
-  const isChunked = /^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","));
+  const isChunked = codings.length > 0 && /^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","));
   if (codings.length > 0 && !isChunked) throw unparsable("its transfer coding is not chunked");
   if (isChunked) return "chunked";
   if (lengths.length === 0) return "close"; // item 8: until the connection is closed

@@ -560,7 +560,7 @@ export class ChunkedDecoder {
     if (this.contentTo > from || from === to) return this.contentTo;
     if (this.state === "data") {
       if (bytes[from] !== CR || (from + 1 < to && bytes[from + 1] !== LF)) return this.fail("chunk-data", from);
-      if (from + 1 === to) return from;
+      if (from + 1 === to) return from; // its CRLF is used once both bytes are there
       this.state = "line";
       from += 2;
     }
@@ -605,8 +605,7 @@ export class ChunkedDecoder {
     if (line === "") this.state = "done";
     else if (name !== undefined) this.trailerNames.push(name.toLowerCase());
     else if (!isFold) return this.fail("trailer", end + 2);
-    if (this.trailerNames.length > this.limits.fieldLinesMax) return this.fail("trailer-too-large", end + 2);
-    return end + 2;
+    return this.trailerNames.length > this.limits.fieldLinesMax ? this.fail("trailer-too-large", end + 2) : end + 2;
   }
 
   private fail(fault: NonNullable<ChunkedDecoder["fault"]>, at: number): number {
