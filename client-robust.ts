@@ -853,6 +853,7 @@ function tellSummary({ job, delivery: { held, isVerified, note } }: Session): vo
 
 /** A socket turned from events into steps: connect, send, receive, receive …, close. */
 export class Connection {
+  private static authorities: string[] | undefined; // read once: `--cacert <(command)` is a pipe
   private readonly received: Uint8Array[] = [];
   private receivedBytes = 0;
   private end: { outcome: "FIN" } | TransferError | undefined; // nothing more comes
@@ -898,7 +899,7 @@ export class Connection {
 
   private async open(url: URL): Promise<void> {
     const [hostname, isSecure] = [url.hostname.replace(/^\[|\]$/g, ""), url.protocol === "https:"];
-    if (isSecure && !this.job.isInsecure) authorities ??= readAuthorities(this.job.authoritiesFile);
+    if (isSecure && !this.job.isInsecure) Connection.authorities ??= readAuthorities(this.job.authoritiesFile);
     const socket = await Bun.connect({
       hostname,
       port: Number(url.port || (isSecure ? 443 : 80)),
@@ -916,7 +917,7 @@ export class Connection {
   private async startTls(socket: Bun.Socket, hostname: string): Promise<void> {
     // RFC 6066 §3: a name goes without the root's dot, an address not at all: then the certificate must name that.
     const serverName = /^[\d.]+$|:/.test(hostname) ? "" : hostname.replace(/\.$/, "");
-    const tls = { serverName, ca: authorities ?? [], rejectUnauthorized: !this.job.isInsecure };
+    const tls = { serverName, ca: Connection.authorities ?? [], rejectUnauthorized: !this.job.isInsecure };
     const { promise, resolve, reject } = Promise.withResolvers<[isTrusted: boolean, error: Partial<SystemError>]>();
     const lost = new TransferError("tls", `the connection to ${hostname} was closed before there was TLS`);
     this.wake = () => this.end && reject(lost);
@@ -983,8 +984,6 @@ export class Connection {
     await within(this.job.stallMs, event, "no byte for").catch((late) => (this.end = late));
   }
 }
-
-let authorities: string[] | undefined; // read once: `--cacert <(command)` is a pipe
 
 /** The authorities to trust, as PEM. Bun checks a file only when it is connected. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {
@@ -1053,7 +1052,7 @@ class Trace {
 }
 // ── end shared ──
 
-const [ALERT, APPLICATION_DATA, ALERT_RECORD_LENGTH] = [21, 23, 19]; // types, and a length in TLS 1.3
+const [ALERT, APPLICATION_DATA, ALERT_RECORD_LENGTH] = [21, 23, 19]; // two types; and a length, in TLS 1.3
 
 /** Watches TLS records go by (RFC 8446 §5.1): was the last one an alert, as it is if the peer closes in order? */
 export class RecordWatch {
@@ -1079,7 +1078,7 @@ export class RecordWatch {
 
   /** The peer has announced its end. Without TLS its FIN does that; over TLS, anyone on the path can send one. */
   get endsInOrder(): boolean {
-    // In TLS 1.3 an alert looks like content: level, description, type, tag (RFC 8446 §5.2, §6). But none came of it.
+    // In TLS 1.3 an alert looks like content: 2 bytes, a type, a tag of 16 (RFC 8446 §5.2, §6). But none came of it.
     const isAlert13 = this.type === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
     return this.seen === 0 && (this.type === ALERT || isAlert13);
   }
