@@ -1239,7 +1239,7 @@ interface Part extends Held {
   readonly path: string; // FILE.0123456789ab.part, which has the label FILE.0123456789ab.part.json
   readonly file: string; // the name of FILE; that of a part has only the start of it
   readonly request: string; // --sha256, which joins any pieces, or else URL and fields; of what may be a secret, a digest
-  readonly labelledAt: number; // milliseconds since 1970
+  readonly labelledAt: number; // milliseconds since 1970: it tells which version was seen last
 }
 type OpenPart = Part & { readonly fd: number };
 
@@ -1261,19 +1261,18 @@ function* findParts(target: string): Generator<Part> {
     if (!label?.isFile() || label.size > LIMITS.headBytesMax) continue;
     const isOurs = part?.nlink === 1 && part.isFile() && owners.includes(part.uid) && canUse(path, R_OK | W_OK);
     const found = ignoreErrors(() => readLabel(path, file, isOurs ? part.size : 0));
-    if (found?.file === file) yield found;
+    if (found?.file === file) yield { ...found, labelledAt: label.mtimeMs };
   }
 }
 
 function readLabel(path: string, file: string, bytes: number): Part {
   const text = fs().readFileSync(`${path}.json`, "utf8");
   // With other values than strings it fits nothing. An empty label is of a run that was killed before it could write it.
-  const part: Part = { ...NOTHING, labelledAt: 0, ...(text === "" ? { file } : JSON.parse(text)), path, bytes };
+  const part: Part = { ...NOTHING, ...(text === "" ? { file } : JSON.parse(text)), path, bytes };
   return STRONG_ETAG.test(part.validator) || parseHttpDate(part.validator) ? part : { ...part, validator: "" };
 }
 
 const removePart = (path: string) => ["", ".json"].forEach((end) => ignoreErrors(() => fs().unlinkSync(path + end)));
-
 const takenOver = (path: string) =>
   new TransferError("write", `${path} is gone: another run has taken it over, or something has removed it`);
 const changed = (path: string) => new TransferError("write", `${path} has been changed by something else`);
@@ -1304,8 +1303,8 @@ class FileSink implements Sink {
     this.older = [...findParts(path)].sort((a, b) => b.labelledAt - a.labelledAt);
     // Of the version that was seen last, the longest part is worth most.
     const usable = this.older.filter((part) => this.canContinue(part));
-    const [last] = Map.groupBy(usable, ({ validator, resource }) => JSON.stringify([validator, resource])).values();
-    this.leftover = last?.sort((a, b) => b.bytes - a.bytes)[0];
+    const isOfLast = (part: Part) => part.validator === usable[0]?.validator && part.resource === usable[0].resource;
+    [this.leftover] = usable.filter(isOfLast).sort((a, b) => b.bytes - a.bytes);
   }
 
   async write(content: Uint8Array, held: Held): Promise<void> {
@@ -1405,7 +1404,7 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
     // A mount point, a folder in which nothing may be renamed, a part on another disk, a disk that replaces no file.
     if (!exists || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code)) throw error;
     // Nothing below waits for an event: a signal or a deadline comes before the first byte is changed, or after the last.
-    const target = fs().openSync(file, fs().constants.O_WRONLY);
+    const target = fs().openSync(file, fs().constants.O_WRONLY); // until the process ends, which comes next
     const { size } = fs().fstatSync(target); // the bytes beyond it come first: is there room for them?
     await copy(fd, target, size).catch((error) => {
       fs().ftruncateSync(target, size);
