@@ -413,7 +413,6 @@ const digestOf = (text: string) => text && new Bun.CryptoHasher("sha256").update
 export const resourceOf = ({ pathname, search }: URL) =>
   `${pathname}?${search && digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
 
-/** No field of the response contradicts the version held. */
 const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
   codingOf(head) === coding && // a 206 may omit it (RFC 9110 §15.3.7), but some servers name two codings by one tag
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
@@ -1120,7 +1119,7 @@ class Delivery {
     this.held = held;
     this.at = from;
     this.end = end;
-    // RFC 9530 §3, RFC 8941 §3.2: of the whole, in a 206 too. One that an earlier response gave for this version holds.
+    // Repr-Digest is of the whole, in a 206, too (RFC 9530 §3, RFC 8941 §3.2). It holds for all responses of a version.
     const values = [204, 304].includes(head.status) ? [] : fieldValues(head, "repr-digest"); // these have no content
     const digest = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/.exec(values.join())?.[1] ?? "";
     if (digest !== "" || this.isFresh) this.told = Uint8Array.fromBase64(digest).toHex();
@@ -1152,7 +1151,7 @@ class Delivery {
   async finish(head: ResponseHead): Promise<void> {
     const { job, held, told } = this;
     const { bytes, total = bytes, coding } = held;
-    if (head.framing === "chunked" && bytes < this.end) throw contradiction(); // what a close ends may be cut
+    if (head.framing === "chunked" && bytes < this.end) throw contradiction(); // what a close ends may have been cut
     const cut = `the response is not complete: ${bytes - this.at} of ${bytes} bytes held are missing`;
     if (this.at < bytes) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
