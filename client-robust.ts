@@ -204,7 +204,7 @@ const beginSession = (job: Options, sink: Sink) => ({
   job,
   canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
   delivery: new Delivery(sink, job),
-  progress: { shownAt: 0, firstBytes: Number.POSITIVE_INFINITY }, // what the progress line needs
+  progress: { dueAt: 0, firstBytes: Number.POSITIVE_INFINITY }, // what the progress line needs
   first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
   request: job.request, // the last request
   hasRange: false, // it asks for the rest of what is held
@@ -829,8 +829,8 @@ function showProgress({ job, delivery, progress }: Session): void {
   const { bytes, total = 0 } = delivery.held;
   progress.firstBytes = Math.min(progress.firstBytes, bytes); // less: it has started over
   const now = performance.now();
-  if (now < Math.max(LIMITS.progressAfterMs, progress.shownAt + LIMITS.progressEveryMs)) return;
-  progress.shownAt = now;
+  if (now < Math.max(LIMITS.progressAfterMs, progress.dueAt)) return;
+  progress.dueAt = now + LIMITS.progressEveryMs;
   if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
   lineEnd = DELETE_LINE;
   const bytesPerSecond = ((bytes - progress.firstBytes) / now) * 1000;
