@@ -8,10 +8,8 @@
  *
  * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never because no more
  * bytes came. Transient failures are retried, and an interrupted transfer continues where it stopped. The result is one
- * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
- *
- * It reads from top to bottom. **The transfer** is the tutorial's try { … } catch … finally { close }, in a loop.
- * Left out: HTTP/2, compression, cookies, proxies, several URLs.
+ * version of the content, whole, or a failure with curl's exit code. Memory use is constant. **The transfer** is the
+ * tutorial's try { … } catch … finally { close }, in a loop. No HTTP/2, compression, cookies, proxies, several URLs.
  */
 import type { Stats } from "node:fs";
 
@@ -58,7 +56,6 @@ export type Framing = number | "chunked" | "close"; // where content ends (RFC 9
 
 export interface ResponseHead {
   readonly status: number;
-  readonly reasonPhrase: string;
   readonly fields: ReadonlyMap<string, readonly string[]>; // the values of each field, by its name in lower case
   readonly framing: Framing;
   readonly text: string; // the head as it came, one character a byte
@@ -71,23 +68,20 @@ export interface Held {
   readonly etag: string; // the fields as the server sent them, weak or strong; "" without one
   readonly lastModified: string;
   readonly coding: string; // Content-Encoding: each coding has other bytes
-  readonly resource: string; // the resource that the validator is of, see resourceOf
+  readonly resource: string; // that the validator is of (RFC 9110 §8.8): it tells nothing of another. See resourceOf
   readonly total?: number | undefined; // the length of the whole, if a response has told it
 }
-
 export const NOTHING: Held = { bytes: 0, validator: "", etag: "", lastModified: "", coding: "", resource: "" };
 
 /** Where the content goes. Its methods throw TransferErrors and errors of node:fs. `held` was written before. */
 interface Sink {
   readonly leftover?: Held | undefined; // what an earlier run has left, to be continued
   write(content: Uint8Array, held: Held): Promise<void>;
-  finish(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
-  close(held: Held): string | Promise<string>; // called last, whatever happened. Returns how to continue, or ""
-  head?: string; // still to be printed: with the first content, when no other response can replace it
+  finish?(held: Held): Promise<string>; // the content is whole and verified. Returns what the user should know, or ""
+  close?(held: Held): string; // called last, whatever happened. Returns how to continue, or ""
   digest?(held: Held): Promise<string>; // SHA-256 in hex of all that was written, if it can be read again
   discard?(): void; // deletes everything written; a sink without this method cannot start over
   readonly isTerminal?: boolean;
-  endLine?(): void; // ends the line that a terminal is in, before something else is printed there
 }
 
 // ═══ 3 Errors ══════════════════════════════════════════════════════════════════════════════════
@@ -117,6 +111,7 @@ export const EXIT_CODES = Object.freeze({
   authorities: 77, // --cacert is not a file of certificates
 });
 export type Outcome = keyof typeof EXIT_CODES;
+type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
 /** A transfer that failed: `outcome` says how, the message says it in a line, or is "" if there is nothing to say. */
 export class TransferError extends Error {
@@ -133,8 +128,6 @@ export class TransferError extends Error {
     Object.assign(this, more);
   }
 }
-
-type SystemError = Error & { code?: string; syscall?: string; path?: string }; // what Bun and node:fs throw
 
 /** Turns everything that is thrown into a TransferError. Other system errors that get this far are of an output. */
 export function asTransferError(error: unknown): TransferError {
@@ -159,7 +152,6 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     if (job.isVerbose) tellHead("< ", head.text);
     if (head.framing !== "close") connection.stopWatching();
     const verdict = judgeHead(head, delivery.held, session);
-    delivery.isUnchanged = head.status === 304 || verdict.action === "unchanged";
     if (verdict.action === "redirect") return verdict.to;
     if (verdict.action === "complete") await delivery.finish(head);
     if (verdict.action !== "deliver") return undefined;
@@ -169,14 +161,12 @@ export async function transfer(session: Session): Promise<undefined | Request | 
     for await (const content of receiveContent(connection, head.framing, rest)) {
       job.trace?.complete("content");
       await delivery.write(content);
-      session.progress.show(session);
+      showProgress(session);
     }
     job.trace?.complete("content complete");
-    if (request.method !== "HEAD") await delivery.finish(head);
-    else await delivery.sink.finish(delivery.held); // prints the head
+    await delivery.finish(head);
     // Without -o an error page is printed, and is a failure all the same. With -o, judgeHead has refused it.
-    if (head.status >= 400) throw new TransferError("status", describeStatus(head), { isFinal: true });
-    return undefined;
+    return head.status < 400 ? undefined : new TransferError("status", describeStatus(head), { isFinal: true });
   } catch (error) {
     return asTransferError(error);
   } finally {
@@ -185,9 +175,7 @@ export async function transfer(session: Session): Promise<undefined | Request | 
 }
 
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
-  const { job, delivery, request, asksForWhole } = session;
-  const { held } = delivery;
-  // A validator is that of one resource (RFC 9110 §8.8), and tells nothing of another.
+  const [{ job, request, asksForWhole }, { held }] = [session, session.delivery];
   session.hasRange = held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
   let [unsent, left] = [formatRequest(request, session.hasRange ? held : NOTHING), lengthOf(request.content)];
   if (job.isVerbose) tellHead("> ", latin1(unsent, 0, unsent.length));
@@ -216,7 +204,7 @@ const beginSession = (job: Options, sink: Sink) => ({
   job,
   canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
   delivery: new Delivery(sink, job),
-  progress: new ProgressLine(),
+  progress: { dueAt: 0, firstBytes: Number.POSITIVE_INFINITY }, // what the progress line needs
   first: job.request, // what every attempt begins with: the user's request, or the GET that a redirect has made of it
   request: job.request, // the last request
   hasRange: false, // it asks for the rest of what is held
@@ -226,7 +214,6 @@ const beginSession = (job: Options, sink: Sink) => ({
   before: "", // how the last attempt failed, as the end of a message
 });
 type Session = ReturnType<typeof beginSession>;
-/** The request that was sent last, and what has become of those before it. */
 export type Attempt = Pick<Session, "job" | "canStartOver" | "request" | "hasRange" | "wasSent" | "failures">;
 
 /** The whole run around the heart. @returns the exit code; a failure has been printed by then, as one line on stderr */
@@ -243,21 +230,20 @@ async function download(args: readonly string[]): Promise<number> {
     if (job.trace !== undefined) fs(); // loaded before the first step, which would count the time
     if (session.canStartOver) keepPartOnSignals(session);
     await withinMaxTime(job, tryUntilDone(session));
-    session.progress.finish(session);
+    tellSummary(session);
     return EXIT_CODES.ok;
   } catch (error) {
-    session?.progress.clear();
+    endLine(); // also if the failure is not told
     const failure = asTransferError(error);
-    if (failure.outcome === "timeout" && failure.isFinal) {
-      failure.message += session?.before ?? "";
-      session?.job.trace?.step("deadline", failure.message);
-    }
+    const isLate = failure.outcome === "timeout" && failure.isFinal; // --max-time is over
+    if (isLate) failure.message += session?.before ?? "";
+    if (isLate) session?.job.trace?.step("deadline", failure.message);
     if (failure.message !== "") tell(`Error: ${failure.message}`);
     return EXIT_CODES[failure.outcome];
   } finally {
     if (session !== undefined) {
       const { job, delivery } = session;
-      const closing = (async () => delivery.sink.close(delivery.held))();
+      const closing = delivery.printHead().then(() => delivery.sink.close?.(delivery.held) ?? "");
       const advice = await withinMaxTime(job, closing, LIMITS.lastWriteMs).catch(() => "");
       if (advice !== "" && !job.isSilent) tell(advice);
     }
@@ -265,24 +251,34 @@ async function download(args: readonly string[]): Promise<number> {
 }
 
 /** Ctrl-C ends a transfer into a file in order: the part is kept. Then the signal does what it does by default. */
-function keepPartOnSignals({ delivery, progress }: Session): void {
+function keepPartOnSignals({ delivery }: Session): void {
   // Signals ignored from the start (nohup) stay so: bit 0 is signal 1. Only Linux tells; else SIGHUP is left alone.
   const status = ignoreErrors(() => fs().readFileSync("/proc/self/status", "latin1")) ?? "";
   const ignored = Number.parseInt(/^SigIgn:\s*\w*(\w{4})$/m.exec(status)?.[1] ?? "1", 16);
   for (const [signal, number] of Object.entries({ SIGHUP: 1, SIGINT: 2, SIGTERM: 15 }))
     if (((ignored >> (number - 1)) & 1) === 0)
       process.once(signal, () => {
-        progress.clear();
-        const advice = delivery.sink.close(delivery.held);
-        tell(typeof advice === "string" && advice !== "" ? advice : "Interrupted");
-        // A shell sees that Ctrl-C ended the program, and ends its loop. A container's first process ignores the signal.
-        process.kill(process.pid, signal);
-        process.exit(128 + number);
+        tell(delivery.sink.close?.(delivery.held) || "Interrupted");
+        process.kill(process.pid, signal); // a shell sees that Ctrl-C ended the program, and ends its loop
+        process.exit(128 + number); // a container's first process ignores the signal
       });
 }
 
+/** One attempt after another, until one succeeds. @throws TransferError if there will be no other */
 async function tryUntilDone(session: Session): Promise<void> {
-  for (let failure; (failure = await followRedirects(session)) !== undefined;) await prepareRetry(failure, session);
+  const { job, delivery } = session;
+  for (let failure; (failure = await followRedirects(session)) !== undefined;) {
+    const hasMore = delivery.endAttempt(failure.spoils);
+    session.failures = hasMore ? Number(!failure.isPart) : session.failures + Number(!failure.refusesRest);
+    const next = decideNext(failure, delivery.held, session, job.retryMaxMs - performance.now(), Math.random());
+    if (typeof next === "string") failure.message += next && ` (${next})`;
+    if (typeof next === "string") throw failure;
+    session.asksForWhole = next.asksForWhole;
+    session.before = `; before that, ${failure.message}`;
+    if (!job.isSilent && next.afterMs < job.maxMs - performance.now())
+      tell(`Retry in ${(next.afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
+    await Bun.sleep(next.afterMs);
+  }
 }
 
 async function followRedirects(session: Session): Promise<TransferError | undefined> {
@@ -297,30 +293,11 @@ async function followRedirects(session: Session): Promise<TransferError | undefi
   return new TransferError("redirects", `more than ${LIMITS.redirectsMax} redirects`);
 }
 
-/** Waits until it is time for another attempt, and prepares it. @throws TransferError if there will be none */
-async function prepareRetry(failure: TransferError, session: Session): Promise<void> {
-  const { job, delivery, progress, failures } = session;
-  const hasMore = delivery.endAttempt(failure.spoils);
-  session.failures = hasMore ? Number(!failure.isPart) : failures + Number(!failure.refusesRest);
-  const next = decideNext(failure, delivery.held, session, job.retryMaxMs - performance.now(), Math.random());
-  progress.clear();
-  delivery.sink.endLine?.();
-  if (typeof next === "string") {
-    failure.message += next && ` (${next})`;
-    throw failure;
-  }
-  session.asksForWhole = next.asksForWhole;
-  session.before = `; before that, ${failure.message}`;
-  if (!job.isSilent && next.afterMs < job.maxMs - performance.now())
-    tell(`Retry in ${(next.afterMs / 1000).toFixed(1)} s: ${failure.message}; ${delivery.held.bytes} bytes kept`);
-  await Bun.sleep(next.afterMs);
-}
-
 // ═══ 5 Policy ══════════════════════════════════════════════════════════════════════════════════
 
 export type Verdict =
-  /** Its content is bytes `from` to before `end` of the whole, where `held` is held. If that is nothing, it starts over. */
-  | { readonly action: "deliver"; readonly from: number; readonly end: number; readonly held: Held }
+  /** Its content begins at byte `from` of the whole; a part ends before `end`. If `held` is empty, it starts over. */
+  | { readonly action: "deliver"; readonly from: number; readonly end?: number; readonly held: Held }
   | { readonly action: "complete" | "unchanged" } // the bytes held are the whole content; the user has it already
   | { readonly action: "redirect"; readonly to: Request };
 
@@ -340,9 +317,8 @@ export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Ver
   const isOld = job.sinceMs !== undefined && parseHttpDate(singleValue(head, "last-modified")) <= job.sinceMs;
   const isUnchanged = status === 304 || (status === 200 && isOld);
   if (isUnchanged && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
-  // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
-  if (status === 206 && hasRange) return judgePart(head, held, job);
-  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held);
+  if (status === 206 && hasRange) return judgePart(head, held, job); // RFC 9110 §14.4: only an answer to Range is one
+  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held); // §15.5.17: or says that there is none
   const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   const isTransient = TRANSIENT_STATUSES.includes(status);
   const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // its page is shown
@@ -363,8 +339,8 @@ function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request
   // Content-Range means nothing in a 200 (RFC 9110 §14.4). But some servers send such a part so, others 206 unasked.
   const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
   const ranges = values.length > 0 ? values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange) : [];
-  const length = typeof head.framing === "number" ? head.framing : ranges[0]?.complete;
-  const isPart = ranges.some(({ first, last, complete }) => first > 0 || last + 1 !== complete || complete !== length);
+  const length = typeof head.framing === "number" ? head.framing : ranges[0]?.total;
+  const isPart = ranges.some(({ first, last, total }) => first > 0 || last + 1 !== total || total !== length);
   if (isPart || (onlyContentCounts && head.status === 206 && ranges.length === 0))
     throw new TransferError("range", "the server sent a part of the content as if it were the whole");
   if (length !== undefined && length > job.sizeMax) throw tooLarge(job);
@@ -373,18 +349,16 @@ function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request
   const { validator, resource } = version;
   const isSame = validator === held.validator && validator !== "" && resource === held.resource && agrees(head, held);
   const total = length ?? held.total; // what an earlier response said of this version still holds
-  if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
-    return { action: "deliver", from: 0, end: total ?? Number.POSITIVE_INFINITY, held: { ...held, total } };
+  if ((isSame || (job.hasSha256 && held.bytes > 0)) && total === (held.total ?? total))
+    return { action: "deliver", from: 0, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
   if (held.bytes > 0 && !canStartOver) throw new TransferError("partial", changed, { isFinal: true });
-  const fresh = { ...version, bytes: 0, total: isSame ? total : length };
-  return { action: "deliver", from: 0, end: length ?? Number.POSITIVE_INFINITY, held: fresh };
+  return { action: "deliver", from: 0, held: { ...version, bytes: 0, total: length } };
 }
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */
 function judgePart(head: ResponseHead, held: Held, job: Options): Verdict {
-  const { first, last, complete } = parseContentRange(singleValue(head, "content-range"));
-  const total = complete ?? held.total ?? Number.NaN;
+  const { first, last, total = held.total ?? Number.NaN } = parseContentRange(singleValue(head, "content-range"));
   const fits =
     first <= resumeFrom(held) && // caches that work in blocks begin earlier: what is held already is passed over
     last >= resumeFrom(held) && // RFC 9110 §15.3.7: it may be less than was asked for; the next attempt gets the rest
@@ -407,31 +381,28 @@ function judgeUnsatisfiable(head: ResponseHead, { bytes, total = bytes, validato
 
 const misfit = (message: string) => new TransferError("range", message, { refusesRest: true });
 const tooLarge = ({ sizeMax }: Options) => new TransferError("tooLarge", `the content is larger than ${sizeMax} bytes`);
-const describeStatus = ({ status, reasonPhrase }: ResponseHead) =>
-  `the server answered ${status} ${asText(reasonPhrase)}`.trimEnd();
+const describeStatus = ({ text }: ResponseHead) =>
+  `the server answered ${asText(/ (.*)/.exec(text)?.[1] ?? "")}`.trimEnd();
 
-/** RFC 9110 §14.4: bytes first-last/complete. `complete` is undefined for "*"; what does not match is NaN, which fits nothing. */
-function parseContentRange(value: string): { first: number; last: number; complete: number | undefined } {
-  const [, first, last, complete] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
-  return { first: Number(first), last: Number(last), complete: complete === "*" ? undefined : Number(complete) };
+/** RFC 9110 §14.4: bytes first-last/total, undefined for "*". What does not match is NaN, which fits nothing. */
+function parseContentRange(value: string) {
+  const [, first, last, total] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
+  return { first: Number(first), last: Number(last), total: total === "*" ? undefined : Number(total) };
 }
 
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of every version
+const codingOf = (head: ResponseHead) => `${fieldValues(head, "content-encoding")}`.replace(/^(identity|[, ])*$/i, "");
 
 /** What names the version that a whole response to a GET is of. */
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
   const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
   // RFC 9110 §13.1.5 wants a date only without an ETag. But many send a weak one; an old date is strong (§8.8.2.2).
-  // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
   const changed = parseHttpDate(lastModified);
-  const mayBeStrong = changed >= Date.UTC(1990) && changed % 86_400_000 !== 0;
+  const mayBeStrong = changed >= Date.UTC(1990) && changed % 86_400_000 !== 0; // reproducible builds
   const isStrong = mayBeStrong && parseHttpDate(singleValue(head, "date")) - changed >= LIMITS.strongDateAgeMs;
   return { etag, lastModified, coding, validator: isStrong ? lastModified : "" };
 }
-
-/** Content-Encoding; "" for none. */
-const codingOf = (head: ResponseHead) => `${fieldValues(head, "content-encoding")}`.replace(/^(identity|[, ])*$/i, "");
 
 /** Parameters that sign a query, at the large clouds: they are new each time, and name nothing. */
 const SIGNATURE = /&((sig|se|skt|ske|jwt|Expires|Signature|Policy|Key-Pair-Id|X-(Amz|Goog)-[\w-]+)=[^&]*)/g;
@@ -442,7 +413,6 @@ const digestOf = (text: string) => text && new Bun.CryptoHasher("sha256").update
 export const resourceOf = ({ pathname, search }: URL) =>
   `${pathname}?${search && digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
 
-/** No field of the response contradicts the version held. */
 const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
   codingOf(head) === coding && // a 206 may omit it (RFC 9110 §15.3.7), but some servers name two codings by one tag
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
@@ -483,6 +453,7 @@ export function decideNext(failure: TransferError, held: Held, attempt: Attempt,
 /** The first byte to ask for. If all may be held, it is the last one held: a 416 past the end names no version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
 const lengthOf = (content: readonly Blob[]) => content.length && content.reduce((length, { size }) => length + size, 0);
+const toBytes = (text: string) => Uint8Array.fromBase64(btoa(text)); // of ISO 8859-1; Buffer.from starts more slowly
 
 /** The head of the request as it goes over the wire (RFC 9112 §3): for the whole, or for the bytes after `held`. */
 export function formatRequest({ method, url, fields, content }: Request, held: Held): Uint8Array {
@@ -503,14 +474,6 @@ export function formatRequest({ method, url, fields, content }: Request, held: H
   for (const [name, value] of ours) if (value !== "" && !isReplaced(name)) head += `${name}: ${value}\r\n`;
   for (const [name, value] of fields) if (value !== "") head += `${name}: ${value}\r\n`;
   return toBytes(`${head}\r\n`); // values may be any bytes but CTL: the command line has made them ISO 8859-1
-}
-
-/** The bytes of ISO 8859-1 text. (Buffer.from and Uint8Array.from take longer, the first time.) */
-function toBytes(text: string): Uint8Array {
-  if (!/[^\0-\x7f]/.test(text)) return new TextEncoder().encode(text); // ASCII, in a tenth of the time
-  const bytes = new Uint8Array(text.length);
-  for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
-  return bytes;
 }
 
 const SECRET_FIELD = /^(authorization|cookie|host|proxy-authorization)$/i; // only the first server may see it
@@ -566,9 +529,8 @@ function trimOws(text: string): string {
 
 // ── shared: chunked ──
 const TOKEN = "[!#$%&'*+\\-.^_`|~\\w]+";
-const QUOTED_STRING = '"(?:[^"\\\\]|\\\\.)*"';
 /** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ); before it stands chunk-size = 1*HEXDIG */
-const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*$`);
+const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|"(?:[^"\\\\]|\\\\.)*"))?)*$`);
 const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`); // field-name ":" OWS field-value OWS
 
 const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
@@ -577,17 +539,13 @@ const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an 
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /**
- * Takes the chunked transfer coding apart (RFC 9112 §7.1):
- *
- *     chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF
- *
- * A chunk is a line, so many bytes, and CRLF; a trailer section is lines. Call {@link next} until `state` is "done" or
- * there is a fault. It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind.
+ * chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF (RFC 9112 §7.1).
+ * Call {@link next} until `state` is "done" or there is a fault. It keeps no bytes: if it uses none, a line is not
+ * complete, and they must come again with more behind.
  */
 export class ChunkedDecoder {
   state: "line" | "data" | "trailer" | "done" = "line";
-  fault:
-    "" | "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large" = "";
+  fault?: "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
   contentTo = 0; // the end of the content that the last call found: it starts where that call did
   announced = 0; // octets of content so far, those of the chunk under way included
   readonly trailerNames: string[] = []; // in lower case: the caller may have to refuse some
@@ -601,14 +559,20 @@ export class ChunkedDecoder {
     private readonly isUserAgent: boolean, // a server refuses obs-fold (§5.2), and white space behind a chunk-size
   ) {}
 
-  /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
+  /** Reads content, or one line, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
-    this.contentTo = from;
-    if (this.state === "data") return this.takeData(bytes, from, to);
-    if (from === to || this.state === "done" || this.fault !== "") return from;
+    this.contentTo = Math.min(to, from + this.left);
+    this.left -= this.contentTo - from;
+    if (this.contentTo > from || from === to) return this.contentTo;
+    if (this.state === "data") {
+      if (bytes[from] !== CR || (from + 1 < to && bytes[from + 1] !== LF)) return this.fail("chunk-data", from);
+      if (from + 1 === to) return from; // its CRLF is used once both bytes are there
+      this.state = "line";
+      from += 2;
+    }
     const isTrailer = this.state === "trailer";
     const sizeTo = isTrailer ? from : skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX));
-    const isSize = sizeTo > from && (sizeTo === to || CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
+    const isSize = sizeTo === to || (sizeTo > from && CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
     const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
     // Bytes that cannot become a line that fits are refused before its end has come.
@@ -620,54 +584,37 @@ export class ChunkedDecoder {
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
-    this.fault = isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
-    return end + 2;
+    return isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
   }
 
-  /** Takes chunk-data, and the CRLF behind it once both of its bytes are there. */
-  private takeData(bytes: Uint8Array, from: number, to: number): number {
-    const end = Math.min(to, from + this.left);
-    this.contentTo = end;
-    this.left -= end - from;
-    if (this.left > 0 || end === to) return end;
-    const isCrlf = bytes[end] === CR && (end + 1 === to || bytes[end + 1] === LF);
-    if (!isCrlf) return end > from ? end : this.fail("chunk-data", end); // what came before it counts
-    if (end + 1 === to) return end;
-    this.state = "line";
-    return end + 2;
-  }
-
-  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number) {
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): number {
     for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
-    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size"; // past 2^53 sums are not exact
+    if (this.left + this.announced >= 2 ** 53) return this.fail("chunk-size", end + 2); // past it sums are inexact
     // Most lines are a size alone, and no text is made of them.
-    if (sizeTo < end) {
-      // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-      this.extensionBytes += end - sizeTo;
-      if (this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax) return "chunk-extension";
-      const extension = latin1(bytes, sizeTo, end);
-      if (!CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)) return "chunk-extension";
-    }
+    const extension = sizeTo < end ? latin1(bytes, sizeTo, end) : "";
+    const isExtension = extension === "" || CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension);
+    // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
+    this.extensionBytes += extension.length;
+    const isTooMuch = this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax;
+    if (!isExtension || isTooMuch) return this.fail("chunk-extension", end + 2);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
-    return "";
+    return end + 2;
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(bytes: Uint8Array, from: number, end: number) {
+  private takeTrailerLine(bytes: Uint8Array, from: number, end: number): number {
     const line = latin1(bytes, from, end);
+    const [, name] = FIELD_LINE.exec(line) ?? [];
+    const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
-    const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
-    if (line === "" || isFold) return "";
-    const name = FIELD_LINE.exec(line)?.[1];
-    if (name === undefined) return "trailer";
-    if (this.trailerNames.length === this.limits.fieldLinesMax) return "trailer-too-large";
-    this.trailerNames.push(name.toLowerCase());
-    return "";
+    else if (name !== undefined) this.trailerNames.push(name.toLowerCase());
+    else if (!isFold) return this.fail("trailer", end + 2);
+    return this.trailerNames.length > this.limits.fieldLinesMax ? this.fail("trailer-too-large", end + 2) : end + 2;
   }
 
-  private fail(fault: ChunkedDecoder["fault"], at: number): number {
+  private fail(fault: NonNullable<ChunkedDecoder["fault"]>, at: number): number {
     this.fault = fault;
     return at;
   }
@@ -681,29 +628,27 @@ const contradiction = () =>
 
 /** Receives heads up to the final one: 1xx are passed over (RFC 9110 §15.2). `rest` is what came behind it. */
 export async function receiveHead(source: Source, method: string): Promise<{ head: ResponseHead; rest: Uint8Array }> {
-  let [text, left] = ["", LIMITS.headBytesMax]; // what has come of a head, and how much more may come
+  let [text, came] = ["", 0]; // what has come of a head; how many bytes have come of all
   for (let bytes; (bytes = await source.receive()) !== undefined;) {
-    const before = text;
-    const piece = latin1(bytes, 0, Math.min(bytes.length, left));
-    text += piece;
-    left -= bytes.length;
+    const [before, piece] = [text, latin1(bytes, 0, Math.min(bytes.length, LIMITS.headBytesMax - came))];
+    [text, came] = [before + piece, came + bytes.length];
     // Parsed anew only at the start, when the first line has ended, and at an empty line: a byte at a time is cheap.
     const isDue = piece.includes("\n") && (!before.includes("\n") || EMPTY_LINE.test(text.slice(before.length - 2)));
-    if (before.length > 7 && left >= 0 && !isDue) continue;
+    if (before.length > 7 && came <= LIMITS.headBytesMax && !isDue) continue;
     for (let head; (head = parseResponseHead(text, method)) !== undefined;) {
       text = text.slice(head.text.length);
       if (head.status === 101) throw unparsable("it switches protocols, and nobody asked for that"); // RFC 9110 §15.2.2
       if (head.status >= 200) return { head, rest: bytes.subarray(piece.length - text.length) };
     }
-    if (left < 0) throw unparsable("the head is too large");
+    if (came > LIMITS.headBytesMax) throw unparsable("the head is too large");
   }
   parseResponseHead(text, method); // a line that is malformed is so whatever would have followed
-  if (left < LIMITS.headBytesMax) throw new TransferError("partial", "the response ends inside its head");
+  if (came > 0) throw new TransferError("partial", "the response ends inside its head");
   throw new TransferError("empty", "the server closed the connection without an answer");
 }
 
 /** status-line = HTTP-version SP status-code SP [ reason-phrase ] (RFC 9112 §4); the last SP is often forgotten. */
-const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: ([\t\x20-\x7e\x80-\xff]*))?$/;
+const STATUS_LINE = /^HTTP\/1\.(\d) ([1-9]\d{2})(?: [\t\x20-\x7e\x80-\xff]*)?$/;
 const EMPTY_LINE = /\n\r?\n/;
 const NO_FIELD_LINE = "a line of its head is not a field-line";
 /** The fields that this client reads: their lines must be right to the letter. Others may be as some servers send them. */
@@ -715,13 +660,12 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
   const end = EMPTY_LINE.exec(text);
   const begun = end === null ? text : text.slice(0, end.index + 1);
   // RFC 9112 §2.2 lets a client take LF alone for the end of a line: some servers pass on what scripts print.
-  const [first = "", ...lines] = begun.split(/\r?\n/);
+  const [first, ...lines] = begun.split(/\r?\n/).slice(0, -1); // the last one has not ended
   const isMalformed = /\0|\r[^\n]/.test(begun); // other readers may take NUL or CR for an end, in half a line, too
-  const [, minorVersion, status, reasonPhrase = ""] = STATUS_LINE.exec(first) ?? [];
+  const [, minorVersion, status] = STATUS_LINE.exec(first ?? "") ?? [];
   // A response that does not start like one is refused before the end of its line has come.
-  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (lines.length === 0 ? !isMalformed : status !== undefined);
+  const isHttp = "HTTP/1.".startsWith(text.slice(0, 7)) && (first === undefined ? !isMalformed : status !== undefined);
   if (!isHttp) throw unparsable("its first line is not a status-line of HTTP/1", {}); // a server may be starting
-  lines.pop(); // what is behind the last line end: a line that has not ended
   if (isMalformed) throw unparsable(NO_FIELD_LINE);
   if (lines.length > LIMITS.fieldLinesMax) throw unparsable("it has too many field-lines");
   const fields = new Map<string, string[]>();
@@ -737,7 +681,7 @@ export function parseResponseHead(text: string, method: string): ResponseHead | 
     } else throw unparsable(NO_FIELD_LINE);
   }
   if (end === null) return undefined;
-  const head = { status: Number(status), reasonPhrase, fields, text: text.slice(0, end.index + end[0].length) };
+  const head = { status: Number(status), fields, text: text.slice(0, end.index + end[0].length) };
   return { ...head, framing: decideFraming(head, minorVersion === "0", method) };
 }
 
@@ -757,11 +701,10 @@ export function parseHttpDate(text: string, now = Date.now()): number {
   if (!HTTP_DATE.test(text)) return Number.NaN;
   // A year of two digits is the last one that ends so and is not more than 50 years ahead.
   const last = new Date(now).getUTCFullYear() + 50;
-  const fullYear = (_: string, digits: string) => `-${last - ((last - Number(digits)) % 100)} `;
-  const written = text.replace(/-(\d\d) /, fullYear).replace(/\d$/, "$& GMT");
-  const date = new Date(written);
+  const written = text.replace(/-(\d\d) /, (_, digits: string) => `-${last - ((last - Number(digits)) % 100)} `);
+  const date = new Date(written.replace(/\d$/, "$& GMT"));
   // Date reads a 31st of February as a day in March: month, year and time must be those that are written.
-  const [, , ...parts] = date.toUTCString().split(" ");
+  const parts = date.toUTCString().slice(8, -4).split(" ");
   return parts.every((part) => written.includes(part)) ? date.getTime() : Number.NaN;
 }
 // ── end shared ──
@@ -771,14 +714,13 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
   // Item 1: never any content, whatever the fields say. Item 2 is about CONNECT, which this client does not send.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
   const [codings, lengths] = [fieldValues(head, "transfer-encoding"), fieldValues(head, "content-length")];
-  if (codings.length > 0) {
-    // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
-    if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
-    if (isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
-    // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
-    if (!/^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","))) throw unparsable("its transfer coding is not chunked");
-    return "chunked";
-  }
+  // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
+  if (codings.length > 0 && lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
+  if (codings.length > 0 && isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
+  // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
+  const isChunked = codings.length > 0 && /^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","));
+  if (codings.length > 0 && !isChunked) throw unparsable("its transfer coding is not chunked");
+  if (isChunked) return "chunked";
   if (lengths.length === 0) return "close"; // item 8: until the connection is closed
   const [, length] = /^(\d+)(?:[\t ]*,[\t ]*\1)*$/.exec(lengths.join(",")) ?? []; // items 5 and 6: or the same again
   if (!Number.isSafeInteger(Number(length))) throw unparsable("its Content-Length is not one number");
@@ -821,7 +763,7 @@ function takeContent(decoder: ChunkedDecoder | undefined, bytes: Uint8Array, lef
     next = decoder.next(bytes, at, bytes.length);
     if (decoder.contentTo > at) bytes.copyWithin(to, at, decoder.contentTo);
     to += decoder.contentTo - at;
-    if (next === at) return { content: bytes.subarray(0, to), used: next };
+    if (next === at || decoder.fault || decoder.state === "done") return { content: bytes.subarray(0, to), used: next };
   }
 }
 
@@ -842,19 +784,26 @@ export const printable = (text: string) =>
 const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
+const DELETE_LINE = "\r\x1b[K";
+let lineEnd = ""; // what the line that a terminal is in needs before a message: DELETE_LINE for progress, LF for content
+
+/** Called before something else is printed on stderr. */
+function endLine(): void {
+  if (lineEnd !== "") ignoreErrors(() => isTerminal(2, fs().fstatSync(2)) && fs().writeSync(2, lineEnd));
+  lineEnd = "";
+}
+
 /** One line on stderr. If stderr is closed the message is lost; that is not an error. */
 export function tell(line: string): void {
-  try {
-    process.getBuiltinModule("node:fs").writeSync(2, asLine(line));
-  } catch {}
+  endLine();
+  ignoreErrors(() => fs().writeSync(2, asLine(line)));
 }
 
 // ── shared: sizes ──
 /** "1.2 MiB" */
 function formatBytes(bytes: number): string {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
+  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
 }
 // ── end shared ──
 
@@ -876,40 +825,27 @@ function tellHead(mark: string, head: string): void {
 }
 
 /** "1.2 MiB of 3.4 MiB, 35 %, 0.5 MiB/s, 4 s left": on stderr, overwritten, if that is a terminal without content. */
-class ProgressLine {
-  private dueAt: number = LIMITS.progressAfterMs;
-  private firstBytes: number | undefined;
-  private isOnScreen = false;
+function showProgress({ job, delivery, progress }: Session): void {
+  const { bytes, total = 0 } = delivery.held;
+  progress.firstBytes = Math.min(progress.firstBytes, bytes); // less: it has started over
+  const now = performance.now();
+  if (now < Math.max(LIMITS.progressAfterMs, progress.dueAt)) return;
+  progress.dueAt = now + LIMITS.progressEveryMs;
+  if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
+  lineEnd = DELETE_LINE;
+  const bytesPerSecond = ((bytes - progress.firstBytes) / now) * 1000;
+  const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
+  const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
+  const line = `${formatBytes(bytes)}${share}, ${formatBytes(bytesPerSecond)}/s${left}`;
+  ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
+}
 
-  show({ job, delivery }: Session): void {
-    const { bytes, total = 0 } = delivery.held;
-    this.firstBytes = Math.min(this.firstBytes ?? bytes, bytes); // less: it has started over
-    const now = performance.now();
-    if (now < this.dueAt) return;
-    this.dueAt = now + LIMITS.progressEveryMs;
-    if (job.isSilent || job.trace || delivery.sink.isTerminal || !isTerminal(2, fs().fstatSync(2))) return;
-    this.isOnScreen = true;
-    const bytesPerSecond = ((bytes - this.firstBytes) / now) * 1000;
-    const share = total > 0 ? ` of ${formatBytes(total)}, ${Math.floor((100 * bytes) / total)} %` : "";
-    const left = total > 0 && bytesPerSecond > 0 ? `, ${Math.ceil((total - bytes) / bytesPerSecond)} s left` : "";
-    const line = `${formatBytes(bytes)}${share}, ${formatBytes(bytesPerSecond)}/s${left}`;
-    ignoreErrors(() => fs().writeSync(2, `\r\x1b[?7l${line}\x1b[?7h\x1b[K`)); // a narrow terminal cuts it off
+function tellSummary({ job, delivery: { held, isVerified, note } }: Session): void {
+  if (isVerified !== undefined && (lineEnd === DELETE_LINE || job.isVerbose)) {
+    const verified = isVerified ? "SHA-256 verified" : "not verified";
+    tell(`${formatBytes(held.bytes)} in ${(performance.now() / 1000).toFixed(1)} s, ${verified}`);
   }
-
-  finish({ job, delivery: { held, sink, isVerified, isUnchanged, note } }: Session): void {
-    if (!isUnchanged && (this.isOnScreen || job.isVerbose)) {
-      this.clear();
-      sink.endLine?.();
-      const verified = isVerified ? "SHA-256 verified" : "not verified";
-      tell(`${formatBytes(held.bytes)} in ${(performance.now() / 1000).toFixed(1)} s, ${verified}`);
-    }
-    if (note !== "" && !job.isSilent) tell(note);
-  }
-
-  clear(): void {
-    if (this.isOnScreen) ignoreErrors(() => fs().writeSync(2, "\r\x1b[K"));
-    this.isOnScreen = false;
-  }
+  if (note !== "" && !job.isSilent) tell(note);
 }
 
 // ═══ 9 Sockets ═════════════════════════════════════════════════════════════════════════════════
@@ -1149,29 +1085,23 @@ export class RecordWatch {
 
 // ═══ 10 Delivery ═══════════════════════════════════════════════════════════════════════════════
 
-/** Repr-Digest is a dictionary of byte sequences (RFC 9530 §3, RFC 8941 §3.2); of its algorithms SHA-256 is read. */
-const REPR_DIGEST = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/;
-
 /** The content held across all attempts; checks its length and its digest. */
 class Delivery {
-  held: Held;
   note = ""; // what the user should know about the content
-  isUnchanged = false; // the user has the content already
-  isVerified = false; // its SHA-256 is what the user or the server has said
-  private most: number; // bytes ever held of this version: more is progress. Infinity: it has started over
-  private isJoined = true; // the content held came in several responses, or in an earlier run
+  isVerified: boolean | undefined; // its SHA-256 is what the user or the server has said; undefined without new content
+  private isFresh = false; // all the content held came in one response
   private hash: Bun.CryptoHasher | undefined;
+  private told = ""; // the SHA-256 that the server has told for this version, in hex
   private at = Number.POSITIVE_INFINITY; // the place in the whole that the response under way has reached
-  private end = Number.POSITIVE_INFINITY; // the byte of the whole before which the response under way must end
-  private expectedDigest = "";
+  private end = Number.NaN; // the byte of the whole before which that response must end; NaN if nothing tells it
+  private unprinted = ""; // the head: printed with the first content, when no other response can replace it
 
   constructor(
     readonly sink: Sink,
     private readonly job: Options,
-  ) {
-    this.held = sink.leftover ?? NOTHING;
-    this.most = this.held.bytes;
-  }
+    public held: Held = sink.leftover ?? NOTHING,
+    private most = held.bytes, // ever held of this version: more is progress. Infinity: it has started over
+  ) {}
 
   /** An attempt has ended. @param spoils what is held is deleted. @returns true if more is held than ever before */
   endAttempt(spoils: boolean): boolean {
@@ -1183,27 +1113,35 @@ class Delivery {
     return this.held.bytes > most;
   }
 
-  start(head: ResponseHead, { held, from, end }: Extract<Verdict, { action: "deliver" }>): void {
-    if (held.bytes === 0 && this.held.bytes > 0) this.most = Number.POSITIVE_INFINITY;
+  start(head: ResponseHead, { held, from, end = held.total ?? Number.NaN }: Extract<Verdict, { from: number }>): void {
+    this.isFresh = held.bytes === 0;
+    if (this.isFresh && this.held.bytes > 0) this.most = Number.POSITIVE_INFINITY;
     this.held = held;
     this.at = from;
     this.end = end;
-    this.isJoined = held.bytes > 0;
-    // RFC 9530 §3: of the whole representation, in a 206 too. A digest that an earlier response gave for this version holds.
-    const digest = REPR_DIGEST.exec(fieldValues(head, "repr-digest").join(","))?.[1];
-    this.expectedDigest = digest ?? (this.isJoined ? this.expectedDigest : "");
-    if (this.isJoined) return;
-    this.hash = this.job.sha256 + this.expectedDigest === "" ? undefined : new Bun.CryptoHasher("sha256");
-    if (!this.job.keepsOnlyContent) this.sink.head = head.text;
+    // Repr-Digest is of the whole, in a 206, too (RFC 9530 §3, RFC 8941 §3.2). It holds for all responses of a version.
+    const values = [204, 304].includes(head.status) ? [] : fieldValues(head, "repr-digest"); // these have no content
+    const digest = /(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/]{43}=):/.exec(values.join())?.[1] ?? "";
+    if (digest !== "" || this.isFresh) this.told = Uint8Array.fromBase64(digest).toHex();
+    if (this.isFresh) this.hash = this.job.sha256 + this.told === "" ? undefined : new Bun.CryptoHasher("sha256");
+    if (this.isFresh && !this.job.keepsOnlyContent) this.unprinted = head.text;
+  }
+
+  /** Prints the head, unless that is done. */
+  async printHead(): Promise<void> {
+    const head = toBytes(this.unprinted);
+    this.unprinted = "";
+    if (head.length > 0) await this.sink.write(head, this.held);
   }
 
   async write(bytes: Uint8Array): Promise<void> {
-    const content = bytes.subarray(Math.max(0, this.held.bytes - this.at)); // what is held already is passed over
+    const content = bytes.subarray(this.held.bytes - this.at); // what is held already is passed over
     this.at += bytes.length;
     const length = this.held.bytes + content.length;
     if (length > this.job.sizeMax) throw tooLarge(this.job);
     if (length > this.end) throw contradiction();
     if (content.length === 0) return;
+    await this.printHead();
     await this.sink.write(content, this.held);
     this.hash?.update(content);
     this.held = { ...this.held, bytes: length };
@@ -1211,32 +1149,26 @@ class Delivery {
 
   /** The response has ended: is the content whole, and does it match the digests? @throws TransferError if not */
   async finish(head: ResponseHead): Promise<void> {
-    const { bytes, total } = this.held;
-    // Content that only a close ends may have been cut. The last chunk ends it for sure.
-    if (head.framing === "chunked" && Number.isFinite(this.end) && bytes < this.end) throw contradiction();
+    const { job, held, told } = this;
+    const { bytes, total = bytes, coding } = held;
+    if (head.framing === "chunked" && bytes < this.end) throw contradiction(); // what a close ends may have been cut
     const cut = `the response is not complete: ${bytes - this.at} of ${bytes} bytes held are missing`;
     if (this.at < bytes) throw new TransferError("partial", cut);
     const part = `the response is a part: ${bytes} of ${total} bytes are here`;
-    if (bytes !== (total ?? bytes)) throw new TransferError("partial", part, { isPart: bytes === this.end });
-    this.isVerified = await this.verify();
-    this.note = await this.sink.finish(this.held);
-    // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
-    if (this.note === "" && this.job.keepsOnlyContent && this.held.coding !== "")
-      this.note = `The content is saved as it comes, with Content-Encoding: ${this.held.coding}`;
-  }
-
-  /** @returns false if nobody has said what the SHA-256 of the content is. @throws TransferError "digest" */
-  private async verify(): Promise<boolean> {
-    if (this.job.sha256 + this.expectedDigest === "") return false;
-    const found = this.hash?.digest("hex") ?? (await this.sink.digest?.(this.held));
+    if (bytes !== total) throw new TransferError("partial", part, { isPart: bytes === this.end });
+    const wanted = job.request.method === "HEAD" ? "" : job.sha256 || told; // "" if any will do
+    const found = wanted && (this.hash?.digest("hex") ?? (await this.sink.digest?.(held)));
     const message = "the first part of the content is not at hand to be verified";
     if (found === undefined) throw new TransferError("digest", message, { isFinal: true });
-    const told = Buffer.from(this.expectedDigest, "base64").toString("hex");
-    if (found === (this.job.sha256 || told)) return true;
     // Another attempt helps if pieces were joined that do not fit, or if the server says that bytes were damaged.
-    const isFinal = found === told || (told === "" && !this.isJoined);
+    const isFinal = found === told || (told === "" && this.isFresh);
     const mismatch = `the content is not what its digest says: its SHA-256 is ${found}`;
-    throw new TransferError("digest", mismatch, { isFinal, spoils: true });
+    if (found !== wanted) throw new TransferError("digest", mismatch, { isFinal, spoils: true });
+    if (head.status !== 304) this.isVerified = wanted !== "";
+    await this.printHead();
+    // Encoded content is saved as it is, although we asked for no coding: a mirror sends its a.tar.gz so.
+    const encoded = coding && `The content is saved as it comes, with Content-Encoding: ${coding}`;
+    this.note = (await this.sink.finish?.(held)) || (job.keepsOnlyContent && bytes > 0 ? encoded : "");
   }
 }
 
@@ -1287,33 +1219,18 @@ async function openStream(fd: number, job: Options): Promise<Sink> {
   // part again, and if a pipe is full, it blocks and no timer can end it. Once node:fs is loaded, it is faster.
   let left = !mayBlock || (isFifo && job.maxMs === Number.POSITIVE_INFINITY) ? LIMITS.printedBytesMax : 0;
   const decoder = isOnTerminal && !job.keepsOnlyContent ? new TextDecoder() : undefined;
-  let isInLine = false;
 
-  const sink = {
-    head: "",
+  return {
     isTerminal: isOnTerminal,
-    async write(content: Uint8Array): Promise<void> {
-      await sink.finish();
+    async write(content) {
       if (decoder && content.includes(0))
         throw new TransferError("write", "the content is binary: use -o FILE, or -o - to see it here");
       const bytes = decoder ? Buffer.from(printable(decoder.decode(content, { stream: true }))) : content;
       left -= bytes.length;
       await (left < 0 ? writeAll(fd, bytes, mayBlock, null) : Bun.write(Bun.file(fd), bytes));
-      isInLine = isOnTerminal && content.at(-1) !== LF;
-    },
-    async finish(): Promise<string> {
-      const { head } = sink;
-      sink.head = "";
-      if (head !== "") await sink.write(toBytes(head));
-      return "";
-    },
-    close: () => sink.finish(), // no other attempt follows: a head whose content never came is printed, too
-    endLine() {
-      if (isInLine) ignoreErrors(() => fs().writeSync(fd, "\n"));
-      isInLine = false;
+      if (isOnTerminal) lineEnd = content.at(-1) === LF ? "" : "\n";
     },
   };
-  return sink;
 }
 
 /** A part beside FILE. All but its length is in its label, a file that is written once, before the first byte of it. */

@@ -523,9 +523,8 @@ function decideFraming({ lengthField, codings, minorVersion }: RequestHead): num
 
 // ── shared: chunked ──
 const TOKEN = "[!#$%&'*+\\-.^_`|~\\w]+";
-const QUOTED_STRING = '"(?:[^"\\\\]|\\\\.)*"';
 /** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ); before it stands chunk-size = 1*HEXDIG */
-const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*$`);
+const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|"(?:[^"\\\\]|\\\\.)*"))?)*$`);
 const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`); // field-name ":" OWS field-value OWS
 
 const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
@@ -534,17 +533,13 @@ const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an 
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /**
- * Takes the chunked transfer coding apart (RFC 9112 §7.1):
- *
- *     chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF
- *
- * A chunk is a line, so many bytes, and CRLF; a trailer section is lines. Call {@link next} until `state` is "done" or
- * there is a fault. It keeps no bytes: if it uses none, a line is incomplete, and they must come again with more behind.
+ * chunked-body = *( chunk-size [ chunk-ext ] CRLF chunk-data CRLF ) last-chunk trailer-section CRLF (RFC 9112 §7.1).
+ * Call {@link next} until `state` is "done" or there is a fault. It keeps no bytes: if it uses none, a line is not
+ * complete, and they must come again with more behind.
  */
 export class ChunkedDecoder {
   state: "line" | "data" | "trailer" | "done" = "line";
-  fault:
-    "" | "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large" = "";
+  fault?: "bare-lf" | "bare-cr" | "chunk-size" | "chunk-extension" | "chunk-data" | "trailer" | "trailer-too-large";
   contentTo = 0; // the end of the content that the last call found: it starts where that call did
   announced = 0; // octets of content so far, those of the chunk under way included
   readonly trailerNames: string[] = []; // in lower case: the caller may have to refuse some
@@ -558,14 +553,20 @@ export class ChunkedDecoder {
     private readonly isUserAgent: boolean, // a server refuses obs-fold (§5.2), and white space behind a chunk-size
   ) {}
 
-  /** Reads one line, or content, from `from` on. @returns the index behind what it has used, `to` at the most */
+  /** Reads content, or one line, from `from` on. @returns the index behind what it has used, `to` at the most */
   next(bytes: Uint8Array, from: number, to: number): number {
-    this.contentTo = from;
-    if (this.state === "data") return this.takeData(bytes, from, to);
-    if (from === to || this.state === "done" || this.fault !== "") return from;
+    this.contentTo = Math.min(to, from + this.left);
+    this.left -= this.contentTo - from;
+    if (this.contentTo > from || from === to) return this.contentTo;
+    if (this.state === "data") {
+      if (bytes[from] !== CR || (from + 1 < to && bytes[from + 1] !== LF)) return this.fail("chunk-data", from);
+      if (from + 1 === to) return from; // its CRLF is used once both bytes are there
+      this.state = "line";
+      from += 2;
+    }
     const isTrailer = this.state === "trailer";
     const sizeTo = isTrailer ? from : skipWhile(HEXDIG, bytes, from, Math.min(to, from + CHUNK_SIZE_DIGITS_MAX));
-    const isSize = sizeTo > from && (sizeTo === to || CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
+    const isSize = sizeTo === to || (sizeTo > from && CHUNK_SIZE_END[byteAt(bytes, sizeTo)] === 1);
     const end = skipWhile(FIELD_CONTENT, bytes, Math.max(sizeTo, from + this.known), to);
     this.known = end - from;
     // Bytes that cannot become a line that fits are refused before its end has come.
@@ -577,54 +578,37 @@ export class ChunkedDecoder {
     if (bytes[end] === LF) return this.fail("bare-lf", end);
     if (bytes[end] !== CR) return this.fail(isTrailer ? "trailer" : "chunk-extension", end);
     if (bytes[end + 1] !== LF) return this.fail("bare-cr", end);
-    this.fault = isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
-    return end + 2;
+    return isTrailer ? this.takeTrailerLine(bytes, from, end) : this.takeChunkLine(bytes, from, sizeTo, end);
   }
 
-  /** Takes chunk-data, and the CRLF behind it once both of its bytes are there. */
-  private takeData(bytes: Uint8Array, from: number, to: number): number {
-    const end = Math.min(to, from + this.left);
-    this.contentTo = end;
-    this.left -= end - from;
-    if (this.left > 0 || end === to) return end;
-    const isCrlf = bytes[end] === CR && (end + 1 === to || bytes[end + 1] === LF);
-    if (!isCrlf) return end > from ? end : this.fail("chunk-data", end); // what came before it counts
-    if (end + 1 === to) return end;
-    this.state = "line";
-    return end + 2;
-  }
-
-  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number) {
+  private takeChunkLine(bytes: Uint8Array, from: number, sizeTo: number, end: number): number {
     for (let at = from; at < sizeTo; at++) this.left = this.left * 16 + hexValue(byteAt(bytes, at));
-    if (this.left + this.announced > Number.MAX_SAFE_INTEGER) return "chunk-size"; // past 2^53 sums are not exact
+    if (this.left + this.announced >= 2 ** 53) return this.fail("chunk-size", end + 2); // past it sums are inexact
     // Most lines are a size alone, and no text is made of them.
-    if (sizeTo < end) {
-      // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
-      this.extensionBytes += end - sizeTo;
-      if (this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax) return "chunk-extension";
-      const extension = latin1(bytes, sizeTo, end);
-      if (!CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)) return "chunk-extension";
-    }
+    const extension = sizeTo < end ? latin1(bytes, sizeTo, end) : "";
+    const isExtension = extension === "" || CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension);
+    // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
+    this.extensionBytes += extension.length;
+    const isTooMuch = this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax;
+    if (!isExtension || isTooMuch) return this.fail("chunk-extension", end + 2);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
-    return "";
+    return end + 2;
   }
 
   /** The trailer section has the syntax and the limits of the head (RFC 9112 §7.1.2). */
-  private takeTrailerLine(bytes: Uint8Array, from: number, end: number) {
+  private takeTrailerLine(bytes: Uint8Array, from: number, end: number): number {
     const line = latin1(bytes, from, end);
+    const [, name] = FIELD_LINE.exec(line) ?? [];
+    const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
     this.trailerBytes += line.length + 2;
     if (line === "") this.state = "done";
-    const isFold = this.isUserAgent && this.trailerNames.length > 0 && /^[ \t]/.test(line);
-    if (line === "" || isFold) return "";
-    const name = FIELD_LINE.exec(line)?.[1];
-    if (name === undefined) return "trailer";
-    if (this.trailerNames.length === this.limits.fieldLinesMax) return "trailer-too-large";
-    this.trailerNames.push(name.toLowerCase());
-    return "";
+    else if (name !== undefined) this.trailerNames.push(name.toLowerCase());
+    else if (!isFold) return this.fail("trailer", end + 2);
+    return this.trailerNames.length > this.limits.fieldLinesMax ? this.fail("trailer-too-large", end + 2) : end + 2;
   }
 
-  private fail(fault: ChunkedDecoder["fault"], at: number): number {
+  private fail(fault: NonNullable<ChunkedDecoder["fault"]>, at: number): number {
     this.fault = fault;
     return at;
   }
@@ -1661,11 +1645,10 @@ export function parseHttpDate(text: string, now = Date.now()): number {
   if (!HTTP_DATE.test(text)) return Number.NaN;
   // A year of two digits is the last one that ends so and is not more than 50 years ahead.
   const last = new Date(now).getUTCFullYear() + 50;
-  const fullYear = (_: string, digits: string) => `-${last - ((last - Number(digits)) % 100)} `;
-  const written = text.replace(/-(\d\d) /, fullYear).replace(/\d$/, "$& GMT");
-  const date = new Date(written);
+  const written = text.replace(/-(\d\d) /, (_, digits: string) => `-${last - ((last - Number(digits)) % 100)} `);
+  const date = new Date(written.replace(/\d$/, "$& GMT"));
   // Date reads a 31st of February as a day in March: month, year and time must be those that are written.
-  const [, , ...parts] = date.toUTCString().split(" ");
+  const parts = date.toUTCString().slice(8, -4).split(" ");
   return parts.every((part) => written.includes(part)) ? date.getTime() : Number.NaN;
 }
 // ── end shared ──
@@ -1859,9 +1842,8 @@ export type ListingEntry = Readonly<{ name: string; isFolder: boolean; size: num
 // ── shared: sizes ──
 /** "1.2 MiB" */
 function formatBytes(bytes: number): string {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
+  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  return `${(bytes / 1024 ** power).toFixed(power === 0 ? 0 : 1)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
 }
 // ── end shared ──
 

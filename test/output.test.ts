@@ -2060,6 +2060,18 @@ describe("--sha256", () => {
     expect([exitCode, origin.requests.length]).toEqual([EXIT_CODES.digest, 1]);
   });
 
+  test.concurrent("a 204 or 304 has no content that the digest in its head could be of", async () => {
+    for (const status of ["204 No Content", "304 Not Modified"]) {
+      using origin = scripted([response(status, "", reprDigest(CONTENT).trimEnd())]);
+      const { stdout, exitCode } = await runProgram("client-robust", "binary", ["-X", "PUT", origin.url]);
+      expect([stdout.split("\r\n", 1)[0], exitCode]).toEqual([`HTTP/1.1 ${status}`, EXIT_CODES.ok]);
+    }
+    // Content that is empty does not match.
+    using origin = scripted([response("200 OK", "", reprDigest(CONTENT).trimEnd())]);
+    const { exitCode } = await runProgram("client-robust", "binary", ["--retry", "0", origin.url]);
+    expect(exitCode).toBe(EXIT_CODES.digest);
+  });
+
   test.concurrent("the last line of -v says whether the content is verified", async () => {
     await using place = await makePlace();
     using origin = scripted([serving()]);
@@ -2096,13 +2108,14 @@ describe("--sha256", () => {
 
 test.concurrent.each(["-o -", ""])("content that is shown on a terminal is not overwritten: %s", async (args) => {
   const content = Buffer.from(CONTENT.subarray(0, -1)); // its last line has no end
-  using origin = scripted([pausing(serving({ content }), HALF, () => Bun.sleep(2500))]);
+  using origin = scripted([pausing(serving({ content }), HALF - 1, () => Bun.sleep(2500))]); // inside a line
   const seen = async (...more: string[]) => {
     const argv = [...(await command("client-robust", "binary")), ...args.split(" "), ...more, origin.url];
     return (await run(["script", "-qec", argv.join(" "), "/dev/null"])).stdout.replaceAll("\r\n", "\n");
   };
   expect(await seen()).toEndWith(content.toString());
   expect(await seen("-v")).toMatch(/\n4998\n4999\n23\.3 KiB in .*, not verified\n$/);
+  expect(await seen("--max-time", "1")).toMatch(/\n\d+\nError: not done within 1 s\n$/);
 });
 
 describe("how a run ends", () => {

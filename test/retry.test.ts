@@ -44,7 +44,6 @@ const HELD: Held = { ...NOTHING, bytes: 40, validator: '"a"', etag: '"a"', resou
 function head(status: number, fields: Record<string, string> = {}): ResponseHead {
   const start = {
     status,
-    reasonPhrase: "",
     fields: new Map(Object.entries(fields).map(([name, value]) => [name.toLowerCase(), [value]] as const)),
     text: "",
   };
