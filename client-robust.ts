@@ -8,8 +8,10 @@
  *
  * It receives in a loop until the framing says that the response is complete (RFC 9112 §6.3), never because no more
  * bytes came. Transient failures are retried, and an interrupted transfer continues where it stopped. The result is one
- * version of the content, whole, or a failure with curl's exit code. Memory use is constant. **The transfer** is the
- * tutorial's try { … } catch … finally { close }, in a loop. No HTTP/2, compression, cookies, proxies, several URLs.
+ * version of the content, whole, or a failure with curl's exit code. Memory use is constant.
+ *
+ * It reads from top to bottom. **The transfer** is the tutorial's try { … } catch … finally { close }, in a loop.
+ * Left out: HTTP/2, compression, cookies, proxies, several URLs.
  */
 import type { Stats } from "node:fs";
 
@@ -317,8 +319,9 @@ export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Ver
   const isOld = job.sinceMs !== undefined && parseHttpDate(singleValue(head, "last-modified")) <= job.sinceMs;
   const isUnchanged = status === 304 || (status === 200 && isOld);
   if (isUnchanged && job.keepsOnlyContent && (held.bytes === 0 || job.isConditional)) return { action: "unchanged" };
-  if (status === 206 && hasRange) return judgePart(head, held, job); // RFC 9110 §14.4: only an answer to Range is one
-  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held); // §15.5.17: or says that there is none
+  // RFC 9110 §14.4, §15.5.17: only an answer to Range may be a part, or say that there is none.
+  if (status === 206 && hasRange) return judgePart(head, held, job);
+  if (status === 416 && hasRange) return judgeUnsatisfiable(head, held);
   const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   const isTransient = TRANSIENT_STATUSES.includes(status);
   const isLastTry = failures >= job.retries || !IDEMPOTENT_METHODS.includes(request.method); // its page is shown
@@ -338,7 +341,7 @@ function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request
   const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   // Content-Range means nothing in a 200 (RFC 9110 §14.4). But some servers send such a part so, others 206 unasked.
   const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
-  const ranges = values.length > 0 ? values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange) : [];
+  const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
   const length = typeof head.framing === "number" ? head.framing : ranges[0]?.total;
   const isPart = ranges.some(({ first, last, total }) => first > 0 || last + 1 !== total || total !== length);
   if (isPart || (onlyContentCounts && head.status === 206 && ranges.length === 0))
@@ -398,8 +401,9 @@ export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" |
   const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
   // RFC 9110 §13.1.5 wants a date only without an ETag. But many send a weak one; an old date is strong (§8.8.2.2).
+  // Reproducible builds give every version one time: second 0 or 1, a day in 1980 or 1985, a midnight.
   const changed = parseHttpDate(lastModified);
-  const mayBeStrong = changed >= Date.UTC(1990) && changed % 86_400_000 !== 0; // reproducible builds
+  const mayBeStrong = changed >= Date.UTC(1990) && changed % 86_400_000 !== 0;
   const isStrong = mayBeStrong && parseHttpDate(singleValue(head, "date")) - changed >= LIMITS.strongDateAgeMs;
   return { etag, lastModified, coding, validator: isStrong ? lastModified : "" };
 }
@@ -413,6 +417,7 @@ const digestOf = (text: string) => text && new Bun.CryptoHasher("sha256").update
 export const resourceOf = ({ pathname, search }: URL) =>
   `${pathname}?${search && digestOf(search.replace("?", "&").replace(SIGNATURE, ""))}`;
 
+/** No field of the response contradicts the version held. */
 const agrees = (head: ResponseHead, { etag, lastModified, coding }: Held) =>
   codingOf(head) === coding && // a 206 may omit it (RFC 9110 §15.3.7), but some servers name two codings by one tag
   fieldValues(head, "etag").every((value) => etag === "" || value === etag) &&
@@ -452,7 +457,7 @@ export function decideNext(failure: TransferError, held: Held, attempt: Attempt,
 
 /** The first byte to ask for. If all may be held, it is the last one held: a 416 past the end names no version. */
 const resumeFrom = ({ bytes, total }: Held) => (total === undefined || bytes === total ? bytes - 1 : bytes);
-const lengthOf = (content: readonly Blob[]) => content.length && content.reduce((length, { size }) => length + size, 0);
+const lengthOf = (content: readonly Blob[]) => content.reduce((length, { size }) => length + size, 0);
 const toBytes = (text: string) => Uint8Array.fromBase64(btoa(text)); // of ISO 8859-1; Buffer.from starts more slowly
 
 /** The head of the request as it goes over the wire (RFC 9112 §3): for the whole, or for the bytes after `held`. */
@@ -785,9 +790,9 @@ const asLine = (text: string) => `${printable(text).replace(/[\n\t]/g, " ")}\n`;
 // ── end shared ──
 
 const DELETE_LINE = "\r\x1b[K";
-let lineEnd = ""; // what the line that a terminal is in needs before a message: DELETE_LINE for progress, LF for content
+let lineEnd = ""; // ends the line that a terminal is in: LF for content, DELETE_LINE for progress
 
-/** Called before something else is printed on stderr. */
+/** Called before a message is printed on stderr. */
 function endLine(): void {
   if (lineEnd !== "") ignoreErrors(() => isTerminal(2, fs().fstatSync(2)) && fs().writeSync(2, lineEnd));
   lineEnd = "";
@@ -1051,7 +1056,8 @@ class Trace {
 }
 // ── end shared ──
 
-const [ALERT, APPLICATION_DATA, ALERT_RECORD_LENGTH] = [21, 23, 19]; // two types; and a length, in TLS 1.3
+const [ALERT, APPLICATION_DATA] = [21, 23];
+const ALERT_RECORD_LENGTH = 19; // in TLS 1.3: level, description, inner type, and a tag of 16 bytes (RFC 8446 §5.2, §6)
 
 /** Watches TLS records go by (RFC 8446 §5.1): was the last one an alert, as it is if the peer closes in order? */
 export class RecordWatch {
@@ -1077,7 +1083,7 @@ export class RecordWatch {
 
   /** The peer has announced its end. Without TLS its FIN does that; over TLS, anyone on the path can send one. */
   get endsInOrder(): boolean {
-    // In TLS 1.3 an alert looks like content: 2 bytes, a type, a tag of 16 (RFC 8446 §5.2, §6). But none came of it.
+    // In TLS 1.3 an alert looks like content, but for its length and that no content came of it.
     const isAlert13 = this.type === APPLICATION_DATA && this.length === ALERT_RECORD_LENGTH && this.room > 0;
     return this.seen === 0 && (this.type === ALERT || isAlert13);
   }
@@ -1403,7 +1409,7 @@ async function replaceFile(file: string, part: string, fd: number, exists: boole
     // A mount point, a folder in which nothing may be renamed, a part on another disk, a disk that replaces no file.
     if (!exists || !/^(EBUSY|EXDEV|EPERM|EACCES|EROFS|EEXIST|ENOSYS|ENOTSUP|EOPNOTSUPP)$/.test(code)) throw error;
     // Nothing below waits for an event: a signal or a deadline comes before the first byte is changed, or after the last.
-    const target = fs().openSync(file, fs().constants.O_WRONLY); // until the process ends, which comes next
+    const target = fs().openSync(file, fs().constants.O_WRONLY); // closed by the end of the process, which comes next
     const { size } = fs().fstatSync(target); // the bytes beyond it come first: is there room for them?
     await copy(fd, target, size).catch((error) => {
       fs().ftruncateSync(target, size);
@@ -1591,7 +1597,8 @@ export function parseCommandLine(args: readonly string[]) {
     sha256, // that the content must have, in lower-case hex; "" if any will do
     hasSha256: sha256 !== "" && method === "GET", // at the end: pieces may be joined whatever their validators say
     followsRedirects: values.has("location"),
-    isConditional: /^if-(modified-since|none-match),/im.test(fields.join("\n")), // a 304 is always an answer
+    // The user has sent a condition: a 304 is an answer even to a request for the rest.
+    isConditional: /^if-(modified-since|none-match),/im.test(fields.join("\n")),
     sinceMs: since?.getTime(), // content that is not newer is not wanted
     retries: count("retry", LIMITS.retriesMax),
     retryDelayMs: milliseconds("retry-delay", undefined), // before each; undefined for a wait that grows
