@@ -340,8 +340,7 @@ export function judgeHead(head: ResponseHead, held: Held, attempt: Attempt): Ver
 function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request }: Attempt): Verdict {
   const [isGet, onlyContentCounts] = [request.method === "GET", job.keepsOnlyContent || held.bytes > 0];
   // Content-Range means nothing in a 200 (RFC 9110 §14.4). But some servers send such a part so, others 206 unasked.
-  const values = onlyContentCounts && (isGet || head.status === 206) ? fieldValues(head, "content-range") : [];
-  const ranges = values.filter((value) => /^bytes\b/i.test(value)).map(parseContentRange);
+  const ranges = onlyContentCounts && (isGet || head.status === 206) ? contentRangesOf(head) : [];
   const length = typeof head.framing === "number" ? head.framing : ranges[0]?.total;
   const isPart = ranges.some(({ first, last, total }) => first > 0 || last + 1 !== total || total !== length);
   if (isPart || (onlyContentCounts && head.status === 206 && ranges.length === 0))
@@ -392,6 +391,11 @@ function parseContentRange(value: string) {
   const [, first, last, total] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
   return { first: Number(first), last: Number(last), total: total === "*" ? undefined : Number(total) };
 }
+
+const contentRangesOf = (head: ResponseHead) =>
+  fieldValues(head, "content-range")
+    .filter((value) => /^bytes\b/i.test(value))
+    .map(parseContentRange);
 
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of every version
 const codingOf = (head: ResponseHead) => `${fieldValues(head, "content-encoding")}`.replace(/^(identity|[, ])*$/i, "");

@@ -246,7 +246,7 @@ time.sleep(60)`;
     expect(client.stdout.text).toBe("\x1b[2Jok");
     const head = '"HTTP/1.1 200 OK\\r\\nETag: \\"a\\"\\r\\nContent-Leng"…';
     // A number, and the time in a column of its own.
-    expect(stderr.text).toMatch(/^(#[12] (?= {3,6}\d+\.\d ms)[ \d.]{8} ms {2}.*\n){12}$/);
+    expect(stderr.text).toMatch(/^(#[12] (?= {2,5}\d+\.\d ms)[ \d.]{8} ms {2}.*\n){12}$/);
     expect(stderr.text.replace(/^(#\d) .{8} ms {2}/gm, "$1 ").split("\n")).toEqual([
       `#1 connect  127.0.0.1:${listener.port}`,
       "#1 send     163 of 163 B",
