@@ -601,11 +601,11 @@ export class ChunkedDecoder {
     if (this.left + this.announced >= 2 ** 53) return this.fail("chunk-size", end + 2); // past it sums are inexact
     // Most lines are a size alone, and no text is made of them.
     const extension = sizeTo < end ? latin1(bytes, sizeTo, end) : "";
-    const isExtension = extension === "" || CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension);
     // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
     this.extensionBytes += extension.length;
     const isTooMuch = this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax;
-    if (!isExtension || isTooMuch) return this.fail("chunk-extension", end + 2);
+    if (isTooMuch || (extension !== "" && !CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)))
+      return this.fail("chunk-extension", end + 2);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
     return end + 2;

@@ -28,8 +28,7 @@ export const VERSION = "0.1.0";
 const BOUNDS = {
   /** Ten thousand idle peers must leave room for others. Each costs 1 to 2 KiB here, and some more in the kernel. */
   connectionsMax: [16_384, "connections at once, lowered to what ulimit -n allows; above it: 503"],
-  /** The whole head, from the request-line to the empty line. nginx takes as much (4 buffers of 8 KiB). */
-  headBytesMax: [32_768, "bytes of a request head, and of a trailer section"],
+  headBytesMax: [32_768, "bytes of a request head, and of a trailer section"], // As nginx: 4 buffers of 8 KiB.
   requestTargetBytesMax: [8000, "bytes of a request-target"], // RFC 9112 §3: at least 8,000. Browsers send less.
   fieldLinesMax: [100, "field-lines of a head, and of a trailer section"], // Proxy chains send 50; Apache allows 100.
   contentBytesMax: [1_048_576, "bytes of a request's content"], // Text mode only drops it. nginx has the same default.
@@ -586,11 +585,11 @@ export class ChunkedDecoder {
     if (this.left + this.announced >= 2 ** 53) return this.fail("chunk-size", end + 2); // past it sums are inexact
     // Most lines are a size alone, and no text is made of them.
     const extension = sizeTo < end ? latin1(bytes, sizeTo, end) : "";
-    const isExtension = extension === "" || CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension);
     // All extensions together may outweigh the content only by so much, or tiny chunks would keep the recipient busy.
     this.extensionBytes += extension.length;
     const isTooMuch = this.extensionBytes - this.announced > this.limits.chunkExtensionBytesMax;
-    if (!isExtension || isTooMuch) return this.fail("chunk-extension", end + 2);
+    if (isTooMuch || (extension !== "" && !CHUNK_EXT.test(this.isUserAgent ? trimOws(extension) : extension)))
+      return this.fail("chunk-extension", end + 2);
     this.announced += this.left;
     this.state = this.left > 0 ? "data" : "trailer";
     return end + 2;
@@ -636,7 +635,7 @@ class Content {
     if (head.minorVersion === 0 || !/100-continue/i.test(head.expect)) return; // in HTTP/1.0 it is ignored
     // RFC 9110 §10.1.1: whether a client that gets a refusal instead of 100 sends the content is not known.
     if (head.refusal !== undefined) throw new Refusal("expectation"); // `serve` sends head.refusal instead
-    if (at === to) server.output.append(CONTINUE);
+    if (at === to) server.output.append(encoder.encode("HTTP/1.1 100 Continue\r\n\r\n"));
   }
 
   /** Uses what has been received. @returns whether all of the content has come @throws Refusal if it will not */
@@ -645,30 +644,28 @@ class Content {
     const { server, head, bytes, to, trace } = connection;
     for (let from = -1; from < connection.at;) {
       from = connection.at;
-      const next = decoder?.next(bytes, from, to) ?? Math.min(to, from + head.contentLength - this.wireBytes);
-      connection.at = next;
-      this.wireBytes += next - from;
+      connection.at = decoder?.next(bytes, from, to) ?? Math.min(to, from + head.contentLength - this.wireBytes);
+      this.wireBytes += connection.at - from;
       if (server.logFormat === "request" && this.logged.length < LOGGED_BYTES_MAX)
-        this.logged = Buffer.concat([this.logged, bytes.subarray(from, next)]).subarray(0, LOGGED_BYTES_MAX);
+        this.logged = Buffer.concat([this.logged, bytes.subarray(from, connection.at)]).subarray(0, LOGGED_BYTES_MAX);
       if (decoder && decoder.announced > server.limits.contentBytesMax) throw new Refusal("content-too-large");
-      if (decoder?.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) throw new Refusal("trailer-forbidden");
       if (decoder?.fault) throw new Refusal(decoder.fault);
+      if (decoder?.trailerNames.some((name) => FORBIDDEN_TRAILER.test(name))) throw new Refusal("trailer-forbidden");
       if (RESPOND_NEEDS_CONTENT) {
         const { buffer, length } = head.content; // the buffer has room for more
-        const more = bytes.subarray(from, decoder?.contentTo ?? next);
+        const more = bytes.subarray(from, decoder?.contentTo ?? connection.at);
         head.content = appended(new Uint8Array(buffer), length, more).subarray(0, length + more.length);
       }
       const isDone = this.wireBytes === head.contentLength || decoder?.state === "done";
-      if (next > from) trace?.complete(isDone ? "content complete" : "content");
+      if (connection.at > from) trace?.complete(isDone ? "content complete" : "content");
       if (isDone) return true;
     }
     head.keep();
     if (outcome === "end") throw new Refusal("incomplete");
-    if (outcome === "late") {
-      if (this.wireBytes < this.wireBytesDue) throw new Refusal("timeout");
-      this.wireBytesDue = this.wireBytes + CONTENT_PART_BYTES_MIN;
-      this.deadline = server.now + server.limits.contentTimeoutMs;
-    }
+    if (outcome !== "late") return false;
+    if (this.wireBytes < this.wireBytesDue) throw new Refusal("timeout");
+    this.wireBytesDue = this.wireBytes + CONTENT_PART_BYTES_MIN;
+    this.deadline = server.now + server.limits.contentTimeoutMs;
     return false;
   }
 }
@@ -692,7 +689,6 @@ const REASON_PHRASES = new Map(STATUSES.split(/,\s+/).map((line) => [Number(line
 
 const encoder = new TextEncoder();
 const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
-const CONTINUE = encoder.encode("HTTP/1.1 100 Continue\r\n\r\n");
 const TEXT_FIELDS = { "Content-Type": "text/plain; charset=utf-8" };
 
 function formatHead(status: number, fields: Record<string, string>): Uint8Array {
@@ -832,8 +828,7 @@ export class Connection {
   private writeDeadline = 0; // by then the peer must have taken some of what is left
   private needsRoom = false; // the kernel did not take all of the last write: the next step waits for room
   private isPaused = false;
-  private resolve: ((outcome: Outcome) => void) | undefined;
-  /** Shared by all promises of this connection: a wait creates no function. */
+  private resolve: ((outcome: Outcome) => void) | undefined; // ends the wait; all waits share one executor function
   private readonly executor = (resolve: (outcome: Outcome) => void) => void (this.resolve = resolve);
 
   constructor(
@@ -1087,8 +1082,7 @@ function explainListenError(code: string, { host, isHostFromEnv, port }: Command
   if (code === "EADDRINUSE")
     return `port ${port} is taken: stop the program that has it, or choose another with --port; if it has just ended, wait a minute`;
   if (code === "EACCES") return `not allowed to listen on port ${port}: choose one from 1024 on with --port`;
-  const [, fault] = code.split("ERR_OSSL_");
-  if (fault !== undefined) return `the certificate and the key cannot be used: ${fault}`;
+  if (code.includes("ERR_OSSL_")) return `the certificate and the key cannot be used: ${code.replace("ERR_OSSL_", "")}`;
   const from = isHostFromEnv ? "; the environment variable HOST names it, --host another" : "";
   // Bun has no code for a name that does not resolve, and none if descriptors are missing.
   const why = code === "" ? "no such host, or no file descriptor is free" : `no address of this machine (${code})`;
@@ -1223,10 +1217,9 @@ export function parseCommandLine(args: string[], env: Record<string, string | un
   const value = (name: string) => (typeof values[name] === "string" ? values[name] : undefined);
   const [extra] = values["help"] && topics[0] === "limits" ? topics.slice(1) : topics;
   if (extra !== undefined) throw new StartError(`Unexpected argument '${extra}'`);
-  // Up to 2^50, sums of limits stay exact.
-  const limit = (flag: string, byDefault: number) => parseNumber(`--${flag}`, value(flag) ?? `${byDefault}`, 2 ** 50);
   const limits: Record<keyof Limits, number> = { ...LIMITS };
-  for (const name of LIMIT_NAMES) limits[name] = limit(flagOf(name), LIMITS[name]);
+  for (const name of LIMIT_NAMES)
+    limits[name] = parseNumber(`--${flagOf(name)}`, value(flagOf(name)) ?? `${LIMITS[name]}`, 2 ** 50); // exact in sums
   const log = LOG_FORMATS.find((format) => format === (value("log") ?? DEFAULTS.log));
   if (log === undefined) throw new StartError("--log takes request, access, wire or off");
   const [text, root, cert, key] = ["text", "root", "tls-cert", "tls-key"].map(value);
@@ -1321,16 +1314,15 @@ function run(commandLine: CommandLine): void {
 }
 
 function main(): void {
-  let isParsed = false;
+  let commandLine: CommandLine | undefined;
   try {
-    const commandLine = parseCommandLine(process.argv.slice(2), process.env);
-    isParsed = true;
+    commandLine = parseCommandLine(process.argv.slice(2), process.env);
     if (commandLine.show === "") run(commandLine);
     else new Log(1).print(commandLine.show);
   } catch (error) {
     if (!(error instanceof StartError)) throw error;
-    report(`Error: ${error.message}${isParsed ? "" : " (see server --help)"}`);
-    process.exitCode = isParsed ? 1 : 2;
+    report(`Error: ${error.message}${commandLine ? "" : " (see server --help)"}`);
+    process.exitCode = commandLine ? 1 : 2;
     setTimeout(process.exit, LOG_FLUSH_MS).unref(); // even if nobody reads it
   }
 }
