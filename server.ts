@@ -522,8 +522,9 @@ function decideFraming({ lengthField, codings, minorVersion }: RequestHead): num
 
 // ── shared: chunked ──
 const TOKEN = "[!#$%&'*+\\-.^_`|~\\w]+";
+const QUOTED_STRING = '"[^"\\\\]*(?:\\\\.[^"\\\\]*)*"'; // in runs: single characters would take 0.3 s for 128 KiB
 /** chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] ); before it stands chunk-size = 1*HEXDIG */
-const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|"(?:[^"\\\\]|\\\\.)*"))?)*$`);
+const CHUNK_EXT = new RegExp(`^(?:[\\t ]*;[\\t ]*${TOKEN}(?:[\\t ]*=[\\t ]*(?:${TOKEN}|${QUOTED_STRING}))?)*$`);
 const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`); // field-name ":" OWS field-value OWS
 
 const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
