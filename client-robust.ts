@@ -903,10 +903,11 @@ export class Connection {
 
   private async open(url: URL): Promise<void> {
     const [hostname, isSecure] = [url.hostname.replace(/^\[|\]$/g, ""), url.protocol === "https:"];
+    const port = Number(url.port || (isSecure ? 443 : 80));
     if (isSecure && !this.job.isInsecure) Connection.authorities ??= readAuthorities(this.job.authoritiesFile);
     const socket = await Bun.connect({
       hostname,
-      port: Number(url.port || (isSecure ? 443 : 80)),
+      port,
       allowHalfOpen: true, // the server's FIN must not stop us from sending, nor hide what it sent before
       socket: isSecure ? { data: (_, bytes) => this.records.take(bytes) } : this.handlers,
     }).catch(({ syscall, code, message }: SystemError) => {
@@ -914,7 +915,8 @@ export class Connection {
       throw new TransferError("connect", `cannot connect to ${url.host}: ${code ?? message}`);
     });
     if (this.isClosed) return void socket.close(); // the step that waited for it has ended
-    this.job.trace?.step("connect", `${socket.remoteAddress.replace(/.*:.*/, "[$&]")}:${socket.remotePort}`);
+    const address = socket.remoteAddress ?? hostname; // undefined once the server has left
+    this.job.trace?.step("connect", `${address.replace(/.*:.*/, "[$&]")}:${port}`);
     if (isSecure) await this.startTls(socket, hostname);
   }
 
