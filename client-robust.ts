@@ -1567,7 +1567,7 @@ export function parseCommandLine(args: readonly string[]) {
     return value;
   };
   const count = (flag: string, absent: number) => Number(last(flag, /^\d{1,15}$/, "a number") ?? absent);
-  const seconds = /^(?=.*[1-9])0*(1?\d{0,6}(\.\d+)?|2000000)$/; // a timer takes 2^31 ms, and fires at once for more
+  const seconds = /^(?=.*[1-9])0*(1?\d{0,6}(\.\d+)?|2000000(\.0+)?)$/; // more than 2^31 ms would fire at once
   const milliseconds = <T>(flag: string, absent: T) =>
     values.has(flag) ? 1000 * Number(last(flag, seconds, "seconds, from above 0 to 2000000")) : absent;
   const [text = DEFAULT_URL, extra] = all("");
