@@ -29,7 +29,7 @@ export const LIMITS = Object.freeze({
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
   receivedBytesMax: 1_048_576, // received and not yet processed: then we stop reading, and TCP slows the server (backpressure)
   printedBytesMax: 4096, // printed without loading node:fs: PIPE_BUF, which a full pipe takes whole or not at all
-  lastWriteMs: 100, // after --max-time, for output that is not blocked
+  lastWriteMs: 100, // after a deadline, for output that is not blocked
   writeRetryMs: 10, // the wait before the next write to a full stdout that another process has made non-blocking
   backoffFirstMs: 1000, // the first retry waits about a second, the next two, then four …
   backoffMaxMs: 60_000,
@@ -1005,8 +1005,10 @@ async function within<T>(ms: number, step: T | Promise<T>, message: string, left
   if (ms === Number.POSITIVE_INFINITY) return step;
   const { promise: late, reject } = Promise.withResolvers<never>();
   const fail = () => reject(new TransferError("timeout", `${message} ${ms / 1000} s`, { isFinal }));
-  // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may have come: they are read first.
-  let timer = setTimeout(() => (timer = setTimeout(fail, 1)), leftMs);
+  // If the process was stopped (Ctrl-Z, a frozen container), bytes may have come: they are read and written first.
+  const dueAt = performance.now() + leftMs;
+  const graceMs = () => Math.min(LIMITS.lastWriteMs, performance.now() - dueAt);
+  let timer = setTimeout(() => (timer = setTimeout(fail, graceMs())), leftMs);
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
 
