@@ -991,7 +991,7 @@ export class Connection {
   }
 }
 
-/** The authorities to trust, as PEM. Bun checks a file only when it is connected. @throws TransferError "authorities" */
+/** The authorities to trust, as PEM. Bun checks them only once it is connected. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {
   if (file === undefined) return process.getBuiltinModule("node:tls").getCACertificates("system");
   const { X509Certificate } = process.getBuiltinModule("node:crypto");
