@@ -29,7 +29,7 @@ export const LIMITS = Object.freeze({
   chunkExtensionBytesMax: 1_048_576, // allowed beyond the size of the content: some servers sign each chunk with 85 bytes
   receivedBytesMax: 1_048_576, // received and not yet processed: then we stop reading, and TCP slows the server (backpressure)
   printedBytesMax: 4096, // printed without loading node:fs: PIPE_BUF, which a full pipe takes whole or not at all
-  lastWriteMs: 100, // after --max-time, for output that is not blocked
+  lastWriteMs: 100, // after a deadline, for output that is not blocked
   writeRetryMs: 10, // the wait before the next write to a full stdout that another process has made non-blocking
   backoffFirstMs: 1000, // the first retry waits about a second, the next two, then four …
   backoffMaxMs: 60_000,
@@ -908,10 +908,11 @@ export class Connection {
 
   private async open(url: URL): Promise<void> {
     const [hostname, isSecure] = [url.hostname.replace(/^\[|\]$/g, ""), url.protocol === "https:"];
+    const port = Number(url.port || (isSecure ? 443 : 80));
     if (isSecure && !this.job.isInsecure) Connection.authorities ??= readAuthorities(this.job.authoritiesFile);
     const socket = await Bun.connect({
       hostname,
-      port: Number(url.port || (isSecure ? 443 : 80)),
+      port,
       allowHalfOpen: true, // the server's FIN must not stop us from sending, nor hide what it sent before
       socket: isSecure ? { data: (_, bytes) => this.records.take(bytes) } : this.handlers,
     }).catch(({ syscall, code, message }: SystemError) => {
@@ -919,7 +920,8 @@ export class Connection {
       throw new TransferError("connect", `cannot connect to ${url.host}: ${code ?? message}`);
     });
     if (this.isClosed) return void socket.close(); // the step that waited for it has ended
-    this.job.trace?.step("connect", `${socket.remoteAddress.replace(/.*:.*/, "[$&]")}:${socket.remotePort}`);
+    const address = socket.remoteAddress ?? hostname; // undefined once the server has left
+    this.job.trace?.step("connect", `${address.replace(/.*:.*/, "[$&]")}:${port}`);
     if (isSecure) await this.startTls(socket, hostname);
   }
 
@@ -994,7 +996,7 @@ export class Connection {
   }
 }
 
-/** The authorities to trust, as PEM. Bun checks a file only when it is connected. @throws TransferError "authorities" */
+/** The authorities to trust, as PEM. Bun checks them only once it is connected. @throws TransferError "authorities" */
 function readAuthorities(file: string | undefined): string[] {
   if (file === undefined) return process.getBuiltinModule("node:tls").getCACertificates("system");
   const { X509Certificate } = process.getBuiltinModule("node:crypto");
@@ -1008,8 +1010,10 @@ async function within<T>(ms: number, step: T | Promise<T>, message: string, left
   if (ms === Number.POSITIVE_INFINITY) return step;
   const { promise: late, reject } = Promise.withResolvers<never>();
   const fail = () => reject(new TransferError("timeout", `${message} ${ms / 1000} s`, { isFinal }));
-  // If the process was stopped (Ctrl-Z, a container that is frozen), bytes may have come: they are read first.
-  let timer = setTimeout(() => (timer = setTimeout(fail, 1)), leftMs);
+  // If the process was stopped (Ctrl-Z, a frozen container), bytes may have come: they are read and written first.
+  const dueAt = performance.now() + leftMs;
+  const graceMs = () => Math.min(LIMITS.lastWriteMs, performance.now() - dueAt);
+  let timer = setTimeout(() => (timer = setTimeout(fail, graceMs())), leftMs);
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
 
@@ -1570,7 +1574,7 @@ export function parseCommandLine(args: readonly string[]) {
     return value;
   };
   const count = (flag: string, absent: number) => Number(last(flag, /^\d{1,15}$/, "a number") ?? absent);
-  const seconds = /^(?=.*[1-9])0*(1?\d{0,6}(\.\d+)?|2000000)$/; // a timer takes 2^31 ms, and fires at once for more
+  const seconds = /^(?=.*[1-9])0*(1?\d{0,6}(\.\d+)?|2000000(\.0+)?)$/; // more than 2^31 ms would fire at once
   const milliseconds = <T>(flag: string, absent: T) =>
     values.has(flag) ? 1000 * Number(last(flag, seconds, "seconds, from above 0 to 2000000")) : absent;
   const [text = DEFAULT_URL, extra] = all("");

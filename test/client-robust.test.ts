@@ -214,6 +214,20 @@ time.sleep(60)`;
     expect(exitCode).toBe(EXIT_CODES.timeout);
   });
 
+  test.concurrent("--trace tells of connections that are reset at once, and they are retried", async () => {
+    const code = `
+import socket, struct
+s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(100); print(s.getsockname()[1], flush=True)
+while True:
+    c, _ = s.accept(); c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)); c.close()`;
+    await using server = await startPython(code);
+    const many = ["--trace", "--retry", "150", "--retry-delay", "0.001"]; // one in a hundred is reset early enough
+    const { stderr, exitCode } = await get(...many, `http://127.0.0.1:${server.port}/`);
+    expect(stderr).toMatch(/ \(after 151 attempts\)\n$/);
+    expect(stderr).not.toContain("undefined");
+    expect(exitCode).toBeOneOf([EXIT_CODES.connect, EXIT_CODES.send, EXIT_CODES.receive]);
+  });
+
   test.concurrent("--trace shows each step on each connection, and changes nothing else", async () => {
     const sockets: Bun.Socket[] = [];
     const handlers = { open: (socket: Bun.Socket) => void sockets.push(socket), data() {} };

@@ -269,10 +269,11 @@ describe.each(VARIANTS)("client-robust among real servers (%s)", (variant) => {
       expect(performance.now() - startedAt).toBeGreaterThan(1900);
     });
 
-    test.concurrent("bytes that came while it was stopped count, however long that was", async () => {
+    const LIMITS_OF_TIME = ["--stall-timeout", "--max-time"];
+    test.concurrent.each(LIMITS_OF_TIME)("bytes that came while it was stopped count, for %s, too", async (limit) => {
       const stopped = Promise.withResolvers<void>();
       using origin = scripted([pausing(serving(), HALF, () => stopped.promise)]);
-      const argv = [...(await command("client-robust", variant)), "--retry", "0", "--stall-timeout", "3", "-o", "-"];
+      const argv = [...(await command("client-robust", variant)), "--retry", "0", limit, "3", "-o", "-"];
       await using child = Bun.spawn([...argv, origin.url], { stdio: ["ignore", "pipe", "pipe"] });
       const stdout = new Transcript(child.stdout);
       await stdout.waitFor(new RegExp(`^[^]{${HALF}}`));

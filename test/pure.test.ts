@@ -358,6 +358,14 @@ describe("client-robust.ts", () => {
     expect(line).toBe(`GET ${target} HTTP/1.1`);
   });
 
+  test("seconds are a decimal number, above 0 and up to 2000000", () => {
+    const maxMs = (text: string) => robust.parseCommandLine([`--max-time=${text}`]).maxMs;
+    const right = ["0.5", ".5", "00.50", "1999999.5", "2000000", "02000000.00"];
+    expect(right.map(maxMs)).toEqual([500, 500, 500, 1_999_999_500, 2_000_000_000, 2_000_000_000]);
+    for (const text of ["", "0", "0.0", "5.", "1e3", "-1", "2000000.01", "2000001", "10000000"])
+      expect(() => maxMs(text)).toThrow("--max-time takes seconds");
+  });
+
   test("a request that cannot be sent is the failure of the send, exit 55", async () => {
     const connection = new robust.Connection(robust.parseCommandLine(["--stall-timeout", "1"]));
     const gone = {
