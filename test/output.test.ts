@@ -1335,6 +1335,21 @@ describe("other programs' files", () => {
     }
   });
 
+  test.concurrent("a value in a companion that is no text fits nothing, and is no fault", async () => {
+    for (const name of ["coding", "etag", "lastModified", "resource", "validator"]) {
+      for (const value of [null, 7, [], { toString: 1 }]) {
+        await using place = await makePlace(OLD);
+        using origin = await keepHalf(place);
+        const companion = place.beside().at(-1) ?? "";
+        writeFileSync(companion, JSON.stringify({ ...JSON.parse(readFileSync(companion, "utf8")), [name]: value }));
+        origin.answerAnew(serving());
+        const { exitCode, stderr } = await save(place, origin.url, "-R", ...SHA256);
+        expect([name, value, exitCode, stderr, origin.requests.length]).toEqual([name, value, EXIT_CODES.ok, "", 1]);
+        expectWhole(place);
+      }
+    }
+  });
+
   test.concurrent("a FILE whose name begins with that of another FILE has parts of its own", async () => {
     const [name = ""] = await lookalikes();
     for (const other of ["file.x", "file.part", "file.json", "file2", name]) {
