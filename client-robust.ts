@@ -351,11 +351,11 @@ function judgeWhole(head: ResponseHead, held: Held, { job, canStartOver, request
   const { validator, resource } = version;
   const isSame = validator === held.validator && validator !== "" && resource === held.resource && agrees(head, held);
   const total = length ?? held.total; // what an earlier response said of this version still holds
-  if ((isSame || (job.hasSha256 && held.bytes > 0)) && total === (held.total ?? total))
+  if (held.bytes > 0 && (isSame || job.hasSha256) && total === (held.total ?? total))
     return { action: "deliver", from: 0, held: { ...held, total } };
   const changed = "the content has changed since its first part was printed, which cannot be taken back";
   if (held.bytes > 0 && !canStartOver) throw new TransferError("partial", changed, { isFinal: true });
-  return { action: "deliver", from: 0, held: { ...version, bytes: 0, total: length } };
+  return { action: "deliver", from: 0, held: { ...version, bytes: 0, total: isSame ? total : length } };
 }
 
 /** A part is used only if it continues the bytes held without a gap, and is of the same version. */

@@ -229,6 +229,11 @@ describe("judgeHead", () => {
     const other = { ...HELD, bytes: 0, validator: '"b"', etag: '"b"' };
     const fresh = judgeHead(head(200, { ETag: '"a"' }), other, attempt);
     expect(fresh).toMatchObject({ action: "deliver", held: { total: undefined, validator: '"a"' } });
+    // As long as nothing is held, each response is described by its own fields.
+    const empty = { ...HELD, bytes: 0 };
+    const lastModified = "Wed, 01 Jan 2020 12:00:01 GMT";
+    const dated = judgeHead(head(200, { ETag: '"a"', "Last-Modified": lastModified }), empty, attempt);
+    expect(dated).toMatchObject({ action: "deliver", held: { bytes: 0, total: 100, lastModified } });
   });
 
   test("believes a 416 only where it names the length and the version that are held", () => {
