@@ -1281,7 +1281,7 @@ function* findParts(target: string): Generator<Part> {
 
 function readLabel(path: string, file: string, bytes: number): Part {
   const text = fs().readFileSync(`${path}.json`, "utf8");
-  // No string, no match: it becomes "?". An empty label is of a run that was killed before it could write it.
+  // A value that is no string becomes "?", which fits nothing. A label is empty if its run was killed before writing it.
   const revive = (key: string, value: unknown) => (typeof value === "string" || /^(total)?$/.test(key) ? value : "?");
   const part: Part = { ...NOTHING, ...(text === "" ? { file } : JSON.parse(text, revive)), path, bytes };
   return STRONG_ETAG.test(part.validator) || parseHttpDate(part.validator) ? part : { ...part, validator: "" };
