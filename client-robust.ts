@@ -1012,7 +1012,7 @@ async function within<T>(ms: number, step: T | Promise<T>, message: string, left
   const fail = () => reject(new TransferError("timeout", `${message} ${ms / 1000} s`, { isFinal }));
   // If the process was stopped (Ctrl-Z, a frozen container), bytes may have come: they are read and written first.
   const dueAt = performance.now() + leftMs;
-  const graceMs = () => Math.min(LIMITS.lastWriteMs, performance.now() - dueAt);
+  const graceMs = () => Math.max(1, Math.min(LIMITS.lastWriteMs, performance.now() - dueAt)); // a timer may be early
   let timer = setTimeout(() => (timer = setTimeout(fail, graceMs())), leftMs);
   return Promise.race([step, late]).finally(() => clearTimeout(timer));
 }
