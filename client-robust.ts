@@ -201,7 +201,7 @@ async function* piecesOfData({ content }: Request): AsyncGenerator<Uint8Array> {
   }
 }
 
-/** What one attempt and the next ones share. */
+/** The state that all attempts share. */
 const beginSession = (job: Options, sink: Sink) => ({
   job,
   canStartOver: sink.discard !== undefined, // not on stdout: what is printed cannot be deleted
@@ -386,7 +386,7 @@ const tooLarge = ({ sizeMax }: Options) => new TransferError("tooLarge", `the co
 const describeStatus = ({ text }: ResponseHead) =>
   `the server answered ${asText(/ (.*)/.exec(text)?.[1] ?? "")}`.trimEnd();
 
-/** RFC 9110 §14.4: bytes first-last/total, undefined for "*". What does not match is NaN, which fits nothing. */
+/** RFC 9110 §14.4: bytes first-last/total, undefined for "*". No match gives NaN, which fits nothing. */
 function parseContentRange(value: string) {
   const [, first, last, total] = /^bytes (\d{1,15})-(\d{1,15})\/(\d{1,15}|\*)$/i.exec(value) ?? [];
   return { first: Number(first), last: Number(last), total: total === "*" ? undefined : Number(total) };
@@ -400,7 +400,7 @@ const contentRangesOf = (head: ResponseHead) =>
 const STRONG_ETAG = /^"[\x21\x23-\x7e\x80-\xff]+"$/; // an empty one is that of every version
 const codingOf = (head: ResponseHead) => `${fieldValues(head, "content-encoding")}`.replace(/^(identity|[, ])*$/i, "");
 
-/** What names the version that a whole response to a GET is of. */
+/** The fields that name the version of a whole response to a GET. */
 export function versionOf(head: ResponseHead): Pick<Held, "validator" | "etag" | "lastModified" | "coding"> {
   const [etag, lastModified, coding] = [singleValue(head, "etag"), singleValue(head, "last-modified"), codingOf(head)];
   if (STRONG_ETAG.test(etag)) return { etag, lastModified, coding, validator: etag };
@@ -436,7 +436,7 @@ export function parseRetryAfter(head: ResponseHead, now = Date.now()): number {
 // "resolve": the name of a container may appear late; "unparsable": a server just starts; "tls": a lost connection.
 const TRANSIENT_OUTCOMES = /^(resolve|connect|tls|empty|send|receive|timeout|unparsable|partial|status|range|digest)$/;
 
-/** What comes after a failure: the first line that applies decides. @returns the next attempt, or why there is none */
+/** Decides after a failure, by the first line that applies. @returns the next attempt, or why there is none */
 export function decideNext(failure: TransferError, held: Held, attempt: Attempt, leftMs: number, random: number) {
   const { job, canStartOver, request, wasSent, failures } = attempt;
   // At once: the whole instead of a rest; and the next part (RFC 9110 §15.3.7), unless two in a row bring nothing.
@@ -545,7 +545,7 @@ const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`); // f
 
 const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
 const CHUNK_SIZE_DIGITS_MAX = 64; // Leading zeros could go on and on.
-const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an extension, or the end of the line.
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // Bytes that may follow it: of an extension, or of the line's end.
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /**

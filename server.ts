@@ -529,7 +529,7 @@ const FIELD_LINE = new RegExp(`^(${TOKEN}):[\\t\\x20-\\x7e\\x80-\\xff]*$`); // f
 
 const CHUNK_LINE_BYTES_MAX = 131_072; // A longer line is refused: it has to be held until its end has come.
 const CHUNK_SIZE_DIGITS_MAX = 64; // Leading zeros could go on and on.
-const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // What may stand behind it: an extension, or the end of the line.
+const CHUNK_SIZE_END = bytesLike(/[\t ;\r\n]/); // Bytes that may follow it: of an extension, or of the line's end.
 const hexValue = (byte: number) => (byte & 15) + (byte > 0x39 ? 9 : 0);
 
 /**
@@ -992,7 +992,7 @@ export class Connection {
   }
 }
 
-/** What the connections of a server have in common. */
+/** The state that the connections of a server share. */
 export class Server {
   readonly connections = new Set<Connection>();
   readonly output = new Output();
@@ -1733,7 +1733,7 @@ function prepareContent(known: KnownFile, ranges?: readonly ByteRange[], wantsDi
   return { status, head: formatHead(status, fields), content: NO_BYTES, segments, length };
 }
 
-/** Reads what is small, and closes the file. What is large is read while it is sent. */
+/** Reads small content, and closes the file. Large content is read while it is sent. */
 function respondContent(method: Method, { fd, known }: OpenFile, prepared: Prepared): Response {
   const { status, head, segments, length = 0 } = prepared;
   let { content } = prepared;

@@ -14,7 +14,7 @@ import {
   VARIANTS,
 } from "./harness.ts";
 
-// What waits for a deadline waits beside the others.
+// Tests that wait for a deadline wait beside the others.
 setDefaultTimeout(60_000);
 
 const GET = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";

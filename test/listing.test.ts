@@ -67,7 +67,7 @@ function measureContrasts() {
     return { channels: [red, green, blue], alpha: alpha / 255 };
   };
   const style = (element: Element) => getComputedStyle(element);
-  // Where the page has no background, it is that of the colour scheme: a system colour, which has to be asked for.
+  // If the page has no background, it is that of the colour scheme: a system colour, which has to be asked for.
   const probe = document.body.appendChild(document.createElement("i"));
   probe.style.color = "Canvas";
   const page = [document.body, document.documentElement].map((element) => rgba(style(element).backgroundColor));
