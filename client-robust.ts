@@ -177,7 +177,8 @@ export async function transfer(session: Session): Promise<undefined | Request | 
 }
 
 async function sendRequest(connection: Connection, session: Session): Promise<void> {
-  const [{ job, request, asksForWhole }, { held }] = [session, session.delivery];
+  const { job, delivery, request, asksForWhole } = session;
+  const { held } = delivery;
   session.hasRange = held.bytes > 0 && !asksForWhole && (job.hasSha256 || held.resource === resourceOf(request.url));
   let [unsent, left] = [formatRequest(request, session.hasRange ? held : NOTHING), lengthOf(request.content)];
   if (job.isVerbose) tellHead("> ", latin1(unsent, 0, unsent.length));
@@ -724,13 +725,14 @@ export function decideFraming(head: Omit<ResponseHead, "framing">, isHttp10: boo
   // Item 1: never any content, whatever the fields say. Item 2 is about CONNECT, which this client does not send.
   if (method === "HEAD" || head.status < 200 || head.status === 204 || head.status === 304) return 0;
   const [codings, lengths] = [fieldValues(head, "transfer-encoding"), fieldValues(head, "content-length")];
-  // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
-  if (codings.length > 0 && lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
-  if (codings.length > 0 && isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
-  // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
-  const isChunked = codings.length > 0 && /^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","));
-  if (codings.length > 0 && !isChunked) throw unparsable("its transfer coding is not chunked");
-  if (isChunked) return "chunked";
+  if (codings.length > 0) {
+    // Item 3: both present is an attempt at smuggling or at splitting. §6.1: an HTTP/1.0 server cannot know it.
+    if (lengths.length > 0) throw unparsable("it has both Content-Length and Transfer-Encoding");
+    if (isHttp10) throw unparsable("it has Transfer-Encoding in HTTP/1.0");
+    // Item 4: we asked for no coding, so there is none but chunked. RFC 9110 §5.6.1.2: empty list elements do not count.
+    if (!/^[\t ,]*chunked[\t ,]*$/i.test(codings.join(","))) throw unparsable("its transfer coding is not chunked");
+    return "chunked";
+  }
   if (lengths.length === 0) return "close"; // item 8: until the connection is closed
   const [, length] = /^(\d+)(?:[\t ]*,[\t ]*\1)*$/.exec(lengths.join(",")) ?? []; // items 5 and 6: or the same again
   if (!Number.isSafeInteger(Number(length))) throw unparsable("its Content-Length is not one number");
@@ -1144,9 +1146,9 @@ class Delivery {
 
   /** Prints the head, unless that is done. */
   async printHead(): Promise<void> {
-    const head = toBytes(this.unprinted);
+    const head = this.unprinted;
     this.unprinted = "";
-    if (head.length > 0) await this.sink.write(head, this.held);
+    if (head !== "") await this.sink.write(toBytes(head), this.held);
   }
 
   async write(bytes: Uint8Array): Promise<void> {
